@@ -1,0 +1,239 @@
+"""The profile: what a budget file holds, as one pydantic model, and nothing about how it is made or stored.
+
+A matrix is a list of L rows (layers, input to output) of G columns (KV heads). ``None`` marks a layer that is not
+profiled (sliding-window layers): such a row holds only ``None``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from typing import Annotated, Literal, Self, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+SCHEMA_VERSION = 1
+PRESETS: tuple[float, ...] = (0.9, 0.7, 0.5, 0.3)
+"""Retentions whose budgets every profile carries."""
+
+DEFAULT_SINK_TOKENS = 128
+DEFAULT_RECENT_TOKENS = 256
+"""Sinks and window of DuoAttention (arXiv 2410.10819, section 3)."""
+
+FULL_ATTENTION = "full_attention"
+SLIDING_ATTENTION = "sliding_attention"
+
+Row: TypeAlias = list[float | None]
+Matrix: TypeAlias = list[Row]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+CommitSha = Annotated[str, Field(pattern=r"^[0-9a-f]{7,64}$")]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Geometry(_Part):
+    """The shape that budgets depend on; everything that must agree between a file and the model it is used with."""
+
+    layers: int = Field(ge=1, le=4096, description="L, decoder layers")
+    attention_heads: int = Field(ge=1, le=65536, description="H, query heads of a layer")
+    kv_heads: int = Field(ge=1, le=65536, description="G, key-value heads of a layer")
+    head_size: int = Field(ge=1, le=65536, description="D, dimensions of a key")
+    layer_types: list[str] = Field(description="full_attention or sliding_attention, one for each layer")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if len(self.layer_types) != self.layers:
+            raise ValueError(f"layer_types has {len(self.layer_types)} entries for {self.layers} layers")
+        unknown = sorted(set(self.layer_types) - {FULL_ATTENTION, SLIDING_ATTENTION})
+        if unknown:
+            raise ValueError(f"unknown layer type {unknown[0]!r}; known: {FULL_ATTENTION}, {SLIDING_ATTENTION}")
+        if self.attention_heads % self.kv_heads:
+            raise ValueError(f"{self.attention_heads} query heads do not divide into {self.kv_heads} KV heads")
+        return self
+
+    @property
+    def profiled_layers(self) -> tuple[int, ...]:
+        """Indices of the layers whose heads have scores and budgets."""
+        return tuple(i for i, kind in enumerate(self.layer_types) if kind == FULL_ATTENTION)
+
+    def sha256(self) -> str:
+        """Hash of the normalised geometry: equal for a model and its fine-tunes, quantisations and longer RoPEs."""
+        return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()
+
+    def describe(self) -> str:
+        """One phrase for messages: '48 layers x 8 KV heads (40 query heads, head size 128)'."""
+        sliding = self.layers - len(self.profiled_layers)
+        return (
+            f"{self.layers} layers x {self.kv_heads} KV heads "
+            f"({self.attention_heads} query heads, head size {self.head_size}{f', {sliding} sliding' if sliding else ''})"
+        )
+
+
+class ModelIdentity(_Part):
+    """Which checkpoint was profiled. What cannot be known (an import made offline) is null."""
+
+    name: str = Field(min_length=1, max_length=200, description="hub id or folder name")
+    revision: CommitSha | None = Field(description="commit of the hub repository, never a branch")
+    architecture: str = Field(min_length=1, max_length=200, description="class name in the checkpoint's config")
+    geometry: Geometry
+    geometry_sha256: Sha256
+    tokenizer_sha256: Sha256 | None = Field(description="hash over the sorted vocabulary")
+    weights_sha256: Sha256 | None = Field(description="hash over sampled bytes of every tensor")
+
+    @model_validator(mode="after")
+    def _hash_agrees(self) -> Self:
+        if self.geometry_sha256 != self.geometry.sha256():
+            raise ValueError("geometry_sha256 does not match geometry; the file was edited by hand")
+        return self
+
+
+class CorpusRecord(_Part):
+    """A corpus that was scored: its name, the hash of the texts read, and how much of it was used."""
+
+    name: str = Field(min_length=1)
+    sha256: Sha256
+    documents: int = Field(ge=1)
+    tokens: int = Field(ge=1, description="context tokens scored, all documents together")
+
+
+class ImportedFrom(_Part):
+    """Where imported scores were published."""
+
+    format: str
+    repository: str | None
+    file: str
+    commit: CommitSha | None
+    licence: str | None
+    notes: str | None = None
+
+
+class Scoring(_Part):
+    """How the scores came to be: enough to repeat the run."""
+
+    method: str = Field(min_length=1)
+    statistic: str = Field(description="the statistic that ranks heads for the budgets")
+    chunk_tokens: int | None = Field(ge=1)
+    context_tokens: int | None = Field(ge=1, description="tokens of a document used, null for whole documents")
+    prompts_version: int | None
+    prefix: str | None = Field(description="text before the context: chat template and system prompt")
+    suffix: str | None = Field(description="text between a request and the answer")
+    engine: str
+    attention: str = Field(description="attention kernel and why")
+    dtype: str
+    device: str
+    seed: int
+    corpora: list[CorpusRecord]
+    imported_from: ImportedFrom | None
+
+
+class Scores(_Part):
+    """Statistics of the token scores of each KV head; a token score is a softmax weight, so all lie in [0, 1]."""
+
+    significant_digits: int = Field(ge=1, le=17, description="digits the scores are rounded to")
+    max: Matrix = Field(description="over positions and documents: KVzip's head score")
+    mean: Matrix | None = Field(description="over positions, then over documents")
+    p99: Matrix | None = Field(description="0.99 quantile over positions, then the mean over documents")
+    spread: Matrix | None = Field(description="standard deviation between documents of a document's maximum")
+
+    def statistics(self) -> dict[str, Matrix]:
+        """The statistics present that can rank heads."""
+        found = {"max": self.max, "mean": self.mean, "p99": self.p99}
+        return {name: matrix for name, matrix in found.items() if matrix is not None}
+
+
+class HeadBudgets(_Part):
+    """Budgets at one retention."""
+
+    heads: Matrix = Field(description="share of the context each KV head keeps: 1.0 full, 0.0 sinks and window")
+    retention_realised: float = Field(ge=0, le=1, description="mean of the budgets over profiled heads")
+
+
+class Runtime(_Part):
+    """What a head without a budget keeps."""
+
+    sink_tokens: int = Field(ge=0, le=1_000_000)
+    recent_tokens: int = Field(ge=1, le=10_000_000)
+
+
+class Profile(_Part):
+    """A budget file: ``models/kv_budget/<model>.json``."""
+
+    schema_version: Literal[1]
+    kvprofile_version: str
+    model: ModelIdentity
+    scoring: Scoring
+    scores: Scores
+    budgets: dict[str, HeadBudgets] = Field(min_length=1, description="by retention: '0.9', '0.7', '0.5', '0.3'")
+    runtime: Runtime
+
+    @model_validator(mode="after")
+    def _complete(self) -> Self:
+        problems = list(self._problems())
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def _problems(self) -> Iterator[str]:
+        geometry = self.model.geometry
+        for name in ("max", "mean", "p99", "spread"):
+            matrix = getattr(self.scores, name)
+            if matrix is not None:
+                yield from matrix_problems(f"scores.{name}", matrix, geometry)
+        if self.scoring.statistic not in self.scores.statistics():
+            yield f"scoring.statistic is {self.scoring.statistic!r}, which the file does not hold"
+        for key, budget in self.budgets.items():
+            if not _is_retention(key):
+                yield f"budgets[{key!r}] is not a retention in (0, 1]"
+            found = list(matrix_problems(f"budgets[{key!r}].heads", budget.heads, geometry))
+            yield from found
+            if not found and abs(mean_budget(budget.heads) - budget.retention_realised) > 1e-6:
+                yield (
+                    f"budgets[{key!r}].retention_realised is {budget.retention_realised:g}, "
+                    f"its heads say {mean_budget(budget.heads):g}"
+                )
+
+
+def matrix_problems(name: str, matrix: Matrix, geometry: Geometry) -> Iterator[str]:
+    """Every way in which a matrix does not fit the geometry, each as one phrase: shape, nulls, range."""
+    layers, kv_heads = geometry.layers, geometry.kv_heads
+    if len(matrix) != layers or any(len(row) != kv_heads for row in matrix):
+        widths = sorted({len(row) for row in matrix})
+        yield f"{name} is {len(matrix)} x {'/'.join(map(str, widths)) or 0}, the model is {layers} x {kv_heads}"
+        return
+    for layer, row in enumerate(matrix):
+        profiled = geometry.layer_types[layer] == FULL_ATTENTION
+        if not profiled and any(value is not None for value in row):
+            yield f"{name} layer {layer} slides and must be null"
+        if profiled and any(value is None for value in row):
+            yield f"{name} layer {layer} has a null"
+        bad = [value for value in row if value is not None and not (math.isfinite(value) and 0.0 <= value <= 1.0)]
+        if bad:
+            yield f"{name} layer {layer} has {bad[0]!r}, outside [0, 1]"
+
+
+def mean_budget(heads: Matrix) -> float:
+    """Mean over the heads that are profiled: the retention a budget realises in long contexts."""
+    kept = [value for row in heads for value in row if value is not None]
+    return math.fsum(kept) / len(kept)
+
+
+def retention_key(retention: float) -> str:
+    """The key of a retention in ``budgets``: '0.5', '0.45', '1.0'."""
+    return repr(round(float(retention), 6))
+
+
+def round_significant(value: float, digits: int) -> float:
+    """``value`` rounded to significant digits, as written to the file."""
+    return float(f"{value:.{digits - 1}e}")
+
+
+def _is_retention(key: str) -> bool:
+    try:
+        value = float(key)
+    except ValueError:
+        return False
+    return 0.0 < value <= 1.0 and retention_key(value) == key

@@ -1,0 +1,74 @@
+"""The command line: one module for each command, which parses, calls the library and renders.
+
+``main`` is the only place where an error becomes an exit code: 0 ok, 1 the work failed, 2 wrong usage or input.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from kvprofile import __version__
+from kvprofile.cli import score, show, validate
+from kvprofile.errors import InputError
+
+app = typer.Typer(
+    name="kvprofile",
+    help="Profile once which KV heads of a language model need the whole context, and keep the file beside your code.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("score")(score.score)
+app.command("show")(show.show)
+app.command("validate")(validate.validate)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")] = False,
+) -> None:
+    if debug:
+        os.environ["KVPROFILE_DEBUG"] = "1"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit; every failure is one line on stderr unless --debug is given."""
+    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command and return its exit code."""
+    try:
+        result = app(arguments, prog_name="kvprofile", standalone_mode=False)
+    except InputError as error:
+        return _fail(str(error), 2)
+    except KeyboardInterrupt:
+        return _fail("interrupted; finished chunks are kept, run the same command again to continue", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if hasattr(error, "format_message"):  # a usage error of typer's parser
+            return _fail(f"{error.format_message()} Try 'kvprofile --help'.", 2)
+        if os.environ.get("KVPROFILE_DEBUG"):
+            raise
+        return _fail(f"{type(error).__name__}: {error}; run with kvprofile --debug for the traceback", 1)
+    return result if isinstance(result, int) else 0
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"kvprofile: {' '.join(message.split())}", file=sys.stderr)
+    return code

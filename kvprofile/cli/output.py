@@ -1,0 +1,54 @@
+"""What the commands print: logs on stderr, the result on stdout, and profiles drawn for a terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from kvprofile.budget.profile import Profile
+
+
+def say(message: str) -> None:
+    """One line for the person at the terminal; never part of a result."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def print_json(document: dict[str, Any]) -> None:
+    """The result of a command with --json: one document on stdout."""
+    print(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def stdout_console() -> Console:
+    """A console for results. It keeps to 80 columns when stdout is not a terminal."""
+    from rich.console import Console
+
+    return Console(highlight=False, soft_wrap=False, width=None if sys.stdout.isatty() else 80)
+
+
+def resolve_profile(reference: str) -> Path:
+    """The budget file a user means: a path, or a model name looked up in models/kv_budget.
+
+    Raises InputError where neither exists.
+    """
+    from kvprofile.budget import store
+    from kvprofile.errors import InputError
+
+    path = Path(reference)
+    if path.is_file():
+        return path
+    named = store.BUDGET_DIR / store.file_name(reference)
+    if named.is_file():
+        return named
+    raise InputError(f"no budget file {reference} (looked for {named} too); run 'kvprofile score {reference}' first")
+
+
+def load_profile(reference: str) -> Profile:
+    """Load the budget file a user means. Raises InputError where it is missing or broken."""
+    from kvprofile.budget import store
+
+    return store.load(resolve_profile(reference))
