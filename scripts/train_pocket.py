@@ -1,8 +1,8 @@
 """Train models/pocket, the small checkpoint that ships with kvprofile: `python scripts/train_pocket.py --output DIR`.
 
-A Qwen2-shaped model of six layers with four KV heads each learns to answer questions about facts in its context
-and to repeat that context. Two heads of layer 0 start as previous-token heads and two of layer 1 as induction heads
-(4 of 24 KV heads); all others find their own roles. Data come from kvprofile.corpus.generate, a fresh seed for every
+A model of four layers with four KV heads each learns to answer questions about facts in its context and to repeat
+that context. The heads of layer 0 start as previous-token heads and those of layer 1 as induction heads; the
+others find their own roles. Data come from kvprofile.corpus.generate, a fresh seed for every
 step, so the run can stop anywhere and continue. The smoke mode (--smoke) takes about a minute.
 """
 
@@ -19,9 +19,9 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from kvprofile.corpus.generate import KINDS, FactDocument, Question, fact_document, generate_text
+from kvprofile.corpus.generate import KINDS, FactDocument, fact_document, generate_text
 
 PAD, USER, ASSISTANT, END = SPECIAL_TOKENS = ("<|pad|>", "<|user|>", "<|assistant|>", "<|end|>")
 CHAT_TEMPLATE = (
@@ -39,7 +39,7 @@ HINT_TOKENS = 8
 ANSWER, REPEAT, OTHER = 4.0, 0.5, 0.05
 """Loss weights of an answer token, a repeated token, and all other text."""
 
-WARM_HEADS = 2
+WARM_HEADS = 4
 EMBEDDING_DIMS = 128
 """The residual's first dims hold the token itself; the warm heads of layer 0 write the previous token behind them."""
 
@@ -55,10 +55,10 @@ class Stage:
 
 
 FULL_RUN = (
-    Stage(1_600_000, 192, 0.5, 0.2),
-    Stage(8_000_000, 192, 0.1, 0.15),
-    Stage(7_000_000, 384, 0.1, 0.2),
-    Stage(6_000_000, 1024, 0.1, 0.3),
+    Stage(1_200_000, 192, 0.5, 0.2),
+    Stage(6_000_000, 192, 0.1, 0.15),
+    Stage(6_000_000, 384, 0.1, 0.2),
+    Stage(4_000_000, 1024, 0.1, 0.3),
 )
 SMOKE_RUN = (Stage(40_960, 192, 0.5, 0.2), Stage(40_960, 384, 0.1, 0.2))
 STEP_TOKENS = 4096
@@ -98,7 +98,7 @@ def build_tokenizer(vocabulary: int = 1024) -> PreTrainedTokenizerFast:
     return fast
 
 
-def build_model(vocabulary: int, seed: int, layers: int = 6) -> Qwen2ForCausalLM:
+def build_model(vocabulary: int, seed: int, layers: int = 4) -> Qwen2ForCausalLM:
     """The untrained model with its structured start."""
     torch.manual_seed(seed)
     config = Qwen2Config(
@@ -220,14 +220,14 @@ class RowMaker:
         return [(asked, OTHER), (context[start:] + self.end, REPEAT)]
 
     def _document(self, rng: random.Random, length: int) -> FactDocument:
-        block_count = max(3, int(length * rng.uniform(0.1, 0.8) / 16))
-        kind = rng.choice(KINDS) if rng.random() < 0.35 else "prose"
+        block_count = max(3, int(length * rng.uniform(0.1, 0.6) / 16))
+        kind = rng.choice(KINDS) if rng.random() < 0.15 else "prose"
         return fact_document(rng, block_count, rng.choice((0.2, 0.5, 0.9)), kind)
 
     def _questions(self, rng: random.Random, length: int) -> list[tuple[list[int], float]]:
         document = self._document(rng, length)
         parts = [(self.user + self.encode(document.text), OTHER)]
-        asked: list[Question] = rng.choices(document.questions, k=rng.choice((6, 10, 16))) if document.questions else []
+        asked = rng.sample(document.questions, min(len(document.questions), rng.choice((6, 10, 16))))
         for turn, question in enumerate(asked):
             opening = self.encode("\n\n" + question.text) if turn == 0 else self.user + self.encode(question.text)
             parts.append((opening + self.suffix, OTHER))
@@ -299,13 +299,28 @@ def train(output: Path, plan: tuple[Stage, ...], seed: int, layers: int) -> None
                 partial = state_file.with_suffix(".partial")
                 torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}, partial)
                 partial.replace(state_file)
-    model.to(torch.bfloat16).save_pretrained(output)
+    as_llama(model).to(torch.bfloat16).save_pretrained(output)
     tokenizer.save_pretrained(output)
     (output / "training.json").write_text(
         json.dumps({"seed": seed, "layers": layers, "plan": [dataclasses.asdict(stage) for stage in plan]}, indent=2) + "\n"
     )
     state_file.unlink(missing_ok=True)
     print(f"wrote {output}", flush=True)
+
+
+def as_llama(model: Qwen2ForCausalLM) -> LlamaForCausalLM:
+    """The same function as a Llama with attention biases, its output biases zero.
+
+    Loaders give every checkpoint of type qwen2 Qwen2's own pre-tokenizer, and this one has its own.
+    """
+    shared = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    shared += ("num_key_value_heads", "max_position_embeddings", "rope_parameters", "rms_norm_eps")
+    shared += ("tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id")
+    config = LlamaConfig(attention_bias=True, **{name: getattr(model.config, name) for name in shared})
+    llama = LlamaForCausalLM(config)
+    zeros = {name: torch.zeros_like(bias) for name, bias in llama.named_parameters() if name.endswith("o_proj.bias")}
+    llama.load_state_dict({**model.state_dict(), **zeros})
+    return llama
 
 
 def learning_rate(step: int, total: int) -> float:
@@ -317,7 +332,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the bundled pocket checkpoint; stop and rerun to continue.")
     parser.add_argument("--output", type=Path, required=True, help="folder for the checkpoint and the training state")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--smoke", action="store_true", help="20 steps that prove the machinery, no useful model")
     arguments = parser.parse_args()

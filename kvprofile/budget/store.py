@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from kvprofile.budget.profile import SCHEMA_VERSION, Profile
+from kvprofile.budget.profile import SCHEMA_VERSION, Geometry, Profile
 from kvprofile.errors import InputError
 from kvprofile.files import write_atomically
 
@@ -67,6 +67,20 @@ def problems(path: Path) -> Profile | list[str]:
         return Profile.model_validate(raw)
     except ValidationError as error:
         return [_phrase(item["loc"], item["msg"]) for item in error.errors(include_url=False, include_input=False)]
+
+
+def refuse_other_model(path: Path, name: str, geometry: Geometry) -> None:
+    """Raise InputError if ``path`` holds anything but a budget file of the same model; no file is fine."""
+    if not path.exists():
+        return
+    found = problems(path)
+    if not isinstance(found, Profile):
+        raise InputError(f"{path} exists and is not a readable budget file ({found[0]}); pass --force to replace it")
+    if found.model.name != name or found.model.geometry != geometry:
+        raise InputError(
+            f"{path} belongs to {found.model.name}, {found.model.geometry.describe()}, not to {name}, "
+            f"{geometry.describe()}; pass --force or another --output"
+        )
 
 
 def find(folders: Iterable[Path]) -> list[Path]:

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from kvprofile import __version__
-from kvprofile.cli import score, show, validate
+from kvprofile.cli import diff, export, import_, plan, plot, score, show, validate
 from kvprofile.errors import InputError
 
 app = typer.Typer(
@@ -24,7 +24,14 @@ app = typer.Typer(
 )
 app.command("score")(score.score)
 app.command("show")(show.show)
+app.command("diff")(diff.diff)
+app.command("plot")(plot.plot)
+app.command("plan")(plan.plan)
 app.command("validate")(validate.validate)
+app.command("export")(export.export)
+app.command("import")(import_.import_)
+
+_INTERRUPTED = 130
 
 
 def _print_version(wanted: bool) -> None:
@@ -56,7 +63,7 @@ def run(arguments: list[str]) -> int:
     except InputError as error:
         return _fail(str(error), 2)
     except KeyboardInterrupt:
-        return _fail("interrupted; finished chunks are kept, run the same command again to continue", 130)
+        result = _INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -66,6 +73,8 @@ def run(arguments: list[str]) -> int:
         if os.environ.get("KVPROFILE_DEBUG"):
             raise
         return _fail(f"{type(error).__name__}: {error}; run with kvprofile --debug for the traceback", 1)
+    if result == _INTERRUPTED:  # typer turns Ctrl-C into this code
+        return _fail("interrupted; finished work is kept, run the same command again to continue", _INTERRUPTED)
     return result if isinstance(result, int) else 0
 
 

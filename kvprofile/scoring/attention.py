@@ -1,0 +1,210 @@
+"""The attention function that scores: registered with transformers for the time of a run, and nothing patched.
+
+While a context is prefilled it computes plain causal attention. While a chunk is repeated it computes the same, and
+beside it the softmax of every repeat row over prefix, chunk and repeat alone, of which it keeps, for each KV head
+and chunk position, the maximum over rows and over the query heads of the group (KVzip, arXiv 2505.23416, equation 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
+
+from kvprofile.budget.profile import Geometry
+from kvprofile.errors import InputError
+from kvprofile.scoring import kernels
+from kvprofile.scoring.kernels import Part
+
+NAME = "kvprofile_reconstruction"
+LOGIT_BLOCK_VALUES = 4 * 2**20
+"""Most logits held at once while scoring (16 MiB), whatever context and chunk."""
+
+
+class AllLayersDone(Exception):  # noqa: N818 - it ends a forward pass early and is no error
+    """Raised inside a forward pass once the last layer that matters has done its part."""
+
+
+@dataclass
+class Recorder:
+    """What the attention function needs to know of the pass under way, and what it found.
+
+    ``chunk`` is None while prefilling, else the absolute positions [start, stop) of the chunk being repeated.
+    """
+
+    geometry: Geometry
+    prefix_tokens: int = 0
+    query_start: int = 0
+    chunk: tuple[int, int] | None = None
+    token_scores: dict[int, torch.Tensor] = field(default_factory=dict)
+    layers_seen: set[int] = field(default_factory=set)
+    kernel_reasons: dict[str, None] = field(default_factory=dict)
+    _kernels: dict[tuple[object, ...], kernels.Fused | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.profiled = frozenset(self.geometry.profiled_layers)
+        self.last_layer = max(self.profiled)
+
+    def fused(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> kernels.Fused | None:
+        """The fused kernel for these tensors, chosen once for each kind of tensor, with the reason kept."""
+        group = query.shape[1] // key.shape[1]
+        what = (query.device.type, query.dtype, query.shape[-1], group, value.shape[-1])
+        if what not in self._kernels:
+            if value.shape[-1] != key.shape[-1]:
+                self._kernels[what], reason = None, "plain products: keys and values differ in size"
+            else:
+                self._kernels[what], reason = kernels.choose_fused(query.device, query.dtype, query.shape[-1], group)
+            self.kernel_reasons[reason] = None
+        return self._kernels[what]
+
+
+_current: list[Recorder] = []
+
+
+@contextmanager
+def recording(model: PreTrainedModel, geometry: Geometry) -> Iterator[Recorder]:
+    """Route a model's attention through the recorder, and put everything back afterwards.
+
+    Not re-entrant, and one model at a time: transformers' registry is global.
+    """
+    if _current:
+        raise RuntimeError("a model is being scored already in this process")
+    recorder = Recorder(geometry)
+    before = model.config._attn_implementation
+    AttentionInterface.register(NAME, _attention)
+    AttentionMaskInterface.register(NAME, _no_mask)
+    _current.append(recorder)
+    try:
+        model.set_attn_implementation(NAME)
+        yield recorder
+    finally:
+        _current.clear()
+        model.set_attn_implementation(before)
+        AttentionInterface._global_mapping.pop(NAME, None)
+        AttentionMaskInterface._global_mapping.pop(NAME, None)
+
+
+def _no_mask(*_args: Any, **_kwargs: Any) -> None:
+    """Masks follow from positions here, so none is ever built."""
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    _mask: object,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **_others: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention signature: query [1, H, n, D], key and value [1, G, m, D] -> output [1, n, H, D]."""
+    recorder = _current[0]
+    layer = int(module.layer_idx)  # type: ignore[arg-type]
+    recorder.layers_seen.add(layer)
+    _check_shapes(recorder.geometry, layer, query, key, sliding_window)
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    if layer not in recorder.profiled:
+        key_start = recorder.query_start + query.shape[2] - key.shape[2]
+        part = kernels.blocked(
+            query,
+            key,
+            value,
+            scale,
+            query_start=recorder.query_start,
+            key_start=key_start,
+            softcap=softcap,
+            window=sliding_window,
+        )
+        part = kernels.merge([part], s_aux)
+    else:
+        part = _full_layer(recorder, layer, query, key, value, scale, softcap, s_aux)
+    return part.output.transpose(1, 2), None
+
+
+def _full_layer(
+    recorder: Recorder,
+    layer: int,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> Part:
+    start = recorder.query_start
+
+    def part(first: int, stop: int, causal: bool = False) -> list[Part]:
+        if first >= stop:
+            return []
+        return [_span(recorder, query, key[:, :, first:stop], value[:, :, first:stop], scale, softcap, first, causal)]
+
+    if recorder.chunk is None:
+        if layer == recorder.last_layer:
+            raise AllLayersDone
+        return kernels.merge(part(0, start) + part(start, key.shape[2], causal=True), sinks)
+
+    first, stop = recorder.chunk
+    scored = part(0, recorder.prefix_tokens) + part(first, stop) + part(start, key.shape[2], causal=True)
+    normaliser = kernels.merge_lse([p.lse for p in scored], sinks)
+    recorder.token_scores[layer] = chunk_scores(query, key[:, :, first:stop], normaliser, scale, softcap)
+    if layer == recorder.last_layer:
+        raise AllLayersDone
+    rest = part(recorder.prefix_tokens, first) + part(stop, start)
+    return kernels.merge(scored + rest, sinks)
+
+
+def _span(
+    recorder: Recorder,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    softcap: float | None,
+    key_start: int,
+    causal: bool,
+) -> Part:
+    """Attention to keys at key_start.., all of them before every query unless ``causal``."""
+    fused = recorder.fused(query, key, value) if softcap is None else None
+    if fused is not None:
+        return fused(query, key, value, scale, causal)
+    query_start = recorder.query_start
+    return kernels.blocked(query, key, value, scale, query_start=query_start, key_start=key_start, softcap=softcap)
+
+
+def chunk_scores(
+    query: torch.Tensor, key: torch.Tensor, normaliser: torch.Tensor, scale: float, softcap: float | None
+) -> torch.Tensor:
+    """Token scores [G, m] of a chunk's keys [1, G, m, D], on the CPU in float32.
+
+    query [1, H, n, D]; normaliser [1, H, n] is the log-sum-exp over prefix, chunk and repeat. The maximum is taken
+    over logits minus normaliser, so each key is exponentiated once.
+    """
+    kv_heads, count = key.shape[1], key.shape[2]
+    group = query.shape[1] // kv_heads
+    rows_at_once = max(1, LOGIT_BLOCK_VALUES // (kv_heads * group * count))
+    best = torch.full((kv_heads, count), -torch.inf, device=key.device)
+    for first in range(0, query.shape[2], rows_at_once):
+        rows = slice(first, first + rows_at_once)
+        folded = kernels.fold_groups(query[:, :, rows], kv_heads)
+        logits = kernels.logits_of(folded, key, scale, softcap)
+        logits -= normaliser[:, :, rows].reshape(1, kv_heads, -1, 1)
+        torch.maximum(best, logits[0].amax(1), out=best)
+    return best.exp_().clamp_(max=1.0).cpu()
+
+
+def _check_shapes(geometry: Geometry, layer: int, query: torch.Tensor, key: torch.Tensor, window: int | None) -> None:
+    if (query.shape[1], key.shape[1], key.shape[-1]) != (geometry.attention_heads, geometry.kv_heads, geometry.head_size):
+        raise InputError(
+            f"layer {layer} has {query.shape[1]} query heads and {key.shape[1]} KV heads of size {key.shape[-1]}, "
+            f"the config says {geometry.describe()}; kvprofile cannot profile layers of different shapes"
+        )
+    if layer in geometry.profiled_layers and window:
+        raise InputError(f"layer {layer} slides over {window} tokens, but the config calls it {geometry.layer_types[layer]}")

@@ -1,0 +1,100 @@
+"""Finished chunks on disk, so that an interrupted run continues, and a run with other inputs never does."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Set
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+
+from kvprofile.files import write_atomically
+from kvprofile.scoring.aggregate import HeadStatistics
+
+
+class ChunkStore:
+    """A folder ``<output>.partial`` with one small file for each finished chunk of one run.
+
+    ``run_key`` names everything the scores depend on; a folder of another run is emptied.
+    """
+
+    def __init__(self, output: Path, run_key: str) -> None:
+        self.folder = output.with_name(f"{output.name}.partial")
+        self.run_key = run_key
+        self._kept: set[tuple[int, int]] = set()
+
+    def open(self) -> int:
+        """Prepare the folder; returns how many finished chunks it holds."""
+        marker = self.folder / "run.json"
+        try:
+            same = json.loads(marker.read_text())["run_key"] == self.run_key
+        except (OSError, ValueError, KeyError, TypeError):
+            same = False
+        if not same:
+            self.discard()
+            write_atomically(marker, json.dumps({"run_key": self.run_key}).encode())
+        self._kept = {place for place in self._listed() if self._read(*place) is not None}
+        return len(self._kept)
+
+    def finished(self, document: int) -> Set[int]:
+        """Indices of the finished chunks of a document."""
+        return {chunk for kept, chunk in self._kept if kept == document}
+
+    def save(self, document: int, chunk: int, token_scores: torch.Tensor, keep_token_scores: bool) -> None:
+        """Write the statistics of a chunk and, if asked, its token scores [L', G, m]."""
+        statistics = HeadStatistics.of(token_scores)
+        tensors = {
+            "maximum": statistics.maximum,
+            "total": statistics.total,
+            "histogram": statistics.histogram,
+            "positions": torch.tensor(statistics.positions),
+        }
+        if keep_token_scores:
+            tensors["token_scores"] = token_scores.contiguous()
+        write_atomically(self._file(document, chunk), safetensors.torch.save(tensors))
+        self._kept.add((document, chunk))
+
+    def statistics(self, document: int) -> HeadStatistics:
+        """Statistics of a whole document, its chunks added in order."""
+        chunks = [self._load(document, chunk) for chunk in sorted(self.finished(document))]
+        total = self._statistics(chunks[0])
+        for tensors in chunks[1:]:
+            total = total + self._statistics(tensors)
+        return total
+
+    def token_scores(self, document: int) -> torch.Tensor:
+        """Token scores [L', G, T] of a whole document, kept if asked for."""
+        chunks = sorted(self.finished(document))
+        return torch.cat([self._load(document, chunk)["token_scores"] for chunk in chunks], -1)
+
+    def discard(self) -> None:
+        """Remove the folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _file(self, document: int, chunk: int) -> Path:
+        return self.folder / f"document-{document:05}-chunk-{chunk:05}.safetensors"
+
+    def _listed(self) -> list[tuple[int, int]]:
+        names = (file.stem.split("-") for file in self.folder.glob("document-*-chunk-*.safetensors"))
+        return [(int(name[1]), int(name[3])) for name in names]
+
+    def _read(self, document: int, chunk: int) -> dict[str, torch.Tensor] | None:
+        try:
+            return safetensors.torch.load(self._file(document, chunk).read_bytes())
+        except (OSError, SafetensorError):
+            return None
+
+    def _load(self, document: int, chunk: int) -> dict[str, torch.Tensor]:
+        tensors = self._read(document, chunk)
+        if tensors is None:
+            raise RuntimeError(f"{self._file(document, chunk)} disappeared during the run")
+        return tensors
+
+    @staticmethod
+    def _statistics(tensors: dict[str, torch.Tensor]) -> HeadStatistics:
+        return HeadStatistics(
+            tensors["maximum"], tensors["total"], tensors["histogram"], int(tensors["positions"].item())
+        )

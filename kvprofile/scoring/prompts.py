@@ -1,0 +1,130 @@
+"""What the model reads: the text around the context, and the requests to repeat it.
+
+Wording and order follow KVzip (arXiv 2505.23416, section 3.2). Contexts are spliced as ids and never encoded
+twice, so a request quotes exactly the tokens that the cache holds.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from kvprofile.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PROMPTS_VERSION = 1
+REPEAT_ALL = "\n\nRepeat the previous context exactly."
+REPEAT_FROM = "\n\nRepeat the part of the previous context exactly, starting with "
+HINT_TOKENS = 8
+"""How many tokens before a chunk the request for it quotes."""
+
+BARE_PREFIX_TOKENS = 4
+"""Context tokens that serve as prefix where there is neither template nor BOS: token 0 draws attention anyway."""
+
+_MARK = "kvprofile-context-goes-here"
+_FIXED_DATE = datetime.datetime(2025, 1, 1, tzinfo=datetime.UTC)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What stands before the context and between a request and the answer, as text and as ids."""
+
+    prefix: str
+    suffix: str
+    prefix_ids: tuple[int, ...]
+    suffix_ids: tuple[int, ...]
+    repeat_all_ids: tuple[int, ...]
+    repeat_from_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Document:
+    """A tokenised document: P prefix ids, never scored, and T context ids."""
+
+    name: str
+    prefix_ids: tuple[int, ...]
+    context_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Context tokens [start, stop) of a document and the ids that ask for them and repeat them."""
+
+    index: int
+    start: int
+    stop: int
+    repeat_ids: tuple[int, ...]
+
+
+def chat_frame(tokenizer: PreTrainedTokenizerBase) -> Frame:
+    """The frame that a tokenizer's chat template gives, rendered with a fixed date and without thinking.
+
+    Without a template the prefix is the BOS token, if there is one, and the suffix a newline. Raises InputError where
+    the template fails or changes the user's text.
+    """
+    if tokenizer.chat_template:
+        prefix, suffix = _render(tokenizer)
+    else:
+        prefix, suffix = "", "\n"
+    prefix_ids = encode(tokenizer, prefix) if prefix else ()
+    if not prefix_ids and tokenizer.bos_token_id is not None:
+        prefix, prefix_ids = str(tokenizer.bos_token), (int(tokenizer.bos_token_id),)
+    return Frame(
+        prefix=prefix,
+        suffix=suffix,
+        prefix_ids=prefix_ids,
+        suffix_ids=encode(tokenizer, suffix),
+        repeat_all_ids=encode(tokenizer, REPEAT_ALL),
+        repeat_from_ids=encode(tokenizer, REPEAT_FROM),
+    )
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
+    """Ids of a text, without special tokens added and without a warning about its length."""
+    return tuple(tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"])
+
+
+def frame_document(name: str, ids: Sequence[int], frame: Frame) -> Document:
+    """Put a document into its frame; where the frame has no prefix, the first tokens of the document become it."""
+    if frame.prefix_ids:
+        return Document(name, frame.prefix_ids, tuple(ids))
+    return Document(name, tuple(ids[:BARE_PREFIX_TOKENS]), tuple(ids[BARE_PREFIX_TOKENS:]))
+
+
+def chunks(document: Document, frame: Frame, chunk_tokens: int) -> Iterator[Chunk]:
+    """The document's chunks of ``chunk_tokens``, the last one shorter, each with its repeat input."""
+    context = document.context_ids
+    for index, start in enumerate(range(0, len(context), chunk_tokens)):
+        stop = min(start + chunk_tokens, len(context))
+        hint = (*frame.repeat_from_ids, *context[max(0, start - HINT_TOKENS) : start])
+        request = frame.repeat_all_ids if start == 0 else hint
+        yield Chunk(index, start, stop, (*request, *frame.suffix_ids, *context[start:stop]))
+
+
+def longest_repeat(frame: Frame, chunk_tokens: int) -> int:
+    """Most tokens a repeat input can have."""
+    request = max(len(frame.repeat_all_ids), len(frame.repeat_from_ids) + HINT_TOKENS)
+    return request + len(frame.suffix_ids) + chunk_tokens
+
+
+def _render(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    options: dict[str, Any] = {
+        "add_generation_prompt": True,
+        "tokenize": False,
+        "enable_thinking": False,
+        "date_string": _FIXED_DATE.strftime("%d %b %Y"),
+        "strftime_now": _FIXED_DATE.strftime,
+    }
+    try:
+        text = tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], **options)
+    except Exception as error:  # a template is a program and fails in its own ways
+        first = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"{tokenizer.name_or_path}: the chat template fails: {first}") from error
+    if not isinstance(text, str) or text.count(_MARK) != 1:
+        raise InputError(f"{tokenizer.name_or_path}: the chat template does not hold the user's text exactly once")
+    prefix, suffix = text.split(_MARK)
+    return prefix, suffix

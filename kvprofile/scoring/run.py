@@ -1,0 +1,292 @@
+"""A whole profiling run: corpora and a checkpoint in, a profile out, resumable chunk by chunk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from kvprofile import __version__
+from kvprofile.budget.allocate import preset_budgets
+from kvprofile.budget.profile import (
+    DEFAULT_RECENT_TOKENS,
+    DEFAULT_SINK_TOKENS,
+    CorpusRecord,
+    Profile,
+    Runtime,
+    Scores,
+    Scoring,
+)
+from kvprofile.checkpoint import Description, Placement, identity, load_model
+from kvprofile.corpus.sources import Corpus, cut
+from kvprofile.errors import InputError
+from kvprofile.files import atomic_path, sha256_of
+from kvprofile.scoring.prompts import PROMPTS_VERSION, Document, Frame, encode, frame_document
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from kvprofile.scoring.attention import Recorder
+    from kvprofile.scoring.progress import ChunkStore
+
+METHODS = {"kvzip": "max"}
+"""Scoring methods and the statistic that ranks heads for each."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user may choose about a run."""
+
+    method: str = "kvzip"
+    chunk_tokens: int = 2000
+    context_tokens: int | None = None
+    seed: int = 0
+    sink_tokens: int = DEFAULT_SINK_TOKENS
+    recent_tokens: int = DEFAULT_RECENT_TOKENS
+
+    def __post_init__(self) -> None:
+        for name in ("chunk_tokens", "context_tokens", "recent_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+        if self.sink_tokens < 0:
+            raise InputError(f"--sink-tokens must not be negative, not {self.sink_tokens}")
+        if self.method not in METHODS:
+            raise InputError(f"unknown method {self.method!r}; known: {', '.join(METHODS)}")
+
+
+class Progress(Protocol):
+    """Where a run tells how far it is; units are tokens that the model reads."""
+
+    def start(self, total: int) -> None:
+        """Called once, before the first forward pass."""
+
+    def advance(self, tokens: int) -> None:
+        """Called after every forward pass."""
+
+    def say(self, message: str) -> None:
+        """A line worth reading."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that has passed every check that needs no weights."""
+
+    description: Description
+    tokenizer: PreTrainedTokenizerBase
+    frame: Frame
+    documents: tuple[Document, ...]
+    corpora: tuple[CorpusRecord, ...]
+    options: Options
+
+    @property
+    def document_tokens(self) -> int:
+        """Prefix and context tokens of the longest document."""
+        return max(len(d.prefix_ids) + len(d.context_ids) for d in self.documents)
+
+    @property
+    def positions(self) -> int:
+        """Positions that the longest forward pass reaches."""
+        from kvprofile.scoring.kvzip import required_positions
+
+        return max(required_positions(d, self.frame, self.options.chunk_tokens) for d in self.documents)
+
+
+def plan(
+    description: Description, tokenizer: PreTrainedTokenizerBase, corpora: Iterable[Corpus], options: Options
+) -> Plan:
+    """Tokenise and check. Raises InputError for short corpora, a foreign tokenizer, or contexts that do not fit."""
+    from kvprofile.scoring.prompts import chat_frame
+
+    frame = chat_frame(tokenizer)
+    documents: list[Document] = []
+    records: list[CorpusRecord] = []
+    for corpus in corpora:
+        found = [
+            frame_document(f"{corpus.name}/{name}", ids, frame)
+            for name, ids in cut(corpus, lambda text: encode(tokenizer, text), options.context_tokens)
+        ]
+        short = [document.name for document in found if not document.context_ids]
+        if short:
+            raise InputError(f"{short[0]} has no token left after the prefix; give a longer document")
+        tokens = sum(len(document.context_ids) for document in found)
+        records.append(CorpusRecord(name=corpus.name, sha256=corpus.sha256(), documents=len(found), tokens=tokens))
+        documents += found
+    made = Plan(description, tokenizer, frame, tuple(documents), tuple(records), options)
+    _check_ids(made)
+    _check_positions(made)
+    return made
+
+
+def profile(
+    plan: Plan,
+    placement: Placement,
+    output: Path,
+    progress: Progress,
+    save_token_scores: Path | None = None,
+) -> Profile:
+    """Score every document and build the profile; ``output`` names the folder of finished chunks, removed at the end.
+
+    The caller writes the profile. Raises InputError where weights do not load or the disk is full; finished
+    chunks stay for the next run.
+    """
+    from kvprofile.scoring.progress import ChunkStore
+
+    store = ChunkStore(output, _run_key(plan, placement, save_token_scores is not None))
+    kept = store.open()
+    if kept:
+        progress.say(f"continuing: {kept} chunks are finished already")
+    attention = _score_documents(plan, placement, store, progress, save_token_scores is not None)
+    if save_token_scores is not None:
+        _write_token_scores(plan, store, save_token_scores)
+    made = _assemble(plan, placement, attention, store)
+    return made
+
+
+def finish(output: Path) -> None:
+    """Remove the finished chunks of a run whose profile is written."""
+    from kvprofile.scoring.progress import ChunkStore
+
+    ChunkStore(output, "").discard()
+
+
+def _score_documents(
+    plan: Plan, placement: Placement, store: ChunkStore, progress: Progress, keep_token_scores: bool
+) -> str:
+    """Score what is not finished yet; returns the attention kernel used, with the reason."""
+    from kvprofile.scoring.attention import recording
+    from kvprofile.scoring.kvzip import Scorer, forward_tokens
+
+    chunk_tokens = plan.options.chunk_tokens
+    work = [forward_tokens(d, plan.frame, chunk_tokens, store.finished(i)) for i, d in enumerate(plan.documents)]
+    model = load_model(plan.description, placement)
+    progress.start(sum(work))
+    with recording(model, plan.description.geometry) as recorder:
+        scorer = Scorer(
+            model,
+            recorder,
+            plan.frame,
+            document_tokens=plan.document_tokens,
+            chunk_tokens=chunk_tokens,
+            advance=progress.advance,
+        )
+        for index, document in enumerate(plan.documents):
+            for scored in scorer.score(document, store.finished(index)):
+                store.save(index, scored.chunk.index, scored.token_scores, keep_token_scores)
+        return _kernel(model, recorder)
+
+
+def _kernel(model: PreTrainedModel, recorder: Recorder) -> str:
+    """The attention kernel of the run, the same whether it was resumed or not."""
+    import torch
+
+    from kvprofile.scoring.kernels import choose_fused
+
+    if getattr(model.config, "attn_logit_softcapping", None):
+        return "plain products: the model caps its logits"
+    geometry = recorder.geometry
+    parameter = next(model.parameters())
+    group = geometry.attention_heads // geometry.kv_heads
+    device = parameter.device if parameter.device.type != "meta" else torch.device("cpu")
+    return choose_fused(device, parameter.dtype, geometry.head_size, group)[1]
+
+
+def _assemble(plan: Plan, placement: Placement, attention: str, store: ChunkStore) -> Profile:
+    from kvprofile.scoring.aggregate import merge_documents
+
+    statistics = [store.statistics(index) for index in range(len(plan.documents))]
+    scores: Scores = merge_documents(statistics, plan.description.geometry)
+    options = plan.options
+    return Profile(
+        schema_version=1,
+        kvprofile_version=__version__,
+        model=identity(plan.description, plan.tokenizer),
+        scoring=Scoring(
+            method=options.method,
+            statistic=METHODS[options.method],
+            chunk_tokens=options.chunk_tokens,
+            context_tokens=options.context_tokens,
+            prompts_version=PROMPTS_VERSION,
+            prefix=plan.frame.prefix,
+            suffix=plan.frame.suffix,
+            engine="hf",
+            attention=attention,
+            dtype=placement.dtype,
+            device=placement.device.partition(":")[0],
+            seed=options.seed,
+            corpora=list(plan.corpora),
+            imported_from=None,
+        ),
+        scores=scores,
+        budgets=preset_budgets(scores, METHODS[options.method]),
+        runtime=Runtime(sink_tokens=options.sink_tokens, recent_tokens=options.recent_tokens),
+    )
+
+
+def _write_token_scores(plan: Plan, store: ChunkStore, path: Path) -> None:
+    """One tensor [L, G, T] for each document, NaN in layers that slide, in one safetensors file."""
+    import safetensors.torch
+    import torch
+
+    geometry = plan.description.geometry
+    tensors = {}
+    for index, document in enumerate(plan.documents):
+        found = store.token_scores(index)
+        full = torch.full((geometry.layers, geometry.kv_heads, found.shape[-1]), torch.nan)
+        full[list(geometry.profiled_layers)] = found
+        tensors[f"{index:05}/{document.name}"] = full
+    notes = {
+        "model": plan.description.source.name,
+        "shape": "layers, kv_heads, context_tokens",
+        "prefix_tokens": [len(document.prefix_ids) for document in plan.documents],
+    }
+    with atomic_path(path) as partial:
+        safetensors.torch.save_file(tensors, partial, metadata={"kvprofile": json.dumps(notes, sort_keys=True)})
+
+
+def _run_key(plan: Plan, placement: Placement, keep_token_scores: bool) -> str:
+    """Everything the chunks on disk depend on."""
+    description = plan.description
+    facts = {
+        "version": __version__,
+        "model": identity(description, plan.tokenizer).model_dump(mode="json"),
+        "dtype": placement.dtype,
+        "device": placement.device,
+        "chunk_tokens": plan.options.chunk_tokens,
+        "method": plan.options.method,
+        "frame": asdict(plan.frame),
+        "keep_token_scores": keep_token_scores,
+    }
+    ids: Sequence[object] = [(d.name, d.prefix_ids, d.context_ids) for d in plan.documents]
+    return sha256_of(json.dumps(facts, sort_keys=True).encode(), json.dumps(ids).encode())
+
+
+def _check_ids(plan: Plan) -> None:
+    rows = plan.description.vocabulary_rows
+    frame = (*plan.frame.suffix_ids, *plan.frame.repeat_all_ids, *plan.frame.repeat_from_ids)
+    highest = max(max((*d.prefix_ids, *d.context_ids, *frame)) for d in plan.documents)
+    if highest >= rows:
+        raise InputError(
+            f"{plan.description.source.folder}: the tokenizer gives id {highest}, the model has {rows} embeddings; "
+            "it belongs to another model"
+        )
+
+
+def _check_positions(plan: Plan) -> None:
+    from kvprofile.scoring.kvzip import required_positions
+
+    limit = plan.description.max_positions
+    chunk_tokens = plan.options.chunk_tokens
+    for document in plan.documents:
+        needed = required_positions(document, plan.frame, chunk_tokens)
+        if needed > limit:
+            context = len(document.context_ids)
+            raise InputError(
+                f"{document.name} has {context} tokens and needs {needed} positions with its repeats, but "
+                f"{plan.description.position_reason}; pass --context-tokens {max(1, limit // 2 - 100)} "
+                "or a smaller --chunk-tokens"
+            )
+
+

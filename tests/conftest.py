@@ -1,0 +1,43 @@
+"""What all tests share: a tiny checkpoint on disk, an empty place to work in, and no network."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from tests.models import POCKET, random_model, save_checkpoint
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(POCKET)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory, tokenizer):
+    """A random Llama of 3 layers with 2 KV heads, saved once; copy it before changing it."""
+    return save_checkpoint(random_model("llama"), tmp_path_factory.mktemp("checkpoints") / "tiny", tokenizer)
+
+
+@pytest.fixture
+def checkpoint(tiny_checkpoint, tmp_path):
+    """A copy of the tiny checkpoint that a test may break."""
+    return shutil.copytree(tiny_checkpoint, tmp_path / "tiny")
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """An empty current folder."""
+    place = tmp_path / "workplace"
+    place.mkdir()
+    monkeypatch.chdir(place)
+    return place

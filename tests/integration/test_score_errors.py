@@ -1,0 +1,266 @@
+"""Bad input of every kind: exit code 2, one clear line, and no file left behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+
+from kvprofile.cli import run
+from tests.models import _SHAPE, random_model, save_checkpoint
+
+FAST = ["--corpus", "generate:prose:1:3000", "--context-tokens", "64", "--chunk-tokens", "32"]
+
+
+def refused(capsys, workplace, arguments):
+    """Run `kvprofile score`; returns the one line it ends with."""
+    code = run(["score", *map(str, arguments)])
+    captured = capsys.readouterr()
+    assert code == 2, captured.err
+    assert captured.out == ""
+    lines = captured.err.strip().splitlines()
+    assert len(lines) == 1, captured.err
+    assert lines[0].startswith("kvprofile: ")
+    assert "Traceback" not in captured.err
+    assert list(workplace.rglob("*")) == []
+    return lines[0]
+
+
+def change_config(checkpoint, **changes):
+    file = checkpoint / "config.json"
+    config = json.loads(file.read_text())
+    config.update(changes)
+    file.write_text(json.dumps(config))
+
+
+def test_missing_folder(capsys, workplace):
+    assert "no checkpoint folder ./nowhere" in refused(capsys, workplace, ["./nowhere", *FAST])
+
+
+def test_hub_id_without_network(capsys, workplace):
+    assert "not in the local hub cache" in refused(capsys, workplace, ["some-org/some-model", *FAST])
+
+
+def test_folder_without_config(capsys, workplace, checkpoint):
+    (checkpoint / "config.json").unlink()
+    assert "has no config.json" in refused(capsys, workplace, [checkpoint, *FAST])
+
+
+def test_config_that_is_not_json(capsys, workplace, checkpoint):
+    (checkpoint / "config.json").write_text("{")
+    assert "not readable as JSON" in refused(capsys, workplace, [checkpoint, *FAST])
+
+
+def test_unknown_model_type(capsys, workplace, checkpoint):
+    change_config(checkpoint, model_type="from-the-future")
+    assert "model type 'from-the-future' is not known to transformers" in refused(capsys, workplace, [checkpoint, *FAST])
+
+
+@pytest.mark.parametrize("left", [4, 200, 5000])
+def test_truncated_weights(capsys, workplace, checkpoint, left):
+    weights = checkpoint / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:left])
+    assert "truncated" in refused(capsys, workplace, [checkpoint, *FAST])
+
+
+def test_weights_that_are_not_safetensors(capsys, workplace, checkpoint):
+    (checkpoint / "model.safetensors").write_bytes((20).to_bytes(8, "little") + b"not json at all, no...")
+    assert "not a safetensors file" in refused(capsys, workplace, [checkpoint, *FAST])
+
+
+def test_pickled_weights_only(capsys, workplace, checkpoint):
+    (checkpoint / "model.safetensors").unlink()
+    torch.save({}, checkpoint / "pytorch_model.bin")
+    assert "reads safetensors only" in refused(capsys, workplace, [checkpoint, *FAST])
+
+
+def test_no_weights(capsys, workplace, checkpoint):
+    (checkpoint / "model.safetensors").unlink()
+    assert "has no *.safetensors" in refused(capsys, workplace, [checkpoint, *FAST])
+
+
+@pytest.mark.parametrize("name", ["absent.safetensors", "../outside.safetensors"])
+def test_index_that_names_other_files(capsys, workplace, checkpoint, name):
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": name}}))
+    line = refused(capsys, workplace, [checkpoint, *FAST])
+    assert "lacks absent.safetensors" in line or "is not a plain file name" in line
+
+
+def test_tokenizer_of_another_model(capsys, workplace, tmp_path, tokenizer):
+    folder = save_checkpoint(random_model("llama", vocab_size=300), tmp_path / "small", tokenizer)
+    assert "the model has 300 embeddings; it belongs to another model" in refused(capsys, workplace, [folder, *FAST])
+
+
+def test_missing_tokenizer(capsys, workplace, checkpoint):
+    for file in checkpoint.glob("tokenizer*"):
+        file.unlink()
+    assert "tokenizer" in refused(capsys, workplace, [checkpoint, *FAST])
+
+
+def test_broken_tokenizer(capsys, workplace, checkpoint):
+    (checkpoint / "tokenizer.json").write_text('{"model": 1}')
+    assert "cannot load the tokenizer" in refused(capsys, workplace, [checkpoint, *FAST])
+
+
+def test_chat_template_that_fails(capsys, workplace, checkpoint):
+    (checkpoint / "chat_template.jinja").write_text("{{ raise_exception('no') }}")
+    assert "the chat template fails" in refused(capsys, workplace, [checkpoint, *FAST])
+
+
+def test_chat_template_without_the_text(capsys, workplace, checkpoint):
+    (checkpoint / "chat_template.jinja").write_text("hello")
+    assert "does not hold the user's text exactly once" in refused(capsys, workplace, [checkpoint, *FAST])
+
+
+def test_vision_model(capsys, workplace, checkpoint):
+    transformers.Gemma3Config().save_pretrained(checkpoint)
+    line = refused(capsys, workplace, [checkpoint, *FAST])
+    assert "cannot be profiled: it reads images or sound" in line
+    assert "gemma3" in line
+
+
+def test_encoder_decoder(capsys, workplace, checkpoint):
+    transformers.T5Config().save_pretrained(checkpoint)
+    assert "it is an encoder-decoder" in refused(capsys, workplace, [checkpoint, *FAST])
+
+
+def test_encoder(capsys, workplace, checkpoint):
+    transformers.BertConfig().save_pretrained(checkpoint)
+    assert "it is an encoder" in refused(capsys, workplace, [checkpoint, *FAST])
+
+
+def test_latent_attention(capsys, workplace, checkpoint):
+    transformers.DeepseekV3Config().save_pretrained(checkpoint)
+    assert "multi-head latent attention" in refused(capsys, workplace, [checkpoint, *FAST])
+
+
+@pytest.mark.parametrize("config", ["MambaConfig", "Qwen3NextConfig", "FalconConfig"])
+def test_attention_of_another_kind(capsys, workplace, checkpoint, config):
+    getattr(transformers, config)().save_pretrained(checkpoint)
+    assert "cannot be profiled" in refused(capsys, workplace, [checkpoint, *FAST])
+
+
+def test_every_layer_slides(capsys, workplace, checkpoint):
+    transformers.MistralConfig(**_SHAPE, sliding_window=64).save_pretrained(checkpoint)
+    assert "every layer slides over a window of 64 tokens" in refused(capsys, workplace, [checkpoint, *FAST])
+
+
+def test_code_in_the_checkpoint(capsys, workplace, checkpoint):
+    change_config(checkpoint, auto_map={"AutoConfig": "evil.Config"})
+    (checkpoint / "evil.py").write_text("raise SystemExit('ran')")
+    assert "pass --trust-remote-code" in refused(capsys, workplace, [checkpoint, *FAST])
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("--dtype", "int3", "unknown dtype 'int3'"),
+        ("--device", "abacus", "unknown device 'abacus'"),
+        ("--device", "cuda", "no CUDA device"),
+        ("--method", "guess", "unknown method 'guess'"),
+        ("--engine", "steam", "unknown engine 'steam'"),
+        ("--corpus", "nothing-like-it", "no corpus 'nothing-like-it'"),
+        ("--corpus", "generate:poems", "use generate:KIND"),
+        ("--corpus", "datasets:./none", "cannot load the data set"),
+        ("--chunk-tokens", "0", "--chunk-tokens must be at least 1"),
+        ("--context-tokens", "-5", "--context-tokens must be at least 1"),
+        ("--recent-tokens", "0", "--recent-tokens must be at least 1"),
+        ("--sink-tokens", "-1", "--sink-tokens must not be negative"),
+        ("--chunk-tokens", "many", "Invalid value for '--chunk-tokens'"),
+        ("--wrong-flag", "1", "No such option"),
+    ],
+)
+def test_flag_values(capsys, workplace, checkpoint, flag, value, message):
+    if flag == "--device" and value == "cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    assert message in refused(capsys, workplace, [checkpoint, *FAST, flag, value])
+
+
+def test_corpus_too_short(capsys, workplace, checkpoint):
+    line = refused(capsys, workplace, [checkpoint, "--corpus", "generate:prose:1:500", "--context-tokens", "2000"])
+    assert "is too short: its longest document has" in line
+
+
+def test_context_longer_than_positions(capsys, workplace, checkpoint):
+    line = refused(capsys, workplace, [checkpoint, "--corpus", "generate:prose:1:20000"])
+    assert "max_position_embeddings is 4096" in line
+    assert "--context-tokens" in line
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_context_longer_than_the_original_rope(capsys, workplace, tmp_path, tokenizer, kind):
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 100}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    folder = save_checkpoint(random_model("llama"), tmp_path / kind, tokenizer)
+    change_config(folder, rope_parameters=rope)
+    assert f"{kind} RoPE changes its factors beyond 100 positions" in refused(capsys, workplace, [folder, *FAST])
+
+
+def test_output_of_another_model(capsys, workplace, checkpoint, tmp_path, tokenizer):
+    output = tmp_path / "out.json"
+    assert run(["score", str(checkpoint), *FAST, "--output", str(output)]) == 0
+    before = output.read_bytes()
+    other = save_checkpoint(random_model("qwen2", num_hidden_layers=2), tmp_path / "other", tokenizer)
+    capsys.readouterr()
+    line = refused(capsys, workplace, [other, *FAST, "--output", output])
+    assert "belongs to tiny" in line
+    assert "--force" in line
+    assert output.read_bytes() == before
+    assert run(["score", str(other), *FAST, "--output", str(output), "--force"]) == 0
+    assert output.read_bytes() != before
+    assert run(["score", str(other), *FAST, "--output", str(output)]) == 0, "its own file needs no --force"
+
+
+def test_output_is_a_foreign_file(capsys, workplace, checkpoint, tmp_path):
+    output = tmp_path / "notes.json"
+    output.write_text("my notes")
+    assert "is not a readable budget file" in refused(capsys, workplace, [checkpoint, *FAST, "--output", output])
+    assert output.read_text() == "my notes"
+
+
+@pytest.mark.parametrize("flag", ["--output", "--save-token-scores"])
+def test_read_only_output(capsys, workplace, checkpoint, tmp_path, flag):
+    others = ["--output", tmp_path / "fine.json"] if flag != "--output" else []
+    line = refused(capsys, workplace, [checkpoint, *FAST, *others, flag, "/proc/kvprofile/out.json"])
+    assert "cannot write /proc/kvprofile/out.json" in line
+    assert not (tmp_path / "fine.json").exists()
+
+
+def test_output_is_a_folder(capsys, workplace, checkpoint, tmp_path):
+    assert "it is a folder" in refused(capsys, workplace, [checkpoint, *FAST, "--output", tmp_path])
+
+
+def test_no_space_left(checkpoint, tmp_path):
+    """A limit on file sizes stands in for a full disk: the same OSError from the same write."""
+    output = tmp_path / "full" / "out.json"
+    script = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)); "
+    script += "from kvprofile.cli import main; main(sys.argv[1:])"
+    arguments = ["score", str(checkpoint), *FAST, "--output", str(output)]
+    found = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False)
+    assert found.returncode == 2, found.stderr
+    assert found.stderr.strip().splitlines()[-1].startswith(f"kvprofile: cannot write {output.parent}")
+    assert "Traceback" not in found.stderr
+    assert not output.parent.exists()
+
+
+def test_hub_snapshot_in_the_local_cache(capsys, workplace, tiny_checkpoint, tmp_path, monkeypatch):
+    """A cached hub id is scored offline, under its own name and commit."""
+    from huggingface_hub import constants
+
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "hub" / "models--some-org--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    shutil.copytree(tiny_checkpoint, repository / "snapshots" / commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert run(["score", "some-org/tiny", *FAST]) == 0, capsys.readouterr().err
+    written = json.loads((workplace / "models/kv_budget/some-org--tiny.json").read_text())
+    assert written["model"]["name"] == "some-org/tiny"
+    assert written["model"]["revision"] == commit

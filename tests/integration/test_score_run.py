@@ -1,0 +1,139 @@
+"""Whole runs of `kvprofile score` in processes of their own: what they write, and that stopping them loses nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from kvprofile.budget import store
+
+CORPUS = ["--corpus", "generate:prose:1:6000", "--corpus", "generate:tables:2:6000"]
+SMALL = ["--context-tokens", "640", "--chunk-tokens", "32", "--dtype", "float32", "--device", "cpu"]
+CHUNKS = 2 * 640 // 32
+
+
+def command(checkpoint, output, *options):
+    return [sys.executable, "-m", "kvprofile", "score", str(checkpoint), *CORPUS, *SMALL, "--output", str(output), *options]
+
+
+def start(checkpoint, output, *options):
+    return subprocess.Popen(
+        command(checkpoint, output, *options), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(checkpoint, output, *options):
+    run = subprocess.run(command(checkpoint, output, *options), capture_output=True, text=True, timeout=300, check=False)
+    assert run.returncode == 0, run.stderr
+    return run
+
+
+def wait_for_chunks(output, count, process):
+    folder = output.with_name(output.name + ".partial")
+    deadline = time.monotonic() + 120
+    while len(list(folder.glob("document-*.safetensors"))) < count:
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny_checkpoint, tmp_path_factory):
+    output = tmp_path_factory.mktemp("undisturbed") / "tiny.json"
+    finish(tiny_checkpoint, output)
+    return output.read_bytes()
+
+
+def test_same_run_same_bytes(tiny_checkpoint, undisturbed, tmp_path):
+    output = tmp_path / "tiny.json"
+    finish(tiny_checkpoint, output)
+    assert output.read_bytes() == undisturbed
+    assert [file.name for file in tmp_path.iterdir()] == ["tiny.json"]
+
+
+@pytest.mark.parametrize("chunks", [1, 9, CHUNKS // 2 + 3])
+def test_killed_and_run_again_gives_the_same_bytes(tiny_checkpoint, undisturbed, tmp_path, chunks):
+    output = tmp_path / "tiny.json"
+    process = start(tiny_checkpoint, output)
+    wait_for_chunks(output, chunks, process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not output.exists()
+    again = finish(tiny_checkpoint, output)
+    assert "chunks are finished already" in again.stderr
+    assert output.read_bytes() == undisturbed
+    assert [file.name for file in tmp_path.iterdir()] == ["tiny.json"]
+
+
+def test_interrupt_says_how_to_continue(tiny_checkpoint, undisturbed, tmp_path):
+    output = tmp_path / "tiny.json"
+    process = start(tiny_checkpoint, output)
+    wait_for_chunks(output, 3, process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "run the same command again to continue" in errors
+    assert "Traceback" not in errors
+    finish(tiny_checkpoint, output)
+    assert output.read_bytes() == undisturbed
+
+
+def test_chunks_of_another_run_are_not_used(tiny_checkpoint, undisturbed, tmp_path):
+    output = tmp_path / "tiny.json"
+    process = start(tiny_checkpoint, output, "--chunk-tokens", "40")
+    wait_for_chunks(output, 5, process)
+    process.kill()
+    process.communicate()
+    again = finish(tiny_checkpoint, output)
+    assert "finished already" not in again.stderr
+    assert output.read_bytes() == undisturbed
+
+
+def test_a_half_written_chunk_is_scored_again(tiny_checkpoint, undisturbed, tmp_path):
+    output = tmp_path / "tiny.json"
+    process = start(tiny_checkpoint, output)
+    wait_for_chunks(output, 4, process)
+    process.kill()
+    process.communicate()
+    broken = sorted((tmp_path / "tiny.json.partial").glob("document-*.safetensors"))[1]
+    broken.write_bytes(broken.read_bytes()[:100])
+    finish(tiny_checkpoint, output)
+    assert output.read_bytes() == undisturbed
+
+
+def test_token_scores_agree_with_the_head_scores(tiny_checkpoint, undisturbed, tmp_path):
+    output, scores_file = tmp_path / "tiny.json", tmp_path / "scores.safetensors"
+    result = json.loads(finish(tiny_checkpoint, output, "--save-token-scores", str(scores_file), "--json").stdout)
+    assert result["file"] == str(output)
+    profile = store.load(output)
+    assert output.read_bytes() == undisturbed
+    with safe_open(scores_file, "pt") as tensors:
+        found = [tensors.get_tensor(name) for name in tensors.keys()]
+    assert [tuple(t.shape) for t in found] == [(3, 2, 640), (3, 2, 640)]
+    both = torch.stack([t.double() for t in found])
+    torch.testing.assert_close(torch.tensor(profile.scores.max).double(), both.amax((0, -1)), rtol=1e-4, atol=0)
+    torch.testing.assert_close(torch.tensor(profile.scores.mean).double(), both.mean((0, -1)), rtol=1e-4, atol=0)
+    quantile = both.quantile(0.99, dim=-1, interpolation="higher").mean(0)
+    torch.testing.assert_close(torch.tensor(profile.scores.p99).double(), quantile, rtol=0.03, atol=0)
+    spread = both.amax(-1).std(0, correction=0)
+    torch.testing.assert_close(torch.tensor(profile.scores.spread).double(), spread, rtol=1e-3, atol=1e-7)
+
+
+def test_the_file_says_how_it_was_made(tiny_checkpoint, undisturbed):
+    document = json.loads(undisturbed)
+    assert document["scoring"]["corpora"][0]["name"] == "generate:prose:1:6000"
+    assert document["scoring"]["corpora"][0]["tokens"] == 640
+    assert document["scoring"]["prefix"] == "<|user|>\n"
+    assert document["scoring"]["dtype"] == "float32"
+    assert document["budgets"]["0.5"]["retention_realised"] == 0.5
+    assert str(tiny_checkpoint.parent) not in undisturbed.decode()
+    assert os.uname().nodename not in undisturbed.decode()
