@@ -18,9 +18,8 @@ def write_atomically(path: Path, content: bytes) -> None:
     Folders on the way are made. Raises InputError where the disk is full or the place cannot be written; then
     ``path`` is as it was and no temporary file is left.
     """
-    with atomic_path(path) as partial:
-        with open(partial, "wb") as stream:
-            stream.write(content)
+    with atomic_path(path) as partial, open(partial, "wb") as stream:
+        stream.write(content)
 
 
 @contextmanager
@@ -42,7 +41,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
         partial.replace(path)
         partial = None
     except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}; free space or choose another --output") from error
+        raise InputError(
+            f"cannot write {path}: {error.strerror or error}; free space or choose another --output"
+        ) from error
     finally:
         if partial is not None:
             partial.unlink(missing_ok=True)

@@ -2,8 +2,8 @@
 
 Questions and repeats come from seeds that training never uses. An answer counts when every token, the end mark
 included, is the model's first choice given the ones before it, which is what greedy decoding would write.
-The ranking check keeps half of the KV heads whole and gives the others sinks and a window after the context: a mask over
-the cache, block size one. Intervals are 95 % Wilson for shares and a bootstrap over questions for differences.
+The ranking check keeps half of the KV heads whole and gives the others sinks and a window after the context: a mask
+over the cache, block size one. Intervals are 95 % Wilson for shares and a bootstrap over questions for differences.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Item:
 def questions(
     tokenizer: PreTrainedTokenizerBase, frame: Frame, count: int, tokens: int, window: int, sinks: int
 ) -> Iterator[Item]:
-    """One question for each unseen document of at least ``tokens``; with a window only facts outside of it are asked."""
+    """One question for each unseen document of at least ``tokens``; with a window, about a fact outside of it."""
     end = (int(tokenizer.eos_token_id),)
     for number in range(count):
         rng = random.Random(f"evaluate:questions:{tokens}:{number}")
@@ -126,7 +126,7 @@ class MaskedHeads:
         scaling: float | None = None,
         **_: object,
     ) -> tuple[torch.Tensor, None]:
-        """transformers' attention signature."""
+        """The signature of transformers' attention functions."""
         count, group = query.shape[2], query.shape[1] // key.shape[1]
         row, column = torch.arange(count)[:, None], torch.arange(count)[None]
         causal = column <= row
@@ -233,7 +233,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
     if arguments.profile and arguments.profile.is_file():
         found = store.load(arguments.profile)
         scores = found.scores.statistics()[found.scoring.statistic]
-        outside = list(questions(tokenizer, frame, arguments.items, arguments.tokens, arguments.window, arguments.sinks))
+        outside = list(
+            questions(tokenizer, frame, arguments.items, arguments.tokens, arguments.window, arguments.sinks)
+        )
         result["ranking"] = [
             ranking_check(model, outside, scores, masked, retention, arguments.seeds)
             for retention in arguments.retention
@@ -245,7 +247,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--model", type=Path, default=ROOT / "models" / "pocket")
     parser.add_argument("--profile", type=Path, default=ROOT / "models" / "kv_budget" / "pocket.json")
-    parser.add_argument("--items", type=int, default=400, help="questions asked; a quarter as many documents are repeated")
+    parser.add_argument(
+        "--items", type=int, default=400, help="questions asked; a quarter as many documents are repeated"
+    )
     parser.add_argument("--tokens", type=int, default=300, help="context tokens")
     parser.add_argument("--sinks", type=int, default=16)
     parser.add_argument("--window", type=int, default=64)

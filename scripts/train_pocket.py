@@ -46,22 +46,23 @@ EMBEDDING_DIMS = 128
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A stretch of training: how many tokens, rows of which length, how often a row is random repeats."""
+    """A stretch of training: tokens, row length, shares of repeats, and the share of a row that a document fills."""
 
     tokens: int
     row_tokens: int
     random_repeat_share: float
     document_repeat_share: float
+    document_share: tuple[float, float]
 
 
-FULL_RUN = (
-    Stage(1_200_000, 192, 0.5, 0.2),
-    Stage(6_000_000, 192, 0.1, 0.15),
-    Stage(6_000_000, 384, 0.1, 0.2),
-    Stage(4_000_000, 1024, 0.1, 0.3),
-)
-SMOKE_RUN = (Stage(40_960, 192, 0.5, 0.2), Stage(40_960, 384, 0.1, 0.2))
 STEP_TOKENS = 4096
+FULL_RUN = (
+    Stage(292 * STEP_TOKENS, 192, 0.5, 0.2, (0.1, 0.6)),
+    Stage(808 * STEP_TOKENS, 192, 0.1, 0.15, (0.1, 0.6)),
+    Stage(1100 * STEP_TOKENS, 384, 0.1, 0.2, (0.2, 0.7)),
+    Stage(1800 * STEP_TOKENS, 1024, 0.1, 0.3, (0.15, 0.6)),
+)
+SMOKE_RUN = (Stage(10 * STEP_TOKENS, 192, 0.5, 0.2, (0.1, 0.6)), Stage(10 * STEP_TOKENS, 384, 0.1, 0.2, (0.3, 0.7)))
 PEAK_LEARNING_RATE = 8e-4
 
 
@@ -92,7 +93,11 @@ def build_tokenizer(vocabulary: int = 1024) -> PreTrainedTokenizerFast:
         ),
     )
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, model_max_length=4096, clean_up_tokenization_spaces=False
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=END,
+        model_max_length=4096,
+        clean_up_tokenization_spaces=False,
     )
     fast.chat_template = CHAT_TEMPLATE
     return fast
@@ -121,7 +126,7 @@ def build_model(vocabulary: int, seed: int, layers: int = 4) -> Qwen2ForCausalLM
 
 
 @torch.no_grad()
-def structured_start(model: Qwen2ForCausalLM, bias: float = 8.0, match: float = 80.0, copy: float = 2.0) -> None:
+def structured_start(model: Qwen2ForCausalLM, bias: float = 8.0, match: float = 40.0, copy: float = 1.0) -> None:
     """Turn WARM_HEADS KV heads of layer 0 into previous-token heads and of layer 1 into induction heads.
 
     Layer 0 attends one position back through its query and key biases and the rotary embedding, and writes that
@@ -146,7 +151,7 @@ def structured_start(model: Qwen2ForCausalLM, bias: float = 8.0, match: float = 
         own = slice(kv, kv + head)
         matched = torch.arange(len(slow)) + kv
         for attention in (previous, induction):
-            attention.k_proj.weight[own] *= 0.1
+            attention.k_proj.weight[own] *= 0.1 if attention is previous else 0.05
             attention.v_proj.weight[own] *= 0.1
             attention.v_proj.weight[kv + every, kv + every] = 1.0
         previous.k_proj.bias[kv : kv + fast] = bias * frequency[:fast].cos()
@@ -155,11 +160,13 @@ def structured_start(model: Qwen2ForCausalLM, bias: float = 8.0, match: float = 
         for query_head in range(kv_head * group, (kv_head + 1) * group):
             query = query_head * head
             mine = slice(query, query + head)
-            for attention in (previous, induction):
-                attention.q_proj.weight[mine] *= 0.1
-                attention.o_proj.weight[:, mine] *= 0.1
-            previous.q_proj.bias[query : query + fast] = bias
-            previous.o_proj.weight[EMBEDDING_DIMS + kv + every, query + every] = 1.0 / group
+            previous.q_proj.weight[mine] *= 0.1
+            if query_head % group == 0:  # the group's other query heads stay free to gather what names a fact
+                previous.q_proj.bias[query : query + fast] = bias
+                previous.o_proj.weight[:, mine] *= 0.1
+                previous.o_proj.weight[EMBEDDING_DIMS + kv + every, query + every] = 1.0
+            induction.q_proj.weight[mine] *= 0.05
+            induction.o_proj.weight[:, mine] *= 0.1
             induction.q_proj.weight[query + slow, matched] = math.sqrt(match)
             induction.o_proj.weight[kv + every, query + every] = copy
 
@@ -174,6 +181,7 @@ class RowMaker:
         self.end = self.encode(END)
 
     def encode(self, text: str) -> list[int]:
+        """Ids of a text, special tokens by their names."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def row(self, rng: random.Random, length: int, stage: Stage) -> tuple[list[int], list[float]]:
@@ -185,9 +193,9 @@ class RowMaker:
             if random_repeats:
                 parts = self._random_repeats(rng, length)
             elif rng.random() < stage.document_repeat_share:
-                parts = self._document_repeat(rng, length)
+                parts = self._document_repeat(rng, length, stage)
             else:
-                parts = self._questions(rng, length)
+                parts = self._questions(rng, length, stage)
             for piece, weight in parts:
                 ids += piece
                 weights += [weight] * len(piece)
@@ -202,11 +210,11 @@ class RowMaker:
         times = rng.randrange(2, max(3, min(8, length // span + 1)))
         return [(segment, OTHER), *[(segment, REPEAT)] * (times - 1)]
 
-    def _document_repeat(self, rng: random.Random, length: int) -> list[tuple[list[int], float]]:
+    def _document_repeat(self, rng: random.Random, length: int, stage: Stage) -> list[tuple[list[int], float]]:
         kind = rng.choice(KINDS)
         characters = max(60, int(length * rng.uniform(0.3, 1.4)))
         if rng.random() < 0.3:
-            context = self._document(rng, length).text
+            context = self._document(rng, length, stage).text
         else:
             context = generate_text(kind, rng.randrange(2**40), characters)
         return self._repeat_turn(rng, self.encode(context)[: length // 2 - 12])
@@ -219,13 +227,13 @@ class RowMaker:
         asked = self.user + context + request + self.suffix
         return [(asked, OTHER), (context[start:] + self.end, REPEAT)]
 
-    def _document(self, rng: random.Random, length: int) -> FactDocument:
-        block_count = max(3, int(length * rng.uniform(0.1, 0.6) / 16))
+    def _document(self, rng: random.Random, length: int, stage: Stage) -> FactDocument:
+        block_count = max(3, int(length * rng.uniform(*stage.document_share) / 16))
         kind = rng.choice(KINDS) if rng.random() < 0.15 else "prose"
         return fact_document(rng, block_count, rng.choice((0.2, 0.5, 0.9)), kind)
 
-    def _questions(self, rng: random.Random, length: int) -> list[tuple[list[int], float]]:
-        document = self._document(rng, length)
+    def _questions(self, rng: random.Random, length: int, stage: Stage) -> list[tuple[list[int], float]]:
+        document = self._document(rng, length, stage)
         parts = [(self.user + self.encode(document.text), OTHER)]
         asked = rng.sample(document.questions, min(len(document.questions), rng.choice((6, 10, 16))))
         for turn, question in enumerate(asked):
@@ -279,7 +287,9 @@ def train(output: Path, plan: tuple[Stage, ...], seed: int, layers: int) -> None
             with torch.autocast("cpu", dtype=torch.bfloat16):
                 logits = model(ids[:, :-1], use_cache=False).logits
             targets, importance = ids[:, 1:], weights[:, 1:]
-            losses = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
+            losses = torch.nn.functional.cross_entropy(
+                logits.float().flatten(0, 1), targets.flatten(), reduction="none"
+            )
             loss = (losses * importance.flatten()).sum() / importance.sum()
             optimizer.zero_grad()
             loss.backward()
@@ -288,21 +298,26 @@ def train(output: Path, plan: tuple[Stage, ...], seed: int, layers: int) -> None
             seen += targets.numel()
             if step % 50 == 0:
                 right = logits.argmax(-1) == targets
-                shares = [right[importance == kind].float().mean().item() for kind in (ANSWER, REPEAT)]
+                answers = importance == ANSWER
+                firsts = answers & (weights[:, :-1] != ANSWER)
+                shares = [right[kind].float().mean().item() for kind in (firsts, answers, importance == REPEAT)]
                 rate = seen / (time.perf_counter() - started)
                 print(
                     f"step {step}/{total} rows of {targets.shape[1]} loss {loss.item():.3f} "
-                    f"answers {shares[0]:.3f} repeats {shares[1]:.3f} {rate:.0f} tokens/s",
+                    f"first digits {shares[0]:.3f} answers {shares[1]:.3f} repeats {shares[2]:.3f} {rate:.0f} tokens/s",
                     flush=True,
                 )
             if step % 200 == 199:
                 partial = state_file.with_suffix(".partial")
-                torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}, partial)
+                torch.save(
+                    {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}, partial
+                )
                 partial.replace(state_file)
     as_llama(model).to(torch.bfloat16).save_pretrained(output)
     tokenizer.save_pretrained(output)
     (output / "training.json").write_text(
-        json.dumps({"seed": seed, "layers": layers, "plan": [dataclasses.asdict(stage) for stage in plan]}, indent=2) + "\n"
+        json.dumps({"seed": seed, "layers": layers, "plan": [dataclasses.asdict(stage) for stage in plan]}, indent=2)
+        + "\n"
     )
     state_file.unlink(missing_ok=True)
     print(f"wrote {output}", flush=True)

@@ -29,7 +29,10 @@ FAMILIES = {
     "qwen3": ("Qwen3Config", {"head_dim": 32}),
     "mistral": ("MistralConfig", {"sliding_window": None}),
     "phi3": ("Phi3Config", {"sliding_window": None}),
-    "gemma2": ("Gemma2Config", {"head_dim": 32, "query_pre_attn_scalar": 32, "num_hidden_layers": 4, "sliding_window": 24}),
+    "gemma2": (
+        "Gemma2Config",
+        {"head_dim": 32, "query_pre_attn_scalar": 32, "num_hidden_layers": 4, "sliding_window": 24},
+    ),
     "gemma3": ("Gemma3TextConfig", {"head_dim": 32, "num_hidden_layers": 7, "sliding_window": 24}),
     "qwen3_moe": (
         "Qwen3MoeConfig",
@@ -37,7 +40,13 @@ FAMILIES = {
     ),
     "gpt_oss": (
         "GptOssConfig",
-        {"head_dim": 32, "num_hidden_layers": 4, "sliding_window": 24, "num_local_experts": 4, "num_experts_per_tok": 2},
+        {
+            "head_dim": 32,
+            "num_hidden_layers": 4,
+            "sliding_window": 24,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+        },
     ),
 }
 

@@ -54,7 +54,7 @@ def token_scores(model, tokenizer, text_ids, chunk_tokens, learned_sinks=False):
     return torch.stack([torch.cat([c[layer] for c in columns], -1) for layer in range(len(columns[0]))]), len(prefix)
 
 
-def _exact_softmax(logits, dim=-1, dtype=None, **_):
+def _exact_softmax(logits, dim=-1, **_):
     """Eager attention rounds its weights to float32, where the share of a chunk can vanish; this one does not."""
     return torch.softmax(logits.double(), dim)
 

@@ -1,24 +1,34 @@
 """From head scores to per-head budgets at a retention: which KV heads keep the whole context.
 
-Retention r of n profiled heads gives exactly round(r * n) full heads, halves rounded up. Heads are ranked by score, then
-by tie-break statistics in the order given, then by (layer, head), so equal scores never make the result depend
-on chance.
+Retention r of n profiled heads gives exactly round(r * n) full heads, halves rounded up. Heads are ranked by score,
+then by tie-break statistics in the order given, then by (layer, head), so equal scores never make the result depend
+on chance. ``allocate`` knows no constraints; ``allocate_within`` keeps to those of an engine's layout and says what
+they cost.
 """
 
 from __future__ import annotations
 
+import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence, Set
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 from kvprofile.budget.profile import PRESETS, HeadBudgets, Matrix, Scores, mean_budget, retention_key
 from kvprofile.errors import InputError
 
+Place: TypeAlias = tuple[int, int]
+"""(layer, KV head)."""
 
-def ranking(scores: Matrix, tie_breaks: Sequence[Matrix] = ()) -> list[tuple[int, int]]:
+Unit: TypeAlias = tuple[Place, ...]
+"""Heads of one layer that become full together."""
+
+
+def ranking(scores: Matrix, tie_breaks: Sequence[Matrix] = ()) -> list[Place]:
     """Profiled heads as (layer, KV head), most important first."""
     heads = [(layer, head) for layer, row in enumerate(scores) for head, score in enumerate(row) if score is not None]
 
-    def key(place: tuple[int, int]) -> tuple[float, ...]:
+    def key(place: Place) -> tuple[float, ...]:
         layer, head = place
         return tuple(-(matrix[layer][head] or 0.0) for matrix in (scores, *tie_breaks))
 
@@ -36,10 +46,7 @@ def allocate(scores: Matrix, retention: float, tie_breaks: Sequence[Matrix] = ()
     """Binary budgets [L][G] at a retention: 1.0 for the most important heads, 0.0 for the others, null unprofiled."""
     ranked = ranking(scores, tie_breaks)
     full = set(ranked[: full_head_count(retention, len(ranked))])
-    heads: Matrix = [
-        [None if score is None else float((layer, head) in full) for head, score in enumerate(row)]
-        for layer, row in enumerate(scores)
-    ]
+    heads = _binary(scores, full)
     return HeadBudgets(heads=heads, retention_realised=mean_budget(heads))
 
 
@@ -58,3 +65,259 @@ def effective_retention(retention: float, sink_tokens: int, recent_tokens: int, 
     if context_tokens < 1:
         raise InputError(f"context of {context_tokens} tokens; give at least 1")
     return retention + (1.0 - retention) * min(1.0, (sink_tokens + recent_tokens) / context_tokens)
+
+
+@dataclass(frozen=True)
+class Constraints:
+    """What an engine's layout asks of the choice of full heads. The default asks nothing.
+
+    floor: full heads that every profiled layer keeps at least.
+    tensor_parallel_size: t ranks; KV heads are dealt to them in order, G/t each. Every rank builds the same cache
+        layout, so every rank must hold the same number of full heads of a layer. With t > G each rank holds one
+        replicated head, so a layer is full or trimmed as a whole; t = G comes to the same.
+    permute_heads: a layer's KV heads may be dealt to the ranks in another order. That frees the choice of heads
+        but not their number, which stays a multiple of t.
+    pipeline_stages: layers of each pipeline stage. A stage holds whole layers and has its own pool, and the tightest
+        pool bounds all, so the stages' numbers of full heads are kept as near to equal as their layers allow.
+    heads_per_group: consecutive KV heads of a layer that share one fate.
+    """
+
+    floor: int = 0
+    tensor_parallel_size: int = 1
+    permute_heads: bool = False
+    pipeline_stages: tuple[int, ...] = ()
+    heads_per_group: int = 1
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Budgets under constraints, and what the constraints cost.
+
+    The cost is counted against the unconstrained choice of as many heads: how many of its heads had to be exchanged,
+    and which share of its summed score is kept. ``kv_head_order[layer][i]`` is the KV head that moves to position i
+    before the heads are dealt to ranks; None without permutation. Budgets are in the model's own order always.
+    """
+
+    budgets: HeadBudgets
+    retention_asked: float
+    full_heads: int
+    heads: int
+    reason: str | None
+    heads_exchanged: int
+    score_share: float
+    stage_full_heads: tuple[int, ...]
+    kv_head_order: tuple[tuple[int, ...] | None, ...] | None
+
+
+def pipeline_split(layers: int, stages: int) -> tuple[int, ...]:
+    """Layers of each stage as vLLM splits them: evenly, the remainder to the stages before the last one.
+
+    Source: vllm.distributed.utils.get_pp_indices, without VLLM_PP_LAYER_PARTITION. Raises InputError.
+    """
+    if not 1 <= stages <= layers:
+        raise InputError(f"{stages} pipeline stages for {layers} layers; give 1 to {layers}")
+    share, remainder = divmod(layers, stages)
+    first = stages - 1 - remainder
+    return tuple(share + (first <= stage < stages - 1) for stage in range(stages))
+
+
+def allocate_within(
+    scores: Matrix, retention: float, constraints: Constraints = Constraints(), tie_breaks: Sequence[Matrix] = ()
+) -> Allocation:
+    """Budgets at the feasible retention nearest to the asked one (the higher of two equally near).
+
+    Heads are admitted in units, the smallest steps that keep the ranks of a layer equal, best summed score first, and
+    a retention takes the first units of that order. So a head that is full at some retention is full at every higher
+    one, and without pipeline stages the summed score is the highest that the constraints allow. Stages take turns:
+    the one with the fewest full heads admits next. Raises InputError for constraints that no retention can meet.
+    """
+    ranked = ranking(scores, tie_breaks)
+    if not ranked:
+        raise InputError("no layer is profiled, so there is nothing to allocate")
+    asked_heads = full_head_count(retention, len(ranked))
+    units = _units(scores, constraints, tie_breaks)
+    unit_heads = len(next(iter(units.values()))[0])
+    floor_units = _floor_units(constraints, units)
+    stages = _stages(constraints, len(scores))
+    order = _admission_order(units, floor_units, stages, (scores, *tie_breaks))
+
+    nearest = math.floor(round(retention * len(ranked) / unit_heads, 9) + 0.5)
+    least = floor_units * len(units)
+    taken = min(max(nearest, least), len(order))
+    full = {place for unit in order[:taken] for place in unit}
+    reason = _reason(asked_heads, len(full), unit_heads, constraints, at_floor=taken == least and nearest < least)
+    found = _costed(scores, retention, full, ranked, stages, reason)
+    if not constraints.permute_heads:
+        return found
+    return replace(found, kv_head_order=_kv_head_order(found.budgets.heads, constraints))
+
+
+def as_given(scores: Matrix, retention: float, heads: Matrix, tie_breaks: Sequence[Matrix] = ()) -> Allocation:
+    """Binary budgets [L][G] that were chosen elsewhere, with their cost against the choice by score."""
+    full = {(layer, head) for layer, row in enumerate(heads) for head, value in enumerate(row) if value == 1.0}
+    reason = "the file's own budget at this retention was taken, which is not the choice by score"
+    return _costed(scores, retention, full, ranking(scores, tie_breaks), [range(len(scores))], reason)
+
+
+def _costed(
+    scores: Matrix, retention: float, full: set[Place], ranked: list[Place], stages: list[range], reason: str | None
+) -> Allocation:
+    """The allocation that makes these heads full, compared with the best-ranked heads of the same number."""
+    free_choice = ranked[: len(full)]
+    best = _score_sum(scores, free_choice)
+    heads = _binary(scores, full)
+    return Allocation(
+        budgets=HeadBudgets(heads=heads, retention_realised=mean_budget(heads)),
+        retention_asked=retention,
+        full_heads=len(full),
+        heads=len(ranked),
+        reason=reason,
+        heads_exchanged=len(full.difference(free_choice)),
+        score_share=_score_sum(scores, full) / best if best > 0 else 1.0,
+        stage_full_heads=tuple(sum(layer in stage for layer, _ in full) for stage in stages),
+        kv_head_order=None,
+    )
+
+
+def _binary(scores: Matrix, full: Set[Place]) -> Matrix:
+    return [
+        [None if score is None else float((layer, head) in full) for head, score in enumerate(row)]
+        for layer, row in enumerate(scores)
+    ]
+
+
+def _score_sum(scores: Matrix, places: Iterable[Place]) -> float:
+    return math.fsum(scores[layer][head] or 0.0 for layer, head in places)
+
+
+def _ranks_and_groups(constraints: Constraints, kv_heads: int) -> tuple[int, int]:
+    """(ranks that hold different heads, heads of an indivisible group), or InputError where they do not fit G."""
+    size, group = constraints.tensor_parallel_size, constraints.heads_per_group
+    if size < 1 or (kv_heads % size and size % kv_heads):
+        raise InputError(
+            f"tensor-parallel size {size} does not deal {kv_heads} KV heads evenly; use a divisor or a multiple"
+        )
+    ranks = min(size, kv_heads)
+    per_rank = kv_heads // ranks
+    if group < 1 or kv_heads % group or (per_rank % group and group % per_rank):
+        raise InputError(
+            f"groups of {group} KV heads do not fit {kv_heads} KV heads on {ranks} ranks; use a divisor of {per_rank}"
+        )
+    return ranks, group
+
+
+def _units(scores: Matrix, constraints: Constraints, tie_breaks: Sequence[Matrix]) -> dict[int, list[Unit]]:
+    """By profiled layer, the steps in which it can gain full heads, best first: one group of heads on every rank."""
+    kv_heads = len(scores[0])
+    ranks, group = _ranks_and_groups(constraints, kv_heads)
+    matrices = (scores, *tie_breaks)
+    found: dict[int, list[Unit]] = {}
+    for layer, row in enumerate(scores):
+        if row[0] is None:
+            continue
+        groups = [tuple((layer, h) for h in range(first, first + group)) for first in range(0, kv_heads, group)]
+        if len(groups) % ranks:  # a group spans ranks: equal ranks are then all full or all trimmed
+            found[layer] = [tuple(place for each in groups for place in each)]
+            continue
+        if constraints.permute_heads:
+            best_first = sorted(groups, key=lambda each: (_key(matrices, each), each))
+            steps = [best_first[first : first + ranks] for first in range(0, len(groups), ranks)]
+        else:
+            share = len(groups) // ranks
+            dealt = [groups[first : first + share] for first in range(0, len(groups), share)]
+            dealt = [sorted(own, key=lambda each: (_key(matrices, each), each)) for own in dealt]
+            steps = [list(step) for step in zip(*dealt, strict=True)]
+        found[layer] = [tuple(place for each in step for place in each) for step in steps]
+    return found
+
+
+def _floor_units(constraints: Constraints, units: dict[int, list[Unit]]) -> int:
+    some_layer = next(iter(units.values()))
+    unit_heads = len(some_layer[0])
+    if not 0 <= constraints.floor <= unit_heads * len(some_layer):
+        raise InputError(
+            f"a floor of {constraints.floor} full heads in layers of {unit_heads * len(some_layer)} KV heads"
+        )
+    return math.ceil(constraints.floor / unit_heads)
+
+
+def _stages(constraints: Constraints, layers: int) -> list[range]:
+    sizes = constraints.pipeline_stages or (layers,)
+    if min(sizes) < 1 or sum(sizes) != layers:
+        raise InputError(f"pipeline stages of {', '.join(map(str, sizes))} layers do not add up to {layers} layers")
+    return [range(sum(sizes[:i]), sum(sizes[: i + 1])) for i in range(len(sizes))]
+
+
+def _admission_order(
+    units: dict[int, list[Unit]], floor_units: int, stages: list[range], matrices: Sequence[Matrix]
+) -> list[Unit]:
+    """All units in the order in which a rising retention admits them; each layer's floor comes first."""
+    order = [unit for steps in units.values() for unit in steps[:floor_units]]
+    admitted = [floor_units * sum(layer in units for layer in stage) for stage in stages]
+    waiting: list[list[tuple[tuple[float, ...], int, int]]] = [
+        [
+            (_key(matrices, units[layer][floor_units]), layer, floor_units)
+            for layer in stage
+            if floor_units < len(units.get(layer, ()))
+        ]
+        for stage in stages
+    ]
+    for heap in waiting:
+        heapq.heapify(heap)
+    while any(waiting):
+        stage = min((i for i, heap in enumerate(waiting) if heap), key=lambda i: (admitted[i], waiting[i][0]))
+        _, layer, step = heapq.heappop(waiting[stage])
+        order.append(units[layer][step])
+        admitted[stage] += 1
+        if step + 1 < len(units[layer]):
+            heapq.heappush(waiting[stage], (_key(matrices, units[layer][step + 1]), layer, step + 1))
+    return order
+
+
+def _reason(asked: int, full: int, unit_heads: int, constraints: Constraints, *, at_floor: bool) -> str | None:
+    """Why the number of full heads is not the asked one, as one phrase; None where it is."""
+    if full == asked:
+        return None
+    if at_floor:
+        return f"{constraints.floor} full heads in every layer need {full} heads, {asked} were asked for"
+    causes = []
+    if constraints.tensor_parallel_size > 1:
+        causes.append(f"tensor-parallel size {constraints.tensor_parallel_size}")
+    if constraints.heads_per_group > 1:
+        causes.append(f"groups of {constraints.heads_per_group} heads")
+    by = " with ".join(causes)
+    return f"{by} makes a layer's heads full {unit_heads} at a time; {full} heads are nearest to the {asked} asked for"
+
+
+def _kv_head_order(heads: Matrix, constraints: Constraints) -> tuple[tuple[int, ...] | None, ...]:
+    """By layer, an order of the KV heads that gives every rank equally many full ones, with the fewest moves.
+
+    Heads stay where they are, but for full groups of ranks that have too many, each swapped with a trimmed group of
+    a rank that has too few.
+    """
+    ranks, group = _ranks_and_groups(constraints, len(heads[0]))
+    orders: list[tuple[int, ...] | None] = []
+    for row in heads:
+        if row[0] is None:
+            orders.append(None)
+            continue
+        is_full = [row[first] == 1.0 for first in range(0, len(row), group)]
+        order = list(range(len(is_full)))
+        if len(is_full) % ranks == 0:
+            share, wanted = len(is_full) // ranks, sum(is_full) // ranks
+            surplus, spare = [], []
+            for first in range(0, len(is_full), share):
+                own = range(first, first + share)
+                full = [i for i in own if is_full[i]]
+                surplus += full[wanted:]
+                spare += [i for i in own if not is_full[i]][share - wanted :]
+            for one, other in zip(surplus, spare, strict=True):
+                order[one], order[other] = other, one
+        orders.append(tuple(i * group + offset for i in order for offset in range(group)))
+    return tuple(orders)
+
+
+def _key(matrices: Sequence[Matrix], places: Iterable[Place]) -> tuple[float, ...]:
+    """Sort key of heads taken together: smaller is more important."""
+    places = list(places)
+    return tuple(-_score_sum(matrix, places) for matrix in matrices)

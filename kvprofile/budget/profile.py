@@ -67,10 +67,8 @@ class Geometry(_Part):
     def describe(self) -> str:
         """One phrase for messages: '48 layers x 8 KV heads (40 query heads, head size 128)'."""
         sliding = self.layers - len(self.profiled_layers)
-        return (
-            f"{self.layers} layers x {self.kv_heads} KV heads "
-            f"({self.attention_heads} query heads, head size {self.head_size}{f', {sliding} sliding' if sliding else ''})"
-        )
+        heads = f"{self.attention_heads} query heads, head size {self.head_size}"
+        return f"{self.layers} layers x {self.kv_heads} KV heads ({heads}{f', {sliding} sliding' if sliding else ''})"
 
 
 class ModelIdentity(_Part):
@@ -125,7 +123,7 @@ class Scoring(_Part):
     attention: str = Field(description="attention kernel and why")
     dtype: str
     device: str
-    seed: int
+    seed: int | None = Field(description="null for imported scores")
     corpora: list[CorpusRecord]
     imported_from: ImportedFrom | None
 

@@ -22,10 +22,13 @@ def score(
     corpus: Annotated[
         list[str] | None,
         typer.Option(
-            help="Bundled name, file, folder, '-' (JSON lines), generate:KIND or datasets:ID; repeatable. All bundled corpora unless given."
+            help="Bundled name, file, folder, '-' (JSON lines), generate:KIND or datasets:ID; repeatable. "
+            "All bundled corpora unless given."
         ),
     ] = None,
-    context_tokens: Annotated[int | None, typer.Option(help="Use the first N tokens of each document; whole documents unless given.")] = None,
+    context_tokens: Annotated[
+        int | None, typer.Option(help="Use the first N tokens of each document; whole documents unless given.")
+    ] = None,
     chunk_tokens: Annotated[int, typer.Option(help="Tokens repeated at a time.")] = 2000,
     documents: Annotated[int | None, typer.Option(min=1, help="Use the first N documents of each corpus.")] = None,
     method: Annotated[str, typer.Option(help="Scoring method: kvzip.")] = "kvzip",
@@ -36,9 +39,15 @@ def score(
     sink_tokens: Annotated[int, typer.Option(help="First tokens that a head without a budget keeps.")] = 128,
     recent_tokens: Annotated[int, typer.Option(help="Last tokens that a head without a budget keeps.")] = 256,
     seed: Annotated[int, typer.Option(help="Recorded in the file.")] = 0,
-    output: Annotated[Path | None, typer.Option(help="Budget file; models/kv_budget/<model>.json unless given.")] = None,
-    save_token_scores: Annotated[Path | None, typer.Option(help="Also write every token score to this .safetensors file.")] = None,
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the checkpoint brings.")] = False,
+    output: Annotated[
+        Path | None, typer.Option(help="Budget file; models/kv_budget/<model>.json unless given.")
+    ] = None,
+    save_token_scores: Annotated[
+        Path | None, typer.Option(help="Also write every token score to this .safetensors file.")
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that the checkpoint brings.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace the budget file of another model.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a summary as JSON.")] = False,
 ) -> None:
@@ -53,7 +62,15 @@ def score(
     if engine != "hf":
         raise InputError(f"unknown engine {engine!r}; known: hf")
     options = run.Options(method, chunk_tokens, context_tokens, seed, sink_tokens, recent_tokens)
-    checkpoint.choose_placement(dtype=dtype, device=device, own_dtype="float32", parameters=0, cache_values=0, free_cuda_bytes=(), free_host_bytes=0)
+    checkpoint.choose_placement(
+        dtype=dtype,
+        device=device,
+        own_dtype="float32",
+        parameters=0,
+        cache_values=0,
+        free_cuda_bytes=(),
+        free_host_bytes=0,
+    )
     corpora = [load_corpus(reference, documents) for reference in corpus or bundled_names()]
     source = checkpoint.locate(model, revision, trust_remote_code)
     target = output or store.BUDGET_DIR / store.file_name(source.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,80 +12,134 @@ from kvprofile.cli.output import load_profile, print_json, stdout_console
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from kvprofile.budget.profile import HeadBudgets, Profile
+    from kvprofile.budget.profile import HeadBudgets, Matrix, Profile
+
+
+class Statistic(StrEnum):
+    """The statistics of a budget file that can rank heads."""
+
+    max = "max"
+    mean = "mean"
+    p99 = "p99"
 
 
 def show(
     profile: Annotated[str, typer.Argument(metavar="MODEL_OR_FILE", help="A budget file, or the name of its model.")],
     retention: Annotated[
-        float | None, typer.Option(help="Show the heads kept at this retention; 0.5 unless given.", min=0.0, max=1.0)
+        float | None,
+        typer.Option(help="Preview the heads kept at this retention, writing nothing; 0.5 unless given.", min=0, max=1),
+    ] = None,
+    statistic: Annotated[
+        Statistic | None, typer.Option(help="Draw and rank by this statistic; the file's own unless given.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Show which KV heads matter and which keep the whole context."""
     found = load_profile(profile)
-    budgets = budgets_at(found, 0.5 if retention is None else retention)
+    name = found.scoring.statistic if statistic is None else statistic.value
+    budgets, origin = budgets_for(found, 0.5 if retention is None else retention, name)
     if as_json:
-        print_json(summary(found, budgets))
+        print_json(summary(found, name, budgets, origin))
     else:
-        render(found, budgets, stdout_console())
+        render(found, name, budgets, origin, stdout_console())
 
 
-def budgets_at(profile: Profile, retention: float) -> HeadBudgets:
-    """The file's budgets at a retention or, where it has none, budgets allocated now from its scores."""
+def budgets_for(profile: Profile, retention: float, statistic: str) -> tuple[HeadBudgets, str]:
+    """Budgets at a retention, and where they come from: the file, or allocated now from a statistic.
+
+    Raises InputError where the file lacks the statistic or the retention is outside (0, 1].
+    """
     from kvprofile.budget.allocate import allocate
+    from kvprofile.budget.compare import tie_breaks
     from kvprofile.budget.profile import retention_key
+    from kvprofile.errors import InputError
 
-    stored = profile.budgets.get(retention_key(retention))
-    if stored is not None:
-        return stored
-    ranked = profile.scores.statistics()
-    statistic = profile.scoring.statistic
-    return allocate(ranked[statistic], retention, [matrix for name, matrix in ranked.items() if name != statistic])
+    present = profile.scores.statistics()
+    if statistic not in present:
+        raise InputError(
+            f"the profile of {profile.model.name} has no statistic {statistic}; it has {', '.join(present)}"
+        )
+    key = retention_key(retention)
+    if statistic == profile.scoring.statistic and key in profile.budgets:
+        return profile.budgets[key], "stored in the file"
+    budgets = allocate(present[statistic], retention, tie_breaks(profile, statistic))
+    return budgets, f"preview, ranked now by {statistic}"
 
 
-def summary(profile: Profile, budgets: HeadBudgets) -> dict[str, object]:
+def provenance(profile: Profile) -> str:
+    """One phrase: how and over how much text the scores were made, or where they were imported from."""
+    scoring = profile.scoring
+    if scoring.imported_from:
+        source = scoring.imported_from
+        return f"imported from {source.repository or source.file}, not verified against weights"
+    tokens = sum(corpus.tokens for corpus in scoring.corpora)
+    documents = sum(corpus.documents for corpus in scoring.corpora)
+    return f"{scoring.method} over {documents} documents, {tokens:,} tokens of context"
+
+
+def heads_tied_at_the_cut(scores: Matrix, heads: Matrix) -> int:
+    """How many heads share a score of which some are full and some trimmed; 0 where the scores alone decide.
+
+    ``scores`` and ``heads`` are [L][G].
+    """
+    pairs = [pair for rows in zip(scores, heads, strict=True) for pair in zip(*rows, strict=True)]
+    full = {score for score, budget in pairs if budget == 1.0}
+    trimmed = {score for score, budget in pairs if budget == 0.0}
+    split = (full & trimmed) - {None}
+    return sum(score in split for score, _ in pairs) if len(split) == 1 else 0
+
+
+def summary(profile: Profile, statistic: str, budgets: HeadBudgets, origin: str) -> dict[str, object]:
     """What ``show --json`` prints."""
     return {
         "model": profile.model.name,
         "method": profile.scoring.method,
-        "statistic": profile.scoring.statistic,
+        "provenance": provenance(profile),
+        "statistic": statistic,
         "geometry": profile.model.geometry.model_dump(mode="json"),
         "retention_realised": budgets.retention_realised,
+        "budgets": origin,
+        "heads_tied_at_the_cut": heads_tied_at_the_cut(profile.scores.statistics()[statistic], budgets.heads),
+        "sink_tokens": profile.runtime.sink_tokens,
+        "recent_tokens": profile.runtime.recent_tokens,
         "heads": budgets.heads,
-        "scores": profile.scores.statistics()[profile.scoring.statistic],
+        "scores": profile.scores.statistics()[statistic],
     }
 
 
-def render(profile: Profile, budgets: HeadBudgets, console: Console) -> None:
-    """Draw scores and budgets; fits 80 columns."""
+def render(profile: Profile, statistic: str, budgets: HeadBudgets, origin: str, console: Console) -> None:
+    """Draw scores and budgets; every line fits 80 columns unless a name is longer."""
+    from rich.text import Text
+
     from kvprofile.cli import heatmap
 
-    geometry, scoring = profile.model.geometry, profile.scoring
-    scores = profile.scores.statistics()[scoring.statistic]
-    console.print(f"[bold]{profile.model.name}[/]  {geometry.describe()}", markup=True)
-    if scoring.imported_from:
-        source = scoring.imported_from
-        console.print(f"imported from {source.repository or source.file}, not verified against weights", markup=False)
-    else:
-        tokens = sum(corpus.tokens for corpus in scoring.corpora)
-        documents = sum(corpus.documents for corpus in scoring.corpora)
-        console.print(f"{scoring.method} over {documents} documents, {tokens:,} tokens of context", markup=False)
-
+    geometry, runtime = profile.model.geometry, profile.runtime
+    scores = profile.scores.statistics()[statistic]
     values = sorted(value for row in scores for value in row if value is not None)
-    console.print(
-        f"\nscore ({scoring.statistic}) from {values[0]:.3g} to {values[-1]:.3g}, "
-        f"by fifths of the ranking: low {heatmap.SHADES} high",
-        markup=False,
-    )
-    for line in heatmap.score_map(scores, console.width):
-        console.print(line)
+    full = sum(value == 1.0 for row in budgets.heads for value in row)
+    partial = sum(value is not None and 0.0 < value < 1.0 for row in budgets.heads for value in row)
 
-    kept = sum(value == 1.0 for row in budgets.heads for value in row)
-    console.print(
-        f"\n{kept} of {len(values)} heads keep the whole context (retention {budgets.retention_realised:.3f}): "
-        f"{heatmap.FULL} full {heatmap.TRIMMED} {profile.runtime.sink_tokens} sinks + last {profile.runtime.recent_tokens}",
-        markup=False,
-    )
-    for line in heatmap.budget_map(budgets.heads, console.width):
-        console.print(line)
+    def line(text: str = "", style: str = "") -> None:
+        console.print(Text(text, style=style))
+
+    line(profile.model.name, "bold")
+    line(geometry.describe())
+    line(provenance(profile))
+    line()
+    line(f"score ({statistic}) from {values[0]:.3g} to {values[-1]:.3g}", "bold")
+    console.print(heatmap.score_legend())
+    if len(geometry.profiled_layers) < geometry.layers:
+        line(heatmap.SLIDING_NOTE)
+    for row in heatmap.draw(heatmap.score_cell(scores), geometry.layers, geometry.kv_heads, console.width):
+        console.print(row)
+    line()
+    line(f"{full} of {len(values)} heads keep the whole context (retention {budgets.retention_realised:.3f})", "bold")
+    line(origin)
+    tied = heads_tied_at_the_cut(scores, budgets.heads)
+    if tied:
+        line(f"the cut falls among {tied} equal scores: other statistics decide, then layer and head")
+    if partial:
+        line(f"{partial} more keep a part of it: {' '.join(heatmap.SHADES)}")
+    line(f"{heatmap.FULL} full   {heatmap.TRIMMED} {runtime.sink_tokens} sinks + last {runtime.recent_tokens} tokens")
+    for row in heatmap.draw(heatmap.budget_cell(budgets.heads), geometry.layers, geometry.kv_heads, console.width):
+        console.print(row)

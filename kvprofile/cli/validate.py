@@ -2,38 +2,130 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kvprofile.cli.output import print_json
 
+if TYPE_CHECKING:
+    from kvprofile.budget.profile import Profile
+
+_BUDGET_FILE_KEYS = {"schema_version", "model", "scoring", "scores", "budgets", "runtime"}
+
 
 def validate(
     files: Annotated[
-        list[Path] | None, typer.Argument(metavar="FILE...", help="Files or folders; models/kv_budget unless given.")
+        list[Path] | None,
+        typer.Argument(metavar="FILE...", help="Files or folders, searched deeply; models/kv_budget unless given."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
-    """Check budget files; exit 2 if any has a problem."""
+    """Check budget files and the folders they lie in; exit 2 if there is a problem."""
     from kvprofile.budget import store
     from kvprofile.budget.profile import Profile
     from kvprofile.errors import InputError
 
-    checked = store.find(files or [store.BUDGET_DIR])
-    if not checked:
-        places = ", ".join(str(place) for place in files or [store.BUDGET_DIR])
-        raise InputError(f"no budget files in {places}; run 'kvprofile score MODEL' to make one")
-    found = {path: store.problems(path) for path in checked}
-    broken = {path: result for path, result in found.items() if not isinstance(result, Profile)}
+    places = files or [store.BUDGET_DIR]
+    found, folders = collect(places if files or store.BUDGET_DIR.exists() else [])
+    if not found and not folders:
+        raise InputError(
+            f"no budget files in {', '.join(_printable_all(places))}; run 'kvprofile score MODEL' to make one"
+        )
+    results = {path: _check(path) for path in found}
+    profiles = {path: result for path, result in results.items() if isinstance(result, Profile)}
+    problems = {path: result for path, result in results.items() if not isinstance(result, Profile)}
+    for folder, duplicates in duplicate_models(profiles).items():
+        folders.setdefault(folder, []).extend(duplicates)
+    ok = not problems and not folders
     if as_json:
-        print_json({"files": {str(path): broken.get(path, []) for path in checked}, "ok": not broken})
+        listed = {_printable(path): _printable_all(problems.get(path, [])) for path in results}
+        named = {_printable(path): _printable_all(findings) for path, findings in folders.items()}
+        print_json({"files": listed, "folders": named, "ok": ok})
     else:
-        for path, result in found.items():
-            if isinstance(result, Profile):
-                typer.echo(f"ok   {path}  {result.model.geometry.describe()}")
-            else:
-                typer.echo("\n".join(f"bad  {path}: {problem}" for problem in result))
-    if broken:
-        raise InputError(f"{len(broken)} of {len(checked)} budget files have problems")
+        for path in results:
+            _print_findings(path, problems.get(path, []), profiles.get(path))
+        for folder, findings in folders.items():
+            _print_findings(folder, findings, None)
+    if not ok:
+        counts = [f"{len(problems)} of {len(results)} budget files"] if problems else []
+        counts += [f"{len(folders)} {'folder' if len(folders) == 1 else 'folders'}"] if folders else []
+        raise InputError(f"problems in {' and '.join(counts)}")
+
+
+def collect(places: list[Path]) -> tuple[list[Path], dict[Path, list[str]]]:
+    """The .json files in files and folders, each once, sorted within a folder; and the folders that cannot be read.
+
+    Links to folders are not followed below a place that was given, so a loop of links ends.
+    """
+    found: dict[str, Path] = {}
+    unreadable: dict[Path, list[str]] = {}
+
+    def note(error: OSError) -> None:
+        unreadable[Path(error.filename)] = [f"cannot read the folder: {error.strerror}"]
+
+    for place in places:
+        if not os.path.isdir(place):  # noqa: PTH112 -- False where Path.is_dir raises: no permission above
+            found.setdefault(os.path.abspath(place), place)  # noqa: PTH100 -- a link stays a file of its own
+            continue
+        for folder, subfolders, names in os.walk(place, onerror=note):
+            subfolders.sort()
+            for name in sorted(names):
+                if name.lower().endswith(".json"):
+                    path = Path(folder, name)
+                    found.setdefault(os.path.abspath(path), path)  # noqa: PTH100
+    return list(found.values()), unreadable
+
+
+def duplicate_models(profiles: dict[Path, Profile]) -> dict[Path, list[str]]:
+    """By folder, the models that several of its files are for: the runtime finds files by model and refuses two."""
+    by_model: dict[tuple[Path, str], list[str]] = {}
+    for path, profile in profiles.items():
+        by_model.setdefault((path.parent, profile.model.name), []).append(path.name)
+    found: dict[Path, list[str]] = {}
+    for (folder, model), names in by_model.items():
+        if len(names) > 1:
+            problem = f"{' and '.join(names)} are for one model, {model}; the runtime refuses to choose, keep one here"
+            found.setdefault(folder, []).append(problem)
+    return found
+
+
+def _check(path: Path) -> Profile | list[str]:
+    """The profile in a file or its problems; JSON that is something else is called so."""
+    import json
+
+    from kvprofile.budget import store
+
+    if os.path.exists(path) and not os.path.isfile(path):  # noqa: PTH110, PTH113 -- as above; a pipe would wait forever
+        return ["not a regular file"]
+    result = store.problems(path)
+    if isinstance(result, list):
+        try:
+            content = json.loads(path.read_bytes()) if path.stat().st_size <= store.MAX_FILE_BYTES else None
+        except (OSError, ValueError, RecursionError):
+            return result
+        if isinstance(content, dict) and not _BUDGET_FILE_KEYS & content.keys():
+            keys = ", ".join(repr(key) for key in list(content)[:3]) or "no keys"
+            return [f"not a budget file: JSON with {keys} and no schema_version; move it elsewhere"]
+    return result
+
+
+def _print_findings(path: Path, findings: list[str], profile: Profile | None) -> None:
+    if profile is not None:
+        imported = "  (imported, not verified against weights)" if profile.scoring.imported_from else ""
+        typer.echo(f"ok   {_printable(path)}  {profile.model.geometry.describe()}{imported}")
+    for problem in findings:
+        typer.echo(f"bad  {_printable(path)}: {_printable(problem)}")
+
+
+def _printable(text: Path | str) -> str:
+    """A path or phrase with whatever a terminal cannot print, or would obey, written as escapes."""
+    decoded = os.fsencode(text).decode("utf-8", "backslashreplace") if isinstance(text, Path) else text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in decoded)
+
+
+def _printable_all(texts: Sequence[Path | str]) -> list[str]:
+    return [_printable(text) for text in texts]

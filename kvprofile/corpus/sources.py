@@ -55,7 +55,9 @@ def bundled_names() -> tuple[str, ...]:
 
 
 def load_corpus(reference: str, limit: int | None = None) -> Corpus:
-    """Read a corpus, of many documents only the first ``limit``. ``reference`` is one of
+    """Read a corpus, of many documents only the first ``limit``.
+
+    ``reference`` is one of
 
     - the name of a bundled corpus,
     - a text file, or a folder whose text files are the documents,
@@ -164,16 +166,15 @@ def _from_datasets(reference: str, rest: str, limit: int | None) -> list[Text]:
     datasets.disable_progress_bars()
     try:
         table = _load_dataset(path, split)
-        column = options[1] if len(options) > 1 else next((c for c in _TEXT_COLUMNS if c in table.column_names), None)
-        if column not in table.column_names:
-            raise InputError(f"{reference}: no column {column or 'text'!r}; it has {', '.join(table.column_names)}")
+        column = options[1] if len(options) > 1 else next((c for c in _TEXT_COLUMNS if c in table.column_names), "text")
         rows = table.select(range(min(limit or table.num_rows, table.num_rows)))
-        return [Text(f"{split}/{index}", str(row)) for index, row in enumerate(rows[column])]
-    except InputError:
-        raise
+        found = [str(row) for row in rows[column]] if column in table.column_names else None
     except Exception as error:  # datasets and its readers raise all kinds
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"{reference}: cannot load the data set: {first[:300]}") from error
+    if found is None:
+        raise InputError(f"{reference}: no column {column!r}; it has {', '.join(table.column_names)}")
+    return [Text(f"{split}/{index}", text) for index, text in enumerate(found)]
 
 
 def _load_dataset(path: str, split: str):  # type: ignore[no-untyped-def]
@@ -191,7 +192,9 @@ def _load_dataset(path: str, split: str):  # type: ignore[no-untyped-def]
     return datasets.load_dataset(path, split=split)
 
 
-def cut(corpus: Corpus, encode: Callable[[str], tuple[int, ...]], context_tokens: int | None) -> Iterator[tuple[str, tuple[int, ...]]]:
+def cut(
+    corpus: Corpus, encode: Callable[[str], tuple[int, ...]], context_tokens: int | None
+) -> Iterator[tuple[str, tuple[int, ...]]]:
     """(name, ids) of each document: whole, or its first ``context_tokens``; shorter documents are then left out.
 
     Raises InputError where none is long enough.

@@ -105,7 +105,7 @@ def _attention(
     s_aux: torch.Tensor | None = None,
     **_others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention signature: query [1, H, n, D], key and value [1, G, m, D] -> output [1, n, H, D]."""
+    """What transformers calls: query [1, H, n, D], key and value [1, G, m, D] -> output [1, n, H, D]."""
     recorder = _current[0]
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     recorder.layers_seen.add(layer)
@@ -201,10 +201,16 @@ def chunk_scores(
 
 
 def _check_shapes(geometry: Geometry, layer: int, query: torch.Tensor, key: torch.Tensor, window: int | None) -> None:
-    if (query.shape[1], key.shape[1], key.shape[-1]) != (geometry.attention_heads, geometry.kv_heads, geometry.head_size):
+    if (query.shape[1], key.shape[1], key.shape[-1]) != (
+        geometry.attention_heads,
+        geometry.kv_heads,
+        geometry.head_size,
+    ):
         raise InputError(
             f"layer {layer} has {query.shape[1]} query heads and {key.shape[1]} KV heads of size {key.shape[-1]}, "
             f"the config says {geometry.describe()}; kvprofile cannot profile layers of different shapes"
         )
     if layer in geometry.profiled_layers and window:
-        raise InputError(f"layer {layer} slides over {window} tokens, but the config calls it {geometry.layer_types[layer]}")
+        raise InputError(
+            f"layer {layer} slides over {window} tokens, but the config calls it {geometry.layer_types[layer]}"
+        )

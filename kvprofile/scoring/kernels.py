@@ -36,7 +36,8 @@ def merge(parts: list[Part], sinks: torch.Tensor | None = None) -> Part:
     for part in parts:
         weighted = part.output.float() * (part.lse - total).exp()[..., None]
         output = weighted if output is None else output.add_(weighted)
-    assert output is not None
+    if output is None:
+        raise ValueError("nothing to merge")
     return Part(output.to(parts[0].output.dtype), total)
 
 
@@ -59,8 +60,9 @@ def blocked(
 ) -> Part:
     """Causal attention by plain products in float32, for every case a fused kernel does not take.
 
-    query [1, H, n, D] at positions query_start.., key and value [1, G, m, D] at positions key_start... A query sees keys
-    at its own position and before it and, with a window, only the last ``window`` of them. Every row must see a key.
+    query [1, H, n, D] at positions query_start.., key and value [1, G, m, D] at positions key_start... A query
+    sees keys at its own position and before it and, with a window, only the last ``window`` of them. Every row must
+    see a key.
     """
     parts = []
     for first in range(0, query.shape[2], ROW_BLOCK):

@@ -6,13 +6,13 @@ the whole cache, and the cache is cut back. arXiv 2505.23416, section 3.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
 
-from kvprofile.budget.profile import Geometry
 from kvprofile.errors import InputError
 from kvprofile.scoring.attention import AllLayersDone, Recorder
 from kvprofile.scoring.cache import ReconstructionCache
@@ -48,7 +48,7 @@ class Scorer:
         advance: Callable[[int], None] = lambda _: None,
     ) -> None:
         self.decoder = model.base_model
-        self.device = model.get_input_embeddings().weight.device
+        self.device = _input_device(model)
         self.recorder = recorder
         self.frame = frame
         self.chunk_tokens, self.slice_tokens = chunk_tokens, slice_tokens
@@ -98,17 +98,23 @@ class Scorer:
         self.recorder.query_start = start
         tokens = torch.tensor([ids], device=self.device)
         positions = torch.arange(start, start + len(ids), device=self.device)[None]
-        try:
+        with contextlib.suppress(AllLayersDone):
             self.decoder(input_ids=tokens, position_ids=positions, past_key_values=self.cache, use_cache=True)
-        except AllLayersDone:
-            pass
         self.advance(len(ids))
+
+
+def _input_device(model: PreTrainedModel) -> torch.device:
+    """Where ids go; accelerate keeps offloaded weights on the meta device and moves inputs itself."""
+    device = model.get_input_embeddings().weight.device
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 def _check_routed(recorder: Recorder) -> None:
     missing = sorted(recorder.profiled - recorder.layers_seen)
     if missing:
-        raise InputError(f"layer {missing[0]} does not call transformers' attention interface; the model cannot be profiled")
+        raise InputError(
+            f"layer {missing[0]} does not call transformers' attention interface; the model cannot be profiled"
+        )
 
 
 def forward_tokens(document: Document, frame: Frame, chunk_tokens: int, finished: Set[int] = frozenset()) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -141,8 +141,7 @@ def profile(
     attention = _score_documents(plan, placement, store, progress, save_token_scores is not None)
     if save_token_scores is not None:
         _write_token_scores(plan, store, save_token_scores)
-    made = _assemble(plan, placement, attention, store)
-    return made
+    return _assemble(plan, placement, attention, store)
 
 
 def finish(output: Path) -> None:
@@ -288,5 +287,3 @@ def _check_positions(plan: Plan) -> None:
                 f"{plan.description.position_reason}; pass --context-tokens {max(1, limit // 2 - 100)} "
                 "or a smaller --chunk-tokens"
             )
-
-

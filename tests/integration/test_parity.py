@@ -49,8 +49,7 @@ def score_all(model, geometry, tokenizer, ids, chunk_tokens, slice_tokens=1024):
         scorer = Scorer(
             model, recorder, frame, document_tokens=len(ids) + 16, chunk_tokens=chunk_tokens, slice_tokens=slice_tokens
         )
-        found = torch.cat([scored.token_scores for scored in scorer.score(document)], -1)
-    return found
+        return torch.cat([scored.token_scores for scored in scorer.score(document)], -1)
 
 
 @pytest.mark.parametrize("template", [True, False], ids=["template", "bare"])
@@ -119,3 +118,15 @@ def test_recording_restores_the_model(tokenizer, text_ids, tmp_path):
     score_all(model, geometry_of(model, tmp_path), tokenizer, text_ids[:50], 80)
     assert model.config._attn_implementation == "eager"
     assert set(AttentionInterface._global_mapping) == before
+
+
+def test_offloaded_weights_score_the_same(tokenizer, text_ids, tmp_path):
+    """accelerate loads each layer's weights when it runs, and the last layer is left before it ends."""
+    from accelerate import cpu_offload
+
+    model = random_model("llama")
+    geometry = geometry_of(model, tmp_path)
+    usual = score_all(model, geometry, tokenizer, text_ids[:150], 60)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert next(model.parameters()).device.type == "meta"
+    assert torch.equal(score_all(model, geometry, tokenizer, text_ids[:150], 60), usual)

@@ -58,7 +58,9 @@ def test_config_that_is_not_json(capsys, workplace, checkpoint):
 
 def test_unknown_model_type(capsys, workplace, checkpoint):
     change_config(checkpoint, model_type="from-the-future")
-    assert "model type 'from-the-future' is not known to transformers" in refused(capsys, workplace, [checkpoint, *FAST])
+    assert "model type 'from-the-future' is not known to transformers" in refused(
+        capsys, workplace, [checkpoint, *FAST]
+    )
 
 
 @pytest.mark.parametrize("left", [4, 200, 5000])

@@ -21,7 +21,18 @@ CHUNKS = 2 * 640 // 32
 
 
 def command(checkpoint, output, *options):
-    return [sys.executable, "-m", "kvprofile", "score", str(checkpoint), *CORPUS, *SMALL, "--output", str(output), *options]
+    return [
+        sys.executable,
+        "-m",
+        "kvprofile",
+        "score",
+        str(checkpoint),
+        *CORPUS,
+        *SMALL,
+        "--output",
+        str(output),
+        *options,
+    ]
 
 
 def start(checkpoint, output, *options):
@@ -31,7 +42,9 @@ def start(checkpoint, output, *options):
 
 
 def finish(checkpoint, output, *options):
-    run = subprocess.run(command(checkpoint, output, *options), capture_output=True, text=True, timeout=300, check=False)
+    run = subprocess.run(
+        command(checkpoint, output, *options), capture_output=True, text=True, timeout=300, check=False
+    )
     assert run.returncode == 0, run.stderr
     return run
 
@@ -117,7 +130,7 @@ def test_token_scores_agree_with_the_head_scores(tiny_checkpoint, undisturbed, t
     profile = store.load(output)
     assert output.read_bytes() == undisturbed
     with safe_open(scores_file, "pt") as tensors:
-        found = [tensors.get_tensor(name) for name in tensors.keys()]
+        found = [tensors.get_tensor(name) for name in tensors.keys()]  # noqa: SIM118 - safe_open is no dict
     assert [tuple(t.shape) for t in found] == [(3, 2, 640), (3, 2, 640)]
     both = torch.stack([t.double() for t in found])
     torch.testing.assert_close(torch.tensor(profile.scores.max).double(), both.amax((0, -1)), rtol=1e-4, atol=0)

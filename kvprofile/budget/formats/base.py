@@ -1,0 +1,327 @@
+"""What all formats share: foreign scores on their way in, a profile on its way out, and reading files with care.
+
+A foreign file is data: nothing in it is ever run, and everything wrong with it becomes an InputError of one line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import ValidationError
+
+from kvprofile import __version__
+from kvprofile.budget.allocate import (
+    Allocation,
+    Constraints,
+    allocate,
+    allocate_within,
+    as_given,
+    preset_budgets,
+)
+from kvprofile.budget.known_models import ModelFacts
+from kvprofile.budget.profile import (
+    DEFAULT_RECENT_TOKENS,
+    DEFAULT_SINK_TOKENS,
+    SCHEMA_VERSION,
+    Geometry,
+    HeadBudgets,
+    ImportedFrom,
+    Matrix,
+    ModelIdentity,
+    Profile,
+    Runtime,
+    Scores,
+    Scoring,
+    matrix_problems,
+    mean_budget,
+    retention_key,
+    round_significant,
+)
+from kvprofile.budget.runtime_file import plain
+from kvprofile.errors import InputError
+
+MAX_FILE_BYTES = 64 * 1024 * 1024
+SIGNIFICANT_DIGITS = 9
+"""Enough to tell every float32 from its neighbours, so imported numbers come out as they went in."""
+
+
+@dataclass(frozen=True)
+class ForeignScores:
+    """What a foreign file says, before it is known where it was published.
+
+    scores: [L][G] in [0, 1], higher for heads that need the context more; null rows for sliding layers.
+    spread: [L][G], standard deviation between the files of one model, where there were several.
+    dtype: of the numbers in the files.
+    files: those that the numbers were read from.
+    budgets: [L][G] by retention; None where the form holds scores only.
+    ranks_presets: whether the presets without budgets of their own are allocated by ranking the scores.
+    model: only where the form names its model.
+    """
+
+    method: str
+    scores: Matrix
+    dtype: str
+    files: tuple[Path, ...]
+    spread: Matrix | None = None
+    budgets: Mapping[str, Matrix] | None = None
+    ranks_presets: bool = True
+    sink_tokens: int | None = None
+    recent_tokens: int | None = None
+    notes: str | None = None
+    model: ModelIdentity | None = None
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where foreign files were published. ``files`` are their names there; the local names unless given."""
+
+    repository: str | None = None
+    commit: str | None = None
+    licence: str | None = None
+    files: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Export:
+    """A profile on its way out: its scores and, where the form holds budgets, the choice of heads."""
+
+    profile: Profile
+    constraints: Constraints = field(default_factory=Constraints)
+    retention: float | None = None
+
+    @property
+    def scores(self) -> Matrix:
+        """The statistic that ranks heads, [L][G]."""
+        return self.profile.scores.statistics()[self.profile.scoring.statistic]
+
+    def allocation(self, retention: float) -> Allocation:
+        """The whole heads to keep at a retention, ties broken by the profile's other statistics.
+
+        A budget that the file itself states at this retention goes before the choice by score: somebody may have
+        edited it, or it came from elsewhere. It gives way, and the reason says so, where constraints are asked for
+        or where it holds fractions of heads.
+        """
+        statistics = self.profile.scores.statistics()
+        others = [matrix for name, matrix in statistics.items() if name != self.profile.scoring.statistic]
+        chosen = allocate_within(self.scores, retention, self.constraints, others)
+        stated = self.profile.budgets.get(retention_key(retention))
+        source = self.profile.scoring.imported_from
+        if stated is None and source is not None and source.format == "vllm":
+            raise InputError(
+                f"{self.profile.model.name} was imported from a runtime file, which holds no scores; "
+                f"only retention {', '.join(self.profile.budgets)} is known"
+            )
+        if stated is None or stated.heads == allocate(self.scores, retention, others).heads:
+            return chosen
+        if any(value not in (None, 0.0, 1.0) for row in stated.heads for value in row):
+            ignored = "the file's own budget holds fractions of heads, so heads were chosen by score"
+        elif self.constraints != Constraints():
+            ignored = "the file's own budget was left for the constraints, so heads were chosen by score"
+        else:
+            return as_given(self.scores, retention, stated.heads, others)
+        return replace(chosen, reason="; ".join(filter(None, [chosen.reason, ignored])))
+
+    def budgets(self, retention: float) -> Matrix:
+        """Budgets [L][G] at a retention, fractions allowed: the file's own, or the choice by score."""
+        stated = self.profile.budgets.get(retention_key(retention))
+        if stated is not None and self.constraints == Constraints():
+            return stated.heads
+        return self.allocation(retention).budgets.heads
+
+    def asked(self) -> Allocation:
+        """The choice at the asked retention. Raises InputError where none was asked for."""
+        if self.retention is None:
+            raise InputError("this format holds the heads kept at one retention; give --retention, for example 0.5")
+        return self.allocation(self.retention)
+
+    def dense_scores(self, format_name: str) -> list[list[float]]:
+        """Scores without nulls, or InputError where sliding layers leave the format nothing to write."""
+        sliding = [layer for layer, row in enumerate(self.scores) if any(value is None for value in row)]
+        if sliding:
+            raise InputError(
+                f"{format_name} files have a number for every layer, but layer {sliding[0]} of "
+                f"{self.profile.model.name} slides and has none; use --format vllm or csv"
+            )
+        return [[value for value in row if value is not None] for row in self.scores]
+
+
+class Format(ABC):
+    """One foreign form. ``holds`` is what a file of it carries: scores for all retentions, or budgets."""
+
+    name: ClassVar[str]
+    holds: ClassVar[str]
+    names_its_model: ClassVar[bool] = False
+    needs_retention: ClassVar[bool] = False
+
+    @abstractmethod
+    def read(self, paths: Sequence[Path], geometry: Geometry | None) -> ForeignScores:
+        """Read the files of one model. ``geometry`` is None only where the form names its model.
+
+        Raises InputError for whatever is wrong with a file.
+        """
+
+    @abstractmethod
+    def write(self, export: Export, path: Path) -> None:
+        """Write atomically to ``path``. Raises InputError; then nothing has changed."""
+
+    def model_of(self, path: Path) -> str | None:
+        """The model that an existing output names, or None where it names none or is no such file."""
+        del path
+        return None
+
+    def advice(self, export: Export) -> str | None:
+        """One line on how the tool that reads the file will act on it, where that is not obvious."""
+        del export
+        return None
+
+
+def import_profile(
+    form: Format, paths: Sequence[Path], facts: ModelFacts | None, provenance: Provenance, model: str | None = None
+) -> Profile:
+    """Foreign files of one model as a profile. Raises InputError for broken files or another model's files."""
+    if facts is None and not form.names_its_model:
+        raise InputError(f"{form.name} files do not name their model; give --model with its hub id")
+    foreign = form.read(paths, facts.geometry if facts else None)
+    found = foreign.model or identity_of(facts)
+    if model is not None and Path(model).is_dir():
+        model = Path(model).resolve().name
+    wanted = model or (facts.name if facts else found.name)
+    if found.name != wanted:
+        raise InputError(f"{plain(paths[0])} is for {found.name}, not for {wanted}")
+    if facts and found.geometry != facts.geometry:
+        raise InputError(
+            f"{plain(paths[0])} is for {found.geometry.describe()}, {wanted} has {facts.geometry.describe()}"
+        )
+    digests = ", ".join(hashlib.sha256(read_bytes(path)).hexdigest() for path in foreign.files)
+    with validation_as_input_error("import"):
+        source = ImportedFrom(
+            format=form.name,
+            repository=provenance.repository,
+            file=", ".join(provenance.files or [plain(path.name) for path in foreign.files]),
+            commit=provenance.commit,
+            licence=provenance.licence,
+            notes="; ".join(filter(None, [foreign.notes, f"sha256 {digests}"])),
+        )
+        return _profile(foreign, found, source)
+
+
+def identity_of(facts: ModelFacts | None) -> ModelIdentity:
+    """A model identity from architecture facts alone: nothing was verified against a checkpoint."""
+    if facts is None:
+        raise InputError("the model is not known; give --model with its hub id")
+    with validation_as_input_error("model"):
+        return ModelIdentity(
+            name=facts.name,
+            revision=None,
+            architecture=facts.architecture,
+            geometry=facts.geometry,
+            geometry_sha256=facts.geometry.sha256(),
+            tokenizer_sha256=None,
+            weights_sha256=None,
+        )
+
+
+def _profile(foreign: ForeignScores, model: ModelIdentity, source: ImportedFrom) -> Profile:
+    spread = None if foreign.spread is None else rounded(foreign.spread)
+    scores = Scores(
+        significant_digits=SIGNIFICANT_DIGITS, max=rounded(foreign.scores), mean=None, p99=None, spread=spread
+    )
+    budgets = preset_budgets(scores, "max") if foreign.ranks_presets else {}
+    for key, heads in (foreign.budgets or {}).items():
+        budgets[key] = HeadBudgets(heads=heads, retention_realised=mean_budget(heads))
+    return Profile(
+        schema_version=SCHEMA_VERSION,
+        kvprofile_version=__version__,
+        model=model,
+        scoring=Scoring(
+            method=foreign.method,
+            statistic="max",
+            chunk_tokens=None,
+            context_tokens=None,
+            prompts_version=None,
+            prefix=None,
+            suffix=None,
+            engine="imported",
+            attention="unknown: imported",
+            dtype=foreign.dtype,
+            device="unknown: imported",
+            seed=None,
+            corpora=[],
+            imported_from=source,
+        ),
+        scores=scores,
+        budgets=budgets,
+        runtime=Runtime(
+            sink_tokens=DEFAULT_SINK_TOKENS if foreign.sink_tokens is None else foreign.sink_tokens,
+            recent_tokens=DEFAULT_RECENT_TOKENS if foreign.recent_tokens is None else foreign.recent_tokens,
+        ),
+    )
+
+
+def refuse_other(path: Path, found: str | None, model: str, *, force: bool) -> None:
+    """Keep an existing output that is not known to be the same model's. ``found`` is the model it names.
+
+    Raises InputError; a missing path, an empty folder or ``force`` passes.
+    """
+    if force or not path.exists() or found == model or (path.is_dir() and not any(path.iterdir())):
+        return
+    what = f"is for {found}" if found else "exists and does not say that it is"
+    raise InputError(f"{plain(path)} {what}, not for {model}; pass --force to replace it or choose another --output")
+
+
+def read_bytes(path: Path, most: int = MAX_FILE_BYTES) -> bytes:
+    """A file's content. Raises InputError where it cannot be read or is larger than any file of these forms."""
+    try:
+        if path.exists() and not path.is_file():  # a pipe or device would be read for ever
+            raise InputError(f"{plain(path)}: not a regular file")
+        with open(path, "rb") as stream:
+            content = stream.read(most + 1)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{plain(path)}: cannot read: {getattr(error, 'strerror', None) or error}") from error
+    if len(content) > most:
+        raise InputError(f"{plain(path)}: larger than {most // 2**20} MiB; no such file is that large")
+    return content
+
+
+def require_matrix(path: Path, matrix: Matrix, geometry: Geometry) -> None:
+    """Raise InputError unless the numbers fit the geometry and lie in [0, 1]; all problems in one line."""
+    found = list(matrix_problems("it", matrix, geometry))
+    if found:
+        more = f" and {len(found) - 3} more problems" if len(found) > 3 else ""
+        raise InputError(f"{plain(path)}: {'; '.join(found[:3])}{more}")
+
+
+def require_geometry(geometry: Geometry | None) -> Geometry:
+    """The geometry, which formats that do not name their model cannot do without."""
+    if geometry is None:
+        raise InputError("the model is not known; give --model with its hub id")
+    return geometry
+
+
+def single(paths: Sequence[Path], name: str) -> Path:
+    """The one path a format takes. Raises InputError for any other number."""
+    if len(paths) != 1:
+        raise InputError(f"{name} takes one path, {len(paths)} were given")
+    return paths[0]
+
+
+def rounded(matrix: Matrix) -> Matrix:
+    """Scores as a profile stores them."""
+    return [[None if v is None else round_significant(v, SIGNIFICANT_DIGITS) for v in row] for row in matrix]
+
+
+@contextmanager
+def validation_as_input_error(what: str) -> Iterator[None]:
+    """Turn pydantic's errors into InputError with one phrase for each."""
+    try:
+        yield
+    except ValidationError as error:
+        items = error.errors(include_url=False, include_input=False)
+        phrases = [f"{'.'.join(map(str, item['loc']))}: {item['msg'].removeprefix('Value error, ')}" for item in items]
+        raise InputError(f"{what}: {'; '.join(phrase.removeprefix(': ') for phrase in phrases)}") from error

@@ -1,0 +1,140 @@
+"""The runtime file that vLLM acts on: full heads of each layer at one retention. Its form is in runtime_file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from kvprofile import __version__
+from kvprofile.budget import runtime_file, store
+from kvprofile.budget.formats.base import (
+    Export,
+    ForeignScores,
+    Format,
+    read_bytes,
+    single,
+    validation_as_input_error,
+)
+from kvprofile.budget.profile import Geometry, Matrix, ModelIdentity, Profile, retention_key
+from kvprofile.budget.runtime_file import RuntimeFile, RuntimeModel, RuntimeProvenance, plain
+from kvprofile.errors import InputError
+from kvprofile.files import sha256_of, write_atomically
+
+
+class VLLM(Format):
+    """Budgets at one retention; the file names its model."""
+
+    name = "vllm"
+    holds = "budgets"
+    names_its_model = True
+    needs_retention = True
+
+    def read(self, paths: Sequence[Path], geometry: Geometry | None) -> ForeignScores:
+        """Read one file: the budget comes back, the scores it was made from do not."""
+        del geometry  # the file states its own, import_profile compares
+        path = single(paths, self.name)
+        found = runtime_file.parse(read_bytes(path, runtime_file.MAX_FILE_BYTES), plain(path))
+        identity = _identity(found.model)
+        asked = found.provenance.retention_asked
+        if asked <= 0.0:
+            raise InputError(f"{plain(path)}: retention_asked is {asked:g}; a budget needs a retention above 0")
+        heads: Matrix = [
+            [None] * found.model.kv_heads
+            if full is None
+            else [float(head in full) for head in range(found.model.kv_heads)]
+            for full in found.full_heads
+        ]
+        return ForeignScores(
+            method=found.provenance.method,
+            scores=heads,
+            dtype="none",
+            files=(path,),
+            budgets={retention_key(asked): heads},
+            ranks_presets=False,
+            sink_tokens=found.sink_tokens,
+            recent_tokens=found.recent_tokens,
+            notes="a runtime file holds no scores: 1 stands for a full head, 0 for a trimmed one",
+            model=identity,
+        )
+
+    def write(self, export: Export, path: Path) -> None:
+        """Write the runtime file at the asked retention."""
+        write_atomically(path, runtime(export).to_bytes())
+
+    def model_of(self, path: Path) -> str | None:
+        """The model that a runtime file names."""
+        try:
+            return runtime_file.load(path).model.name
+        except InputError:
+            return None
+
+    def advice(self, export: Export) -> str | None:
+        """A warning where vLLM itself will not deal the query heads over that many ranks."""
+        heads, size = export.profile.model.geometry.attention_heads, export.constraints.tensor_parallel_size
+        return f"{heads} query heads do not divide over {size} ranks: vLLM refuses that size" if heads % size else None
+
+
+def runtime(export: Export) -> RuntimeFile:
+    """The runtime file of a profile at the asked retention. Raises InputError without one."""
+    profile, allocation, constraints = export.profile, export.asked(), export.constraints
+    source = profile.scoring.imported_from
+    return RuntimeFile(
+        model=_model(profile),
+        full_heads=tuple(
+            None if row[0] is None else tuple(head for head, value in enumerate(row) if value == 1.0)
+            for row in allocation.budgets.heads
+        ),
+        kv_head_order=allocation.kv_head_order,
+        sink_tokens=profile.runtime.sink_tokens,
+        recent_tokens=profile.runtime.recent_tokens,
+        provenance=RuntimeProvenance(
+            kvprofile_version=__version__,
+            profile_sha256=sha256_of(store.to_bytes(profile)),
+            method=profile.scoring.method,
+            statistic=profile.scoring.statistic,
+            imported_from=(source.repository or source.file) if source else None,
+            retention_asked=allocation.retention_asked,
+            retention_realised=allocation.budgets.retention_realised,
+            reason=allocation.reason,
+            floor=constraints.floor,
+            tensor_parallel_size=constraints.tensor_parallel_size,
+            pipeline_stages=constraints.pipeline_stages,
+        ),
+    )
+
+
+def _model(profile: Profile) -> RuntimeModel:
+    model, geometry = profile.model, profile.model.geometry
+    return RuntimeModel(
+        name=model.name,
+        revision=model.revision,
+        architecture=model.architecture,
+        layers=geometry.layers,
+        attention_heads=geometry.attention_heads,
+        kv_heads=geometry.kv_heads,
+        head_size=geometry.head_size,
+        layer_types=tuple(geometry.layer_types),
+        geometry_sha256=model.geometry_sha256,
+        tokenizer_sha256=model.tokenizer_sha256,
+        weights_sha256=model.weights_sha256,
+    )
+
+
+def _identity(model: RuntimeModel) -> ModelIdentity:
+    with validation_as_input_error("model"):
+        geometry = Geometry(
+            layers=model.layers,
+            attention_heads=model.attention_heads,
+            kv_heads=model.kv_heads,
+            head_size=model.head_size,
+            layer_types=list(model.layer_types),
+        )
+        return ModelIdentity(
+            name=model.name,
+            revision=model.revision,
+            architecture=model.architecture,
+            geometry=geometry,
+            geometry_sha256=model.geometry_sha256,
+            tokenizer_sha256=model.tokenizer_sha256,
+            weights_sha256=model.weights_sha256,
+        )

@@ -1,0 +1,178 @@
+"""Loading: the tokenizer, and the weights in the dtype and on the devices that fit, each choice with its reason."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from kvprofile.budget.profile import Geometry, ModelIdentity
+from kvprofile.checkpoint.describe import Description, quiet_transformers
+from kvprofile.checkpoint.source import Source, first_line
+from kvprofile.errors import InputError
+from kvprofile.files import sha256_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes of a value for each dtype a model can be loaded in."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where and how a model is loaded, each choice with its reason."""
+
+    device: str
+    dtype: str
+    device_map: bool
+    reasons: tuple[str, ...]
+
+
+def load_tokenizer(source: Source, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer. Raises InputError where it is missing or broken."""
+    from transformers import AutoTokenizer
+
+    quiet_transformers()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            source.folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except Exception as error:  # transformers and tokenizers raise whatever their parsers raise
+        raise InputError(f"{source.folder}: cannot load the tokenizer: {first_line(error)}") from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise InputError(f"{source.folder}: no tokenizer files; copy the model's tokenizer.json there")
+    return tokenizer
+
+
+def tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Hash over the vocabulary sorted by id: equal for the same tokens, however the files are written."""
+    entries = sorted((index, token) for token, index in tokenizer.get_vocab().items())
+    return sha256_of(json.dumps(entries, ensure_ascii=True).encode())
+
+
+def identity(description: Description, tokenizer: PreTrainedTokenizerBase) -> ModelIdentity:
+    """The model part of a profile."""
+    return ModelIdentity(
+        name=description.source.name,
+        revision=description.source.revision,
+        architecture=description.architecture,
+        geometry=description.geometry,
+        geometry_sha256=description.geometry.sha256(),
+        tokenizer_sha256=tokenizer_sha256(tokenizer),
+        weights_sha256=description.weights_sha256,
+    )
+
+
+def place(description: Description, dtype: str, device: str, cache_tokens: int) -> Placement:
+    """Choose device, dtype and device map. ``dtype`` and ``device`` may be 'auto'; anything else is obeyed.
+
+    ``cache_tokens`` is the longest cache the run will hold. Raises InputError for an unknown dtype or device.
+    """
+    import psutil
+    import torch
+
+    free_cuda = []
+    for index in range(torch.cuda.device_count()):
+        free_cuda.append(torch.cuda.mem_get_info(index)[0])
+    own_dtype = str(getattr(description.config, "dtype", None) or torch.float32).removeprefix("torch.")
+    placement = choose_placement(
+        dtype=dtype,
+        device=device,
+        own_dtype=own_dtype,
+        parameters=_parameter_count(description, own_dtype),
+        cache_values=cache_values(description.geometry, cache_tokens),
+        free_cuda_bytes=free_cuda,
+        free_host_bytes=psutil.virtual_memory().available,
+    )
+    try:
+        torch.device(placement.device)
+    except RuntimeError as error:
+        raise InputError(f"unknown device {device!r}; use auto, cpu, cuda or cuda:N") from error
+    if placement.device.startswith("cuda") and not free_cuda:
+        raise InputError(f"device {device!r} asked for, but torch sees no CUDA device; use --device cpu")
+    return placement
+
+
+def choose_placement(
+    *,
+    dtype: str,
+    device: str,
+    own_dtype: str,
+    parameters: int,
+    cache_values: int,
+    free_cuda_bytes: Sequence[int],
+    free_host_bytes: int,
+) -> Placement:
+    """The choice of ``place`` as a pure function of sizes: parameters and cache in values, memory in bytes."""
+    if dtype not in ("auto", *DTYPES):
+        raise InputError(f"unknown dtype {dtype!r}; use one of auto, {', '.join(DTYPES)}")
+    reasons = []
+    if device == "auto":
+        device = "cuda" if free_cuda_bytes else "cpu"
+        reasons.append(f"device {device}: " + ("torch sees a GPU" if free_cuda_bytes else "torch sees no GPU"))
+    else:
+        reasons.append(f"device {device}: asked for")
+    if dtype != "auto":
+        reasons.append(f"dtype {dtype}: asked for")
+    elif device.startswith("cuda"):
+        dtype = own_dtype if own_dtype in DTYPES else "bfloat16"
+        reasons.append(f"dtype {dtype}: the checkpoint's own, on a GPU")
+    elif (parameters + cache_values) * 4 * 1.2 < free_host_bytes:
+        dtype = "float32"
+        reasons.append("dtype float32: exact, and weights and cache fit into memory")
+    else:
+        dtype = own_dtype if own_dtype in DTYPES else "bfloat16"
+        reasons.append(f"dtype {dtype}: float32 weights would not fit into memory")
+    needed = (parameters + cache_values) * DTYPES[dtype]
+    device_map = False
+    if device == "cuda":
+        largest = max(free_cuda_bytes, default=0)
+        device_map = needed * 1.1 > largest
+        if device_map:
+            where = "GPUs" if len(free_cuda_bytes) > 1 and needed * 1.1 < sum(free_cuda_bytes) else "GPU and CPU memory"
+            reasons.append(
+                f"device map over {where}: weights and cache need {_gib(needed)}, the largest GPU has {_gib(largest)}"
+            )
+    return Placement(device, dtype, device_map, tuple(reasons))
+
+
+def cache_values(geometry: Geometry, tokens: int) -> int:
+    """Values in a cache of that many tokens: keys and values of every layer and KV head."""
+    return 2 * geometry.layers * geometry.kv_heads * geometry.head_size * tokens
+
+
+def load_model(description: Description, placement: Placement) -> PreTrainedModel:
+    """Load the weights, for inference. Raises InputError where files are missing, broken or do not fit."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    quiet_transformers()
+    source = description.source
+    options: dict[str, Any] = {"device_map": "auto"} if placement.device_map else {}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            source.folder,
+            config=description.config,
+            dtype=getattr(torch, placement.dtype),
+            use_safetensors=True,
+            trust_remote_code=description.trust_remote_code,
+            local_files_only=True,
+            **options,
+        )
+        if not placement.device_map:
+            model.to(placement.device)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise InputError(f"{source.folder}: cannot load the weights: {first_line(error)}") from error
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def _parameter_count(description: Description, own_dtype: str) -> int:
+    return math.ceil(description.weight_bytes / DTYPES.get(own_dtype, 2))
+
+
+def _gib(count: float) -> str:
+    return f"{count / 2**30:.1f} GiB"

@@ -1,0 +1,96 @@
+"""Where a checkpoint is: a folder, or a hub id fetched in two steps, small files first."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvprofile.errors import InputError
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a checkpoint lies on this machine, what it is called, and its commit if it has one."""
+
+    name: str
+    folder: Path
+    revision: str | None
+
+
+def locate(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Source:
+    """Find a checkpoint folder, or fetch the small files of a hub id.
+
+    A folder never touches the network. Raises InputError where there is no such folder or repository.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return _source_of_folder(folder)
+    if folder.exists():
+        raise InputError(f"{model} is a file; give the checkpoint's folder or a hub id")
+    first = Path(model).parts[0] if Path(model).parts else ""
+    looks_local = model.startswith((".", "/", "~")) or Path(first).is_dir()
+    if looks_local or not _HUB_ID.fullmatch(model):
+        raise InputError(f"no checkpoint folder {model}; give an existing folder or a hub id like Qwen/Qwen2.5-0.5B")
+    folder = _download(model, revision, [*_SMALL_FILES, *(["*.py"] if trust_remote_code else [])])
+    commit = folder.name if _COMMIT.fullmatch(folder.name) else None
+    return Source(model, folder, commit)
+
+
+def fetch_weights(source: Source, trust_remote_code: bool) -> Path:
+    """The folder with the source's safetensors files, fetched where they are not here yet.
+
+    A folder that is no hub snapshot is returned as it is. Errors as in locate.
+    """
+    if any(source.folder.glob("*.safetensors")) or source.revision is None or source.folder.name != source.revision:
+        return source.folder
+    code = ["*.py"] if trust_remote_code else []
+    return _download(source.name, source.revision, [*_SMALL_FILES, "*.safetensors", *code])
+
+
+def _source_of_folder(folder: Path) -> Source:
+    """Name a folder; inside the hub's cache layout the folder names tell hub id and commit."""
+    resolved = folder.resolve()
+    repository, is_snapshot = resolved.parent.parent.name, resolved.parent.name == "snapshots"
+    if is_snapshot and repository.startswith("models--") and _COMMIT.fullmatch(resolved.name):
+        return Source(repository.removeprefix("models--").replace("--", "/", 1), folder, resolved.name)
+    return Source(resolved.name, folder, None)
+
+
+def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+    except GatedRepoError as error:
+        raise InputError(f"{model} is gated; accept its licence on the hub and run 'hf auth login'") from error
+    except RevisionNotFoundError as error:
+        raise InputError(f"{model} has no revision {revision!r}") from error
+    except RepositoryNotFoundError as error:
+        raise InputError(f"no model {model} on the hub and no such folder here") from error
+    except HFValidationError as error:
+        raise InputError(f"{model!r} is neither a folder nor a hub id: {first_line(error)}") from error
+    except LocalEntryNotFoundError as error:
+        raise InputError(
+            f"{model} is not in the local hub cache and the hub cannot be reached; give a folder"
+        ) from error
+    except (HfHubHTTPError, OSError) as error:
+        raise InputError(f"cannot fetch {model}: {first_line(error)}") from error
+
+
+def first_line(error: Exception) -> str:
+    """What a library says went wrong, short enough for one line."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:300]

@@ -1,0 +1,106 @@
+"""``kvprofile export``: a budget file in the form that another tool reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvprofile.budget.formats import FORMATS
+from kvprofile.cli.output import load_profile, print_json
+
+if TYPE_CHECKING:
+    from kvprofile.budget.allocate import Allocation
+    from kvprofile.budget.formats.base import Export, Format
+
+
+def export(
+    profile: Annotated[str, typer.Argument(metavar="MODEL_OR_FILE", help="A budget file, or the name of its model.")],
+    output: Annotated[Path, typer.Option(help="File to write; a folder for duo-attention.")],
+    format_name: Annotated[str, typer.Option("--format", help=f"Form to write: {', '.join(FORMATS)}.")],
+    retention: Annotated[float | None, typer.Option(help="Share of the KV heads that keep the whole context.")] = None,
+    tensor_parallel_size: Annotated[
+        int, typer.Option(help="Ranks; each gets equally many full heads of a layer.", min=1)
+    ] = 1,
+    pipeline_parallel_size: Annotated[int, typer.Option(help="Stages; full heads are balanced over them.", min=1)] = 1,
+    floor: Annotated[int, typer.Option(help="Full heads that every layer keeps at least.", min=0)] = 0,
+    permute_heads: Annotated[
+        bool, typer.Option("--permute-heads", help="Let KV heads be dealt to ranks in another order.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an output that may be another model's.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON.")] = False,
+) -> None:
+    """Write a budget file in the form of vLLM's plugin, KVzip, DuoAttention, LU-KV or a table."""
+    from kvprofile.budget import formats
+    from kvprofile.budget.allocate import Constraints, pipeline_split
+    from kvprofile.budget.formats.base import Export, refuse_other
+    from kvprofile.errors import InputError
+
+    form = formats.get(format_name)
+    found = load_profile(profile)
+    layers = found.model.geometry.layers
+    constraints = Constraints(
+        floor=floor,
+        tensor_parallel_size=tensor_parallel_size,
+        permute_heads=permute_heads,
+        pipeline_stages=pipeline_split(layers, pipeline_parallel_size) if pipeline_parallel_size > 1 else (),
+    )
+    if form.holds == "scores" and constraints != Constraints():
+        raise InputError(f"{form.name} files hold scores, not a choice of heads, so they cannot carry constraints")
+    job = Export(found, constraints, retention)
+    report = summary(job, form, output)
+    refuse_other(output, form.model_of(output), found.model.name, force=force)
+    form.write(job, output)
+    if as_json:
+        print_json(report)
+    else:
+        render(report)
+
+
+def summary(job: Export, form: Format, output: Path) -> dict[str, object]:
+    """What ``export --json`` prints. Figures of a choice of heads are null where the file holds none."""
+    from dataclasses import replace
+
+    from kvprofile.budget.runtime_file import plain
+
+    chosen: Allocation | None = None
+    permuted: Allocation | None = None
+    if form.needs_retention or (form.holds == "budgets" and job.retention is not None):
+        chosen = job.asked()
+        permuted = replace(job, constraints=replace(job.constraints, permute_heads=True)).asked()
+    return {
+        "model": job.profile.model.name,
+        "format": form.name,
+        "output": plain(output),
+        "holds": form.holds,
+        "retention_asked": job.retention,
+        "retention_realised": chosen and chosen.budgets.retention_realised,
+        "full_heads": chosen and chosen.full_heads,
+        "heads": chosen and chosen.heads,
+        "reason": chosen and chosen.reason,
+        "heads_exchanged": chosen and chosen.heads_exchanged,
+        "score_share": chosen and chosen.score_share,
+        "score_share_permuted": permuted and permuted.score_share,
+        "stage_full_heads": chosen and list(chosen.stage_full_heads),
+        "advice": form.advice(job),
+    }
+
+
+def render(report: dict[str, object]) -> None:
+    """Say what was written, where the retention moved and why, and what the constraints cost."""
+    typer.echo(f"wrote {report['output']}: {report['format']}, {report['model']}")
+    if report["holds"] == "budgets" and report["full_heads"] is not None:
+        typer.echo(
+            f"{report['full_heads']} of {report['heads']} heads keep the whole context "
+            f"(retention {report['retention_asked']:g} asked, {report['retention_realised']:.4f} realised)"
+        )
+        if report["reason"]:
+            typer.echo(f"not as asked: {report['reason']}")
+        if report["heads_exchanged"]:
+            typer.echo(
+                f"the constraints exchange {report['heads_exchanged']} heads and keep {report['score_share']:.1%} of "
+                f"the score that as many heads could have; {report['score_share_permuted']:.1%} with --permute-heads"
+            )
+    if report["advice"]:
+        typer.echo(report["advice"])

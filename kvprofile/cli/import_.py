@@ -1,0 +1,69 @@
+"""``kvprofile import``: head scores or budgets of another tool as a budget file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvprofile.budget.formats import FORMATS
+from kvprofile.cli.output import print_json
+
+if TYPE_CHECKING:
+    from kvprofile.budget.profile import Profile
+
+
+def import_(
+    paths: Annotated[
+        list[Path], typer.Argument(metavar="PATH...", help="Files of one model; a folder for duo-attention.")
+    ],
+    format_name: Annotated[str, typer.Option("--format", help=f"Form of the files: {', '.join(FORMATS)}.")],
+    model: Annotated[
+        str | None, typer.Option(help="Hub id of the model, or its checkpoint folder; vllm files name it themselves.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Budget file to write; models/kv_budget/<model>.json unless given.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="config.json of a model that kvprofile does not know.")] = None,
+    repository: Annotated[str | None, typer.Option(help="Where the files were published.")] = None,
+    commit: Annotated[str | None, typer.Option(help="Commit of that repository (a hash, not a branch).")] = None,
+    licence: Annotated[str | None, typer.Option(help="Licence of the files, for example MIT.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an output of another model.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON.")] = False,
+) -> None:
+    """Read scores of KVzip, DuoAttention, LU-KV, a runtime file or a table, and write a budget file."""
+    from kvprofile.budget import formats, known_models, store
+    from kvprofile.budget.formats.base import Provenance, import_profile
+
+    form = formats.get(format_name)
+    facts = None if form.names_its_model or model is None else known_models.find(model, config)
+    provenance = Provenance(repository, commit, licence)
+    profile = import_profile(form, paths, facts, provenance, model if form.names_its_model else None)
+    name = profile.model.name
+    target = output or store.BUDGET_DIR / store.file_name(name)
+    if not force:
+        store.refuse_other_model(target, name, profile.model.geometry)
+    store.save(profile, target)
+    report = summary(profile, target)
+    if as_json:
+        print_json(report)
+    else:
+        typer.echo(f"wrote {report['output']}: {name}, {profile.model.geometry.describe()}")
+        typer.echo(f"imported from {report['imported_from']}, not verified against weights")
+
+
+def summary(profile: Profile, target: Path) -> dict[str, object]:
+    """What ``import --json`` prints."""
+    from kvprofile.budget.runtime_file import plain
+
+    source = profile.scoring.imported_from
+    return {
+        "model": profile.model.name,
+        "output": plain(target),
+        "method": profile.scoring.method,
+        "geometry": profile.model.geometry.model_dump(mode="json"),
+        "retention_realised": {key: budget.retention_realised for key, budget in profile.budgets.items()},
+        "imported_from": source and (source.repository or source.file),
+        "verified_against_weights": False,
+    }

@@ -1,0 +1,142 @@
+"""``kvprofile plan``: what fits into a GPU at each retention, counted before anything is measured."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvprofile.cli.output import print_json, stdout_console
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from kvprofile.budget.plan import Plan
+
+
+def plan(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="A checkpoint's folder, a budget file, or a model name known here."),
+    ],
+    gpu_memory: Annotated[str, typer.Option(help="Memory of one GPU with its unit (24GiB, 80GB), or a GPU's name.")],
+    context: Annotated[int, typer.Option(help="Tokens of one request, prompt and answer.", min=1)],
+    retention: Annotated[
+        list[float] | None,
+        typer.Option(help="Retention to plan for; repeatable; 0.9 to 0.3 unless given.", min=0, max=1),
+    ] = None,
+    tensor_parallel_size: Annotated[int, typer.Option(help="GPUs that share each layer.", min=1)] = 1,
+    dtype: Annotated[
+        str | None, typer.Option(help="Data type of the cache: bf16, fp16, fp32, fp8; the model's unless given.")
+    ] = None,
+    weights_gib: Annotated[
+        float | None, typer.Option(help="GiB of the weights, all GPUs together, where it is known better.", min=0)
+    ] = None,
+    memory_utilization: Annotated[
+        float, typer.Option(help="Share of the memory that vLLM may take (0.92 is the default of vLLM 0.32).", max=1)
+    ] = 0.9,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """Count what fits at each retention: cache bytes, requests in flight, the bound on speed. No weights needed."""
+    import math
+
+    from kvprofile.budget import plan as plans
+    from kvprofile.budget.model_shape import find_shape
+    from kvprofile.errors import InputError
+
+    if weights_gib is not None and not math.isfinite(weights_gib):
+        raise InputError(f"--weights-gib {weights_gib} is no size")
+    found = plans.plan(
+        find_shape(model),
+        plans.parse_gpu_memory(gpu_memory),
+        context,
+        retentions=tuple(retention or plans.DEFAULT_RETENTIONS),
+        tensor_parallel_size=tensor_parallel_size,
+        dtype=dtype,
+        weight_bytes=None if weights_gib is None else round(weights_gib * 2**30),
+        memory_utilization=memory_utilization,
+    )
+    if as_json:
+        document = asdict(found)
+        document["geometry"] = found.geometry.model_dump(mode="json")
+        print_json(document)
+    else:
+        render(found, stdout_console())
+
+
+def render(plan: Plan, console: Console) -> None:
+    """The plan as text and one table; fits 80 columns."""
+    from rich.text import Text
+
+    def line(text: str = "", style: str = "") -> None:
+        console.print(Text(text, style=style))
+
+    line(plan.model, "bold")
+    line(plan.geometry.describe())
+    gpus = f"{plan.tensor_parallel_size} x " if plan.tensor_parallel_size > 1 else ""
+    memory = f"{gpus}{plan.gpu or 'a GPU'} with {_size(plan.gpu_memory_bytes)}, {plan.memory_utilization:g} of it used"
+    line(f"{memory}; {plan.dtype} cache")
+    each = " on each GPU" if plan.tensor_parallel_size > 1 else ""
+    pool = plan.cache_bytes_per_gpu
+    left = "unknown" if pool is None else _size(pool) if pool > 0 else "nothing"
+    line(f"weights {_size(plan.weight_bytes_per_gpu)}{each}, left for the cache {left}{each}")
+    line(f"cache per token {_size(plan.kv_bytes_per_token)}{_per_gpu(plan)}")
+    sliding = plan.geometry.layers - len(plan.geometry.profiled_layers)
+    if sliding:
+        window = plan.sliding_window_tokens
+        held = "the whole context (window unknown)" if window is None else f"their window of {window:,} tokens"
+        line(f"{sliding} sliding layers hold {held} at every retention")
+    line()
+    line(f"requests of {plan.context_tokens:,} tokens", "bold")
+    console.print(_table(plan))
+    line(f"effective: with {plan.sink_tokens} sinks and the last {plan.recent_tokens} tokens of trimmed heads.")
+    line("beside a prefill: while one of them prefills, which holds its whole cache.")
+    line("speed bound: what a memory-bound decode step can gain, from cache bytes read.")
+    if pool is not None and pool <= 0:
+        line()
+        line("The weights leave no memory for a cache: use more or larger GPUs.", "bold")
+    line()
+    line("decided", "bold")
+    for decision in plan.decisions:
+        line(f"{decision.what}: {decision.value} ({decision.reason})")
+
+
+def _table(plan: Plan) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    names = ("retention", "full heads", "effective", "read per step", "requests", "beside a prefill", "speed bound")
+    for name in names:
+        table.add_column(name, justify="right")
+    for at in plan.at:
+        table.add_row(
+            f"{at.retention:g}",
+            str(at.full_heads),
+            f"{at.effective_retention:.3f}",
+            _size(at.kv_bytes_read_per_step_per_gpu),
+            _count(at.requests),
+            _count(at.requests_beside_prefill),
+            f"{at.speed_bound:.2f}x",
+        )
+    return table
+
+
+def _per_gpu(plan: Plan) -> str:
+    return f", {_size(plan.kv_bytes_per_token_per_gpu)} on each GPU" if plan.tensor_parallel_size > 1 else ""
+
+
+def _size(size: int | None) -> str:
+    """Bytes in the largest binary unit that leaves at least 1 before the point."""
+    if size is None:
+        return "unknown"
+    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if size >= factor:
+            return f"{size / factor:.4g} {unit}"
+    return f"{size} bytes"
+
+
+def _count(number: int | None) -> str:
+    return "unknown" if number is None else f"{number:,}"

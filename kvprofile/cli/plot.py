@@ -1,0 +1,37 @@
+"""``kvprofile plot``: profiles as a PNG or SVG picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvprofile.cli.output import load_profile, print_json, say
+from kvprofile.report.plots import DEFAULT_DPI, Kind
+
+
+def plot(
+    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Budget files, or names of their models.")],
+    output: Annotated[Path, typer.Option(help="The picture to write; it ends in .png or .svg.")],
+    kind: Annotated[
+        list[Kind] | None, typer.Option(help="Panel to draw; repeatable; all three in one picture unless given.")
+    ] = None,
+    dpi: Annotated[int, typer.Option(help="Dots per inch of a PNG; a picture is 10 inches wide.", min=30, max=600)] = (
+        DEFAULT_DPI
+    ),
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON.")] = False,
+) -> None:
+    """Draw profiles: heat map, sorted scores, full heads of each layer at each retention."""
+    from kvprofile.files import require_writable
+    from kvprofile.report import plots
+
+    profiles = [load_profile(file) for file in files]
+    require_writable(output)
+    kinds = kind or list(Kind)
+    plots.write(profiles, output, kinds, dpi)
+    if as_json:
+        models = [profile.model.name for profile in profiles]
+        print_json({"output": str(output), "models": models, "kinds": [str(each) for each in kinds], "dpi": dpi})
+    else:
+        say(f"wrote {output}")

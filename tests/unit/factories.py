@@ -1,0 +1,121 @@
+"""Profiles made up for tests: any shape, any scores, always valid, the same for the same arguments."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from kvprofile import __version__
+from kvprofile.budget.allocate import preset_budgets
+from kvprofile.budget.profile import (
+    DEFAULT_RECENT_TOKENS,
+    DEFAULT_SINK_TOKENS,
+    FULL_ATTENTION,
+    SCHEMA_VERSION,
+    SLIDING_ATTENTION,
+    CorpusRecord,
+    Geometry,
+    ImportedFrom,
+    Matrix,
+    ModelIdentity,
+    Profile,
+    Runtime,
+    Scores,
+    Scoring,
+)
+
+
+def make_geometry(
+    layers: int = 6,
+    kv_heads: int = 4,
+    *,
+    query_groups: int = 2,
+    head_size: int = 64,
+    sliding: Sequence[int] = (),
+) -> Geometry:
+    """A geometry; ``sliding`` names the layers with a sliding window."""
+    return Geometry(
+        layers=layers,
+        attention_heads=kv_heads * query_groups,
+        kv_heads=kv_heads,
+        head_size=head_size,
+        layer_types=[SLIDING_ATTENTION if layer in set(sliding) else FULL_ATTENTION for layer in range(layers)],
+    )
+
+
+def random_scores(geometry: Geometry, seed: int = 0, ceiling: float = 1.3) -> Matrix:
+    """Scores [L][G] in [0, 1]; values above 1 are cut to 1.0, so that a part of the heads ties as in KVzip's files."""
+    generator = random.Random(seed)
+    return [
+        [round(min(1.0, generator.uniform(0.02, ceiling)), 4) for _ in range(geometry.kv_heads)]
+        if kind == FULL_ATTENTION
+        else [None] * geometry.kv_heads
+        for kind in geometry.layer_types
+    ]
+
+
+def make_profile(
+    layers: int = 6,
+    kv_heads: int = 4,
+    *,
+    name: str = "example/model",
+    query_groups: int = 2,
+    head_size: int = 64,
+    sliding: Sequence[int] = (),
+    scores: Matrix | None = None,
+    mean: Matrix | None = None,
+    seed: int = 0,
+    method: str = "kvzip",
+    statistic: str = "max",
+    chunk_tokens: int | None = 2000,
+    corpus_sha256: str = "c" * 64,
+    weights_sha256: str | None = "a" * 64,
+    tokenizer_sha256: str | None = "b" * 64,
+    imported: bool = False,
+    sink_tokens: int = DEFAULT_SINK_TOKENS,
+    recent_tokens: int = DEFAULT_RECENT_TOKENS,
+) -> Profile:
+    """A valid profile. ``imported`` gives one without corpora, weights, tokenizer and chunk length."""
+    geometry = make_geometry(layers, kv_heads, query_groups=query_groups, head_size=head_size, sliding=sliding)
+    matrix = random_scores(geometry, seed) if scores is None else scores
+    statistics = Scores(significant_digits=6, max=matrix, mean=mean, p99=None, spread=None)
+    source = ImportedFrom(
+        format="kvzip",
+        repository="https://github.com/snu-mllab/KVzip",
+        file="utils/head_score/example.pt",
+        commit="5d84729",
+        licence="MIT",
+    )
+    corpora = [CorpusRecord(name="prose", sha256=corpus_sha256, documents=3, tokens=12_000)]
+    return Profile(
+        schema_version=SCHEMA_VERSION,
+        kvprofile_version=__version__,
+        model=ModelIdentity(
+            name=name,
+            revision=None,
+            architecture="LlamaForCausalLM",
+            geometry=geometry,
+            geometry_sha256=geometry.sha256(),
+            tokenizer_sha256=None if imported else tokenizer_sha256,
+            weights_sha256=None if imported else weights_sha256,
+        ),
+        scoring=Scoring(
+            method=method,
+            statistic=statistic,
+            chunk_tokens=None if imported else chunk_tokens,
+            context_tokens=None,
+            prompts_version=None if imported else 1,
+            prefix=None,
+            suffix=None,
+            engine="unknown" if imported else "hf",
+            attention="unknown" if imported else "eager: a test",
+            dtype="unknown" if imported else "float32",
+            device="unknown" if imported else "cpu",
+            seed=0,
+            corpora=[] if imported else corpora,
+            imported_from=source if imported else None,
+        ),
+        scores=statistics,
+        budgets=preset_budgets(statistics, statistic),
+        runtime=Runtime(sink_tokens=sink_tokens, recent_tokens=recent_tokens),
+    )

@@ -1,0 +1,91 @@
+"""The house rules that code can check: which package may import which, and what importing costs."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+
+import pytest
+
+from tests.models import ROOT
+
+PACKAGE = ROOT / "kvprofile"
+
+ARROWS = {
+    "errors": set(),
+    "files": {"errors"},
+    "budget": {"errors", "files"},
+    "corpus": {"errors", "files"},
+    "checkpoint": {"budget", "errors", "files"},
+    "scoring": {"budget", "checkpoint", "corpus", "errors", "files"},
+    "evaluate": {"budget", "checkpoint", "corpus", "errors", "files", "scoring"},
+    "report": {"budget", "errors", "files"},
+    "bench": {"budget", "corpus", "errors", "files", "report"},
+    "runtime": {"budget"},
+    "cli": {"budget", "checkpoint", "corpus", "errors", "evaluate", "files", "report", "bench", "scoring"},
+    "__main__": {"cli"},
+}
+"""Who may import whom inside kvprofile; the version, in kvprofile itself, is for all."""
+
+
+def imports_of(file):
+    """Top-level parts of kvprofile that a file imports, wherever in the file."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module] if node.module != "kvprofile" else [f"kvprofile.{a.name}" for a in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "kvprofile" and len(parts) > 1 and not parts[1].startswith("__version"):
+                yield parts[1]
+
+
+def test_every_part_has_its_arrows():
+    parts = {
+        p.stem if p.is_file() else p.name
+        for p in PACKAGE.iterdir()
+        if p.suffix == ".py" or (p / "__init__.py").is_file()
+    }
+    assert parts - {"__init__"} <= set(ARROWS)
+
+
+@pytest.mark.parametrize("part", sorted(ARROWS))
+def test_arrows_point_one_way(part):
+    files = [PACKAGE / f"{part}.py"] if (PACKAGE / f"{part}.py").is_file() else list((PACKAGE / part).rglob("*.py"))
+    for file in files:
+        foreign = set(imports_of(file)) - ARROWS[part] - {part}
+        assert not foreign, f"{file.relative_to(ROOT)} imports kvprofile.{', kvprofile.'.join(sorted(foreign))}"
+
+
+def loaded_by(statement):
+    code = f"import sys; {statement}; print(*sorted({{m.partition('.')[0] for m in sys.modules}}))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(run.stdout.split())
+
+
+HEAVY = {"torch", "transformers", "datasets", "scipy", "matplotlib", "vllm", "numpy"}
+
+
+@pytest.mark.parametrize(
+    ("statement", "banned"),
+    [
+        ("import kvprofile.cli", HEAVY | {"pydantic"}),
+        ("import kvprofile.budget.store, kvprofile.budget.allocate", HEAVY),
+        ("import kvprofile.budget.runtime_file", HEAVY | {"pydantic", "typer", "rich"}),
+        ("from kvprofile.cli import run; run(['validate', 'models/kv_budget'])", HEAVY),
+    ],
+)
+def test_imports_stay_light(statement, banned):
+    assert not loaded_by(statement) & banned
+
+
+def test_files_stay_short():
+    long = {
+        str(file.relative_to(ROOT)): lines
+        for file in PACKAGE.rglob("*.py")
+        if (lines := len(file.read_text(encoding="utf-8").splitlines())) > 420
+    }
+    assert not long
