@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
 
-DEMO := models/pocket --context-tokens 512 --chunk-tokens 512 --sink-tokens 16 --recent-tokens 64
+DEMO := models/pocket --context-tokens 480 --chunk-tokens 480 --sink-tokens 16 --recent-tokens 64
 
 .PHONY: install install-vllm demo test test-slow lint format bench clean
 

@@ -15,7 +15,9 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import jinja2
 import torch
 from transformers import (
     AttentionInterface,
@@ -29,10 +31,13 @@ from kvprofile.budget import store
 from kvprofile.budget.allocate import allocate, full_head_count
 from kvprofile.budget.profile import Matrix
 from kvprofile.corpus.generate import KINDS, fact_document, generate_text
+from kvprofile.files import write_atomically
 from kvprofile.scoring.prompts import REPEAT_ALL, Frame, chat_frame, encode
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCH = 8
+
+CARD = Path(__file__).with_name("pocket_card.md.jinja")
 
 
 @dataclass(frozen=True)
@@ -200,7 +205,7 @@ def ranking_check(
     }
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, object]:
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Every figure of the model card."""
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     masked = MaskedHeads(arguments.sinks, arguments.window)
@@ -220,15 +225,23 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
         lambda batch: setattr(masked, "context_ends", torch.tensor([len(i.prompt) for i in batch])),
     )
     tokens = [hit for item in repeated for hit in item]
+    shares = [sum(item) / len(item) for item in repeated]
     by_kind = {
         kind: sum(map(sum, repeated[i :: len(KINDS)])) / sum(map(len, repeated[i :: len(KINDS)]))
         for i, kind in enumerate(KINDS)
         if repeated[i :: len(KINDS)]
     }
-    result: dict[str, object] = {
+    result: dict[str, Any] = {
         "context_tokens": arguments.tokens,
         "questions": {"exact": exact / len(asked), "count": len(asked), "wilson_95": wilson(exact, len(asked))},
-        "repeats": {"tokens_right": sum(tokens) / len(tokens), "documents": len(repeated), "by_kind": by_kind},
+        "repeats": {
+            "tokens_right": sum(tokens) / len(tokens),
+            "documents": len(repeated),
+            "bootstrap_95": bootstrap_difference(shares, [0.0] * len(shares)),
+            "by_kind": by_kind,
+        },
+        "sinks": arguments.sinks,
+        "window": arguments.window,
     }
     if arguments.profile and arguments.profile.is_file():
         found = store.load(arguments.profile)
@@ -243,6 +256,13 @@ def measure(arguments: argparse.Namespace) -> dict[str, object]:
     return result
 
 
+def card(result: dict[str, Any]) -> str:
+    """The model card: what the checkpoint is, how it was made, and the figures just measured."""
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)  # noqa: S701 - Markdown
+    template = environment.from_string(CARD.read_text(encoding="utf-8"))
+    return template.render(**result, percent=lambda share, digits=1: f"{share:.{digits}%}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--model", type=Path, default=ROOT / "models" / "pocket")
@@ -255,7 +275,12 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=64)
     parser.add_argument("--retention", type=float, nargs="*", default=[0.5, 0.25])
     parser.add_argument("--seeds", type=int, default=5, help="random choices of heads")
-    print(json.dumps(measure(parser.parse_args()), indent=2))
+    parser.add_argument("--write-card", action="store_true", help="write the figures into the model's README.md")
+    arguments = parser.parse_args()
+    result = measure(arguments)
+    print(json.dumps(result, indent=2))
+    if arguments.write_card:
+        write_atomically(arguments.model / "README.md", card(result).encode())
 
 
 if __name__ == "__main__":

@@ -58,9 +58,9 @@ class Stage:
 STEP_TOKENS = 4096
 FULL_RUN = (
     Stage(292 * STEP_TOKENS, 192, 0.5, 0.2, (0.1, 0.6)),
-    Stage(808 * STEP_TOKENS, 192, 0.1, 0.15, (0.1, 0.6)),
-    Stage(1100 * STEP_TOKENS, 384, 0.1, 0.2, (0.2, 0.7)),
-    Stage(1800 * STEP_TOKENS, 1024, 0.1, 0.3, (0.15, 0.6)),
+    Stage(508 * STEP_TOKENS, 192, 0.1, 0.15, (0.1, 0.6)),
+    Stage(800 * STEP_TOKENS, 384, 0.1, 0.2, (0.2, 0.7)),
+    Stage(1600 * STEP_TOKENS, 1024, 0.1, 0.3, (0.15, 0.6)),
 )
 SMOKE_RUN = (Stage(10 * STEP_TOKENS, 192, 0.5, 0.2, (0.1, 0.6)), Stage(10 * STEP_TOKENS, 384, 0.1, 0.2, (0.3, 0.7)))
 PEAK_LEARNING_RATE = 8e-4
@@ -304,7 +304,7 @@ def train(output: Path, plan: tuple[Stage, ...], seed: int, layers: int) -> None
                 rate = seen / (time.perf_counter() - started)
                 print(
                     f"step {step}/{total} rows of {targets.shape[1]} loss {loss.item():.3f} "
-                    f"first digits {shares[0]:.3f} answers {shares[1]:.3f} repeats {shares[2]:.3f} {rate:.0f} tokens/s",
+                    f"first tokens {shares[0]:.3f} answers {shares[1]:.3f} repeats {shares[2]:.3f} {rate:.0f} tokens/s",
                     flush=True,
                 )
             if step % 200 == 199:

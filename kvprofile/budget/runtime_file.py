@@ -92,11 +92,11 @@ def load(path: Path) -> RuntimeFile:
     """Read a runtime file. Raises InputError with every problem of the file in one line."""
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
-            raise InputError(f"{plain(path)}: larger than {MAX_FILE_BYTES // 2**20} MiB; not a runtime file")
+            raise InputError(f"{path}: larger than {MAX_FILE_BYTES // 2**20} MiB; not a runtime file")
         content = path.read_bytes()
     except OSError as error:
-        raise InputError(f"{plain(path)}: cannot read: {error.strerror or error}") from error
-    return parse(content, plain(path))
+        raise InputError(f"{path}: cannot read: {error.strerror or error}") from error
+    return parse(content, str(path))
 
 
 def parse(content: bytes, name: str) -> RuntimeFile:
@@ -118,11 +118,6 @@ def parse(content: bytes, name: str) -> RuntimeFile:
     if found:
         raise InputError(f"{name}: {'; '.join(found)}")
     return _build(raw)
-
-
-def plain(text: object) -> str:
-    """Printable text: control characters and bytes that are no UTF-8, as file names may hold, are escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(text))
 
 
 def _build(raw: Mapping[str, Any]) -> RuntimeFile:
@@ -224,7 +219,7 @@ def _key_problems(place: str, found: Mapping[str, Any], expected: set[str]) -> I
     for key in sorted(expected - found.keys()):
         yield f"{place}{key} is missing"
     for key in sorted(found.keys() - expected):
-        yield f"{place}{plain(key[:40])} is not known"
+        yield f"{place}{key[:40]} is not known"
 
 
 def _int_problem(name: str, value: object, least: int, most: int) -> Iterator[str]:

@@ -62,7 +62,7 @@ def summary(job: Export, form: Format, output: Path) -> dict[str, object]:
     """What ``export --json`` prints. Figures of a choice of heads are null where the file holds none."""
     from dataclasses import replace
 
-    from kvprofile.budget.runtime_file import plain
+    from kvprofile.errors import plain
 
     chosen: Allocation | None = None
     permuted: Allocation | None = None

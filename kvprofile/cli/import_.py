@@ -55,7 +55,7 @@ def import_(
 
 def summary(profile: Profile, target: Path) -> dict[str, object]:
     """What ``import --json`` prints."""
-    from kvprofile.budget.runtime_file import plain
+    from kvprofile.errors import plain
 
     source = profile.scoring.imported_from
     return {

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kvprofile.cli.output import print_json
+from kvprofile.errors import plain
 
 if TYPE_CHECKING:
     from kvprofile.budget.profile import Profile
@@ -32,9 +32,7 @@ def validate(
     places = files or [store.BUDGET_DIR]
     found, folders = collect(places if files or store.BUDGET_DIR.exists() else [])
     if not found and not folders:
-        raise InputError(
-            f"no budget files in {', '.join(_printable_all(places))}; run 'kvprofile score MODEL' to make one"
-        )
+        raise InputError(f"no budget files in {', '.join(map(str, places))}; run 'kvprofile score MODEL' to make one")
     results = {path: _check(path) for path in found}
     profiles = {path: result for path, result in results.items() if isinstance(result, Profile)}
     problems = {path: result for path, result in results.items() if not isinstance(result, Profile)}
@@ -42,8 +40,8 @@ def validate(
         folders.setdefault(folder, []).extend(duplicates)
     ok = not problems and not folders
     if as_json:
-        listed = {_printable(path): _printable_all(problems.get(path, [])) for path in results}
-        named = {_printable(path): _printable_all(findings) for path, findings in folders.items()}
+        listed = {plain(path): list(map(plain, problems.get(path, []))) for path in results}
+        named = {plain(path): list(map(plain, findings)) for path, findings in folders.items()}
         print_json({"files": listed, "folders": named, "ok": ok})
     else:
         for path in results:
@@ -116,16 +114,6 @@ def _check(path: Path) -> Profile | list[str]:
 def _print_findings(path: Path, findings: list[str], profile: Profile | None) -> None:
     if profile is not None:
         imported = "  (imported, not verified against weights)" if profile.scoring.imported_from else ""
-        typer.echo(f"ok   {_printable(path)}  {profile.model.geometry.describe()}{imported}")
+        typer.echo(f"ok   {plain(path)}  {profile.model.geometry.describe()}{imported}")
     for problem in findings:
-        typer.echo(f"bad  {_printable(path)}: {_printable(problem)}")
-
-
-def _printable(text: Path | str) -> str:
-    """A path or phrase with whatever a terminal cannot print, or would obey, written as escapes."""
-    decoded = os.fsencode(text).decode("utf-8", "backslashreplace") if isinstance(text, Path) else text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in decoded)
-
-
-def _printable_all(texts: Sequence[Path | str]) -> list[str]:
-    return [_printable(text) for text in texts]
+        typer.echo(f"bad  {plain(path)}: {plain(problem)}")

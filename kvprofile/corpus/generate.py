@@ -193,12 +193,12 @@ _NOUNS = ("code", "number", "password", "badge", "locker", "ticket")
 
 
 def _fact(rng: random.Random) -> tuple[str, Question]:
+    """A statement that holds a record such as [Kuvi=2415], and the question whose answer is that record."""
     key, noun = invented_word(rng).capitalize(), rng.choice(_NOUNS)
     value = "".join(rng.choice("0123456789") for _ in range(rng.choice((4, 5))))
-    statement = rng.choice(
-        (f"The {noun} for {key} is {value}.", f"{key} uses {noun} {value}.", f"Note: {key} {noun} = {value}.")
-    )
-    return statement, Question(f"What is the {noun} for {key}?", value)
+    record = f"{key}={value}"
+    statement = rng.choice((f"The {noun} is [{record}].", f"Use {noun} [{record}] there.", f"[{record}] is a {noun}."))
+    return statement, Question(f"What is [{key}]?", record)
 
 
 def fact_document(rng: random.Random, block_count: int, fact_share: float = 0.4, kind: str = "prose") -> FactDocument:

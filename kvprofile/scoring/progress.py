@@ -74,6 +74,11 @@ class ChunkStore:
         """Remove the folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
+    def discard_if_empty(self) -> None:
+        """Remove the folder unless it holds a finished chunk."""
+        if not self._listed():
+            self.discard()
+
     def _file(self, document: int, chunk: int) -> Path:
         return self.folder / f"document-{document:05}-chunk-{chunk:05}.safetensors"
 

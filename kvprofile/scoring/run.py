@@ -138,9 +138,13 @@ def profile(
     kept = store.open()
     if kept:
         progress.say(f"continuing: {kept} chunks are finished already")
-    attention = _score_documents(plan, placement, store, progress, save_token_scores is not None)
-    if save_token_scores is not None:
-        _write_token_scores(plan, store, save_token_scores)
+    try:
+        attention = _score_documents(plan, placement, store, progress, save_token_scores is not None)
+        if save_token_scores is not None:
+            _write_token_scores(plan, store, save_token_scores)
+    except BaseException:
+        store.discard_if_empty()
+        raise
     return _assemble(plan, placement, attention, store)
 
 

@@ -238,17 +238,18 @@ def test_output_is_a_folder(capsys, workplace, checkpoint, tmp_path):
     assert "it is a folder" in refused(capsys, workplace, [checkpoint, *FAST, "--output", tmp_path])
 
 
-def test_no_space_left(checkpoint, tmp_path):
-    """A limit on file sizes stands in for a full disk: the same OSError from the same write."""
+@pytest.mark.parametrize("room", [2000, 20_000], ids=["found at once", "found while scoring"])
+def test_no_space_left(checkpoint, tmp_path, room):
+    """A limit on file sizes stands in for a full disk: an OSError from the same write."""
     output = tmp_path / "full" / "out.json"
-    script = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)); "
+    script = f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, {room})); "
     script += "from kvprofile.cli import main; main(sys.argv[1:])"
     arguments = ["score", str(checkpoint), *FAST, "--output", str(output)]
     found = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False)
     assert found.returncode == 2, found.stderr
     assert found.stderr.strip().splitlines()[-1].startswith(f"kvprofile: cannot write {output.parent}")
     assert "Traceback" not in found.stderr
-    assert not output.parent.exists()
+    assert list(tmp_path.glob("full/**/*")) == []
 
 
 def test_hub_snapshot_in_the_local_cache(capsys, workplace, tiny_checkpoint, tmp_path, monkeypatch):

@@ -12,8 +12,7 @@ from kvprofile.budget import formats
 from kvprofile.budget.formats.base import Export, Provenance, import_profile
 from kvprofile.budget.known_models import ModelFacts
 from kvprofile.budget.profile import Profile
-from kvprofile.budget.runtime_file import plain
-from kvprofile.errors import InputError
+from kvprofile.errors import InputError, plain
 
 SUFFIX = {"kvzip": "x.pt", "duo-attention": "x", "lu-kv": "x.npy", "vllm": "x.json", "csv": "x.csv"}
 SCORE_FORMATS = ["kvzip", "duo-attention", "csv"]

@@ -44,8 +44,9 @@ def test_fact_documents_answer_their_questions(seed, blocks, share):
     for question, statement in zip(document.questions, document.statements, strict=True):
         assert statement in document.text
         assert question.answer in statement
-        key = question.text.removesuffix("?").split(" for ")[1]
-        assert key in statement
+        key = question.text.removeprefix("What is [").removesuffix("]?")
+        assert question.answer.startswith(f"{key}=")
+        assert document.text.count(f"[{key}=") == 1
 
 
 def test_generators_refuse_nothing_to_do():

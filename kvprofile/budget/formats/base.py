@@ -43,8 +43,7 @@ from kvprofile.budget.profile import (
     retention_key,
     round_significant,
 )
-from kvprofile.budget.runtime_file import plain
-from kvprofile.errors import InputError
+from kvprofile.errors import InputError, plain
 
 MAX_FILE_BYTES = 64 * 1024 * 1024
 SIGNIFICANT_DIGITS = 9
@@ -193,11 +192,9 @@ def import_profile(
         model = Path(model).resolve().name
     wanted = model or (facts.name if facts else found.name)
     if found.name != wanted:
-        raise InputError(f"{plain(paths[0])} is for {found.name}, not for {wanted}")
+        raise InputError(f"{paths[0]} is for {found.name}, not for {wanted}")
     if facts and found.geometry != facts.geometry:
-        raise InputError(
-            f"{plain(paths[0])} is for {found.geometry.describe()}, {wanted} has {facts.geometry.describe()}"
-        )
+        raise InputError(f"{paths[0]} is for {found.geometry.describe()}, {wanted} has {facts.geometry.describe()}")
     digests = ", ".join(hashlib.sha256(read_bytes(path)).hexdigest() for path in foreign.files)
     with validation_as_input_error("import"):
         source = ImportedFrom(
@@ -272,20 +269,20 @@ def refuse_other(path: Path, found: str | None, model: str, *, force: bool) -> N
     if force or not path.exists() or found == model or (path.is_dir() and not any(path.iterdir())):
         return
     what = f"is for {found}" if found else "exists and does not say that it is"
-    raise InputError(f"{plain(path)} {what}, not for {model}; pass --force to replace it or choose another --output")
+    raise InputError(f"{path} {what}, not for {model}; pass --force to replace it or choose another --output")
 
 
 def read_bytes(path: Path, most: int = MAX_FILE_BYTES) -> bytes:
     """A file's content. Raises InputError where it cannot be read or is larger than any file of these forms."""
     try:
         if path.exists() and not path.is_file():  # a pipe or device would be read for ever
-            raise InputError(f"{plain(path)}: not a regular file")
+            raise InputError(f"{path}: not a regular file")
         with open(path, "rb") as stream:
             content = stream.read(most + 1)
     except (OSError, ValueError) as error:
-        raise InputError(f"{plain(path)}: cannot read: {getattr(error, 'strerror', None) or error}") from error
+        raise InputError(f"{path}: cannot read: {getattr(error, 'strerror', None) or error}") from error
     if len(content) > most:
-        raise InputError(f"{plain(path)}: larger than {most // 2**20} MiB; no such file is that large")
+        raise InputError(f"{path}: larger than {most // 2**20} MiB; no such file is that large")
     return content
 
 
@@ -294,7 +291,7 @@ def require_matrix(path: Path, matrix: Matrix, geometry: Geometry) -> None:
     found = list(matrix_problems("it", matrix, geometry))
     if found:
         more = f" and {len(found) - 3} more problems" if len(found) > 3 else ""
-        raise InputError(f"{plain(path)}: {'; '.join(found[:3])}{more}")
+        raise InputError(f"{path}: {'; '.join(found[:3])}{more}")
 
 
 def require_geometry(geometry: Geometry | None) -> Geometry:

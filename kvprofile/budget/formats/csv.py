@@ -21,7 +21,6 @@ from kvprofile.budget.formats.base import (
     single,
 )
 from kvprofile.budget.profile import Geometry, Matrix, mean_budget, retention_key
-from kvprofile.budget.runtime_file import plain
 from kvprofile.errors import InputError
 from kvprofile.files import write_atomically
 
@@ -67,11 +66,11 @@ def _read_table(path: Path, geometry: Geometry) -> tuple[Matrix, Matrix]:
         text = read_bytes(path).decode("utf-8-sig")
         lines = list(csv.reader(io.StringIO(text, newline="")))
     except UnicodeDecodeError as error:
-        raise InputError(f"{plain(path)}: not UTF-8 at byte {error.start}; not a CSV file") from error
+        raise InputError(f"{path}: not UTF-8 at byte {error.start}; not a CSV file") from error
     except csv.Error as error:
-        raise InputError(f"{plain(path)}: not CSV ({error})") from error
+        raise InputError(f"{path}: not CSV ({error})") from error
     if not lines or [cell.strip() for cell in lines[0]] != HEADER:
-        raise InputError(f"{plain(path)}: the first line must be {','.join(HEADER)}")
+        raise InputError(f"{path}: the first line must be {','.join(HEADER)}")
     scores: Matrix = [[None] * geometry.kv_heads for _ in range(geometry.layers)]
     budgets: Matrix = [[None] * geometry.kv_heads for _ in range(geometry.layers)]
     for number, cells in enumerate(lines[1:], start=2):
@@ -81,12 +80,12 @@ def _read_table(path: Path, geometry: Geometry) -> tuple[Matrix, Matrix]:
             layer, head, score, budget = int(cells[0]), int(cells[1]), float(cells[2]), cells[3].strip()
             kept = float(budget) if budget else None
         except (ValueError, IndexError) as error:
-            raise InputError(f"{plain(path)}: line {number} is not layer,kv_head,score,budget in numbers") from error
+            raise InputError(f"{path}: line {number} is not layer,kv_head,score,budget in numbers") from error
         if len(cells) > len(HEADER) or not (0 <= layer < geometry.layers and 0 <= head < geometry.kv_heads):
             raise InputError(
-                f"{plain(path)}: line {number} has layer {layer}, KV head {head}; the model is {geometry.describe()}"
+                f"{path}: line {number} has layer {layer}, KV head {head}; the model is {geometry.describe()}"
             )
         if scores[layer][head] is not None:
-            raise InputError(f"{plain(path)}: line {number} repeats layer {layer}, KV head {head}")
+            raise InputError(f"{path}: line {number} repeats layer {layer}, KV head {head}")
         scores[layer][head], budgets[layer][head] = score, kept
     return scores, budgets

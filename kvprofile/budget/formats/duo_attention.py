@@ -25,8 +25,7 @@ from kvprofile.budget.formats.base import (
     single,
 )
 from kvprofile.budget.profile import Geometry, Matrix
-from kvprofile.budget.runtime_file import plain
-from kvprofile.errors import InputError
+from kvprofile.errors import InputError, plain
 from kvprofile.files import write_atomically
 
 HEADS_FILE, CONFIG_FILE, RLKV_FILE = "full_attention_heads.tsv", "config.json", "adapter_weights.tsv"
@@ -90,7 +89,7 @@ def _heads_file(path: Path) -> Path:
     for name in (HEADS_FILE, RLKV_FILE):
         if (path / name).is_file():
             return path / name
-    raise InputError(f"{plain(path)} has no {HEADS_FILE}; give the folder of one model")
+    raise InputError(f"{path} has no {HEADS_FILE}; give the folder of one model")
 
 
 def _read_heads(path: Path) -> tuple[Matrix, int]:
@@ -99,12 +98,12 @@ def _read_heads(path: Path) -> tuple[Matrix, int]:
         lines = read_bytes(path).decode("utf-8").splitlines()
         rows = [[float(cell) for cell in line.split("\t")] for line in lines if line.strip()]
     except UnicodeDecodeError as error:
-        raise InputError(f"{plain(path)}: not UTF-8 at byte {error.start}; not a table of numbers") from error
+        raise InputError(f"{path}: not UTF-8 at byte {error.start}; not a table of numbers") from error
     except ValueError as error:
-        raise InputError(f"{plain(path)}: not a table of tab-separated numbers ({plain(str(error)[:80])})") from error
+        raise InputError(f"{path}: not a table of tab-separated numbers ({plain(str(error)[:80])})") from error
     for number, row in enumerate(rows, start=1):
         if not all(math.isfinite(value) for value in row):
-            raise InputError(f"{plain(path)}: row {number} has a value that is not finite")
+            raise InputError(f"{path}: row {number} has a value that is not finite")
     clipped = sum(not 0.0 <= value <= 1.0 for row in rows for value in row)
     return [[min(max(0.0, value), 1.0) for value in row] for row in rows], clipped
 
@@ -117,7 +116,7 @@ def _read_config(path: Path) -> tuple[int | None, int | None]:
     for key, least in (("sink_size", 0), ("recent_size", 1)):
         value = config.get(key)
         if type(value) is not int or not least <= value <= _MAX_TOKENS:
-            raise InputError(f"{plain(path)}: {key} is {plain(repr(value)[:40])}, not a number of tokens")
+            raise InputError(f"{path}: {key} is {plain(repr(value)[:40])}, not a number of tokens")
     return config["sink_size"], config["recent_size"]
 
 
@@ -125,9 +124,9 @@ def _config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(read_bytes(path, _MAX_CONFIG_BYTES).decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{plain(path)}: not JSON ({plain(str(error)[:80])})") from error
+        raise InputError(f"{path}: not JSON ({plain(str(error)[:80])})") from error
     if not isinstance(config, dict):
-        raise InputError(f"{plain(path)}: the top level is not an object with sink_size and recent_size")
+        raise InputError(f"{path}: the top level is not an object with sink_size and recent_size")
     return config
 
 
@@ -146,7 +145,7 @@ def _replace_folder(path: Path, files: dict[str, bytes]) -> None:
             partial.chmod(0o755)
             partial.rename(path)
     except OSError as error:
-        raise InputError(f"cannot write {plain(path)}: {error.strerror or error}; choose another --output") from error
+        raise InputError(f"cannot write {path}: {error.strerror or error}; choose another --output") from error
     finally:
         if partial is not None and partial.exists():
             shutil.rmtree(partial, ignore_errors=True)

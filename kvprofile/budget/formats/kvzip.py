@@ -23,7 +23,6 @@ from kvprofile.budget.formats.base import (
     require_matrix,
 )
 from kvprofile.budget.profile import Geometry, Matrix
-from kvprofile.budget.runtime_file import plain
 from kvprofile.errors import InputError
 from kvprofile.files import write_atomically
 
@@ -101,17 +100,15 @@ def _read_file(path: Path, geometry: Geometry) -> tuple[list[list[float]], str]:
             warnings.simplefilter("ignore")
             loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever its parsers raise
-        raise InputError(f"{plain(path)}: not a file with one tensor, nothing in it was run ({_why(error)})") from error
+        raise InputError(f"{path}: not a file with one tensor, nothing in it was run ({_why(error)})") from error
     if not isinstance(loaded, torch.Tensor):
-        raise InputError(f"{plain(path)}: holds a {type(loaded).__name__}, a KVzip file is one bare tensor")
+        raise InputError(f"{path}: holds a {type(loaded).__name__}, a KVzip file is one bare tensor")
     if loaded.layout != torch.strided or loaded.device.type != "cpu" or not loaded.is_floating_point():
-        raise InputError(
-            f"{plain(path)}: holds a tensor of {loaded.dtype}, a KVzip file has plain floating-point numbers"
-        )
+        raise InputError(f"{path}: holds a tensor of {loaded.dtype}, a KVzip file has plain floating-point numbers")
     expected = (geometry.layers, geometry.kv_heads)
     if _squeezed(loaded.shape) != _squeezed(expected):
         raise InputError(
-            f"{plain(path)}: shape {' x '.join(map(str, loaded.shape)) or 'scalar'}, "
+            f"{path}: shape {' x '.join(map(str, loaded.shape)) or 'scalar'}, "
             f"the model is {geometry.layers} layers x {geometry.kv_heads} KV heads"
         )
     matrix: list[list[float]] = loaded.detach().reshape(expected).double().tolist()
@@ -125,11 +122,11 @@ def _check_archive(path: Path, content: bytes) -> None:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             entries = archive.infolist()
     except Exception as error:  # zipfile raises several kinds for broken directories
-        raise InputError(f"{plain(path)}: truncated, or not written by torch.save ({_why(error)})") from error
+        raise InputError(f"{path}: truncated, or not written by torch.save ({_why(error)})") from error
     if len(entries) > _MAX_ENTRIES or sum(entry.file_size for entry in entries) > MAX_FILE_BYTES:
-        raise InputError(f"{plain(path)}: unpacks to more than any head scores need; refused unread")
+        raise InputError(f"{path}: unpacks to more than any head scores need; refused unread")
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        raise InputError(f"{plain(path)}: has compressed entries, which torch.save never writes; refused unread")
+        raise InputError(f"{path}: has compressed entries, which torch.save never writes; refused unread")
 
 
 def _squeezed(shape: Sequence[int]) -> tuple[int, ...]:

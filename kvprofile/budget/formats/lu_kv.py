@@ -22,7 +22,6 @@ from kvprofile.budget.formats.base import (
     single,
 )
 from kvprofile.budget.profile import PRESETS, Geometry, Matrix, retention_key
-from kvprofile.budget.runtime_file import plain
 from kvprofile.errors import InputError
 from kvprofile.files import write_atomically
 
@@ -95,17 +94,17 @@ def _read_table(path: Path, geometry: Geometry) -> tuple[list[Matrix], str]:
         read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = read_header(stream)  # type: ignore[no-untyped-call]
     except Exception as error:  # the header is parsed as Python literals, which can fail in many ways
-        raise InputError(f"{plain(path)}: truncated, or not a .npy file ({type(error).__name__})") from error
+        raise InputError(f"{path}: truncated, or not a .npy file ({type(error).__name__})") from error
     expected = (RATIOS, geometry.layers, geometry.kv_heads)
     if shape != expected:
         raise InputError(
-            f"{plain(path)}: shape {' x '.join(map(str, shape))[:80] or 'scalar'}, "
+            f"{path}: shape {' x '.join(map(str, shape))[:80] or 'scalar'}, "
             f"expected {' x '.join(map(str, expected))} (ratios x layers x KV heads)"
         )
     if dtype.kind != "f":
-        raise InputError(f"{plain(path)}: holds {plain(str(dtype)[:40])}, not floating-point shares")
+        raise InputError(f"{path}: holds {str(dtype)[:40]}, not floating-point shares")
     if len(content) - stream.tell() != math.prod(expected) * dtype.itemsize:
-        raise InputError(f"{plain(path)}: truncated or padded; its header promises another number of bytes")
+        raise InputError(f"{path}: truncated or padded; its header promises another number of bytes")
     table = np.load(io.BytesIO(content), allow_pickle=False)
     matrices: list[Matrix] = table.astype(np.float64).tolist()
     return matrices, str(dtype)

@@ -16,7 +16,7 @@ from kvprofile.budget.formats.base import (
     validation_as_input_error,
 )
 from kvprofile.budget.profile import Geometry, Matrix, ModelIdentity, Profile, retention_key
-from kvprofile.budget.runtime_file import RuntimeFile, RuntimeModel, RuntimeProvenance, plain
+from kvprofile.budget.runtime_file import RuntimeFile, RuntimeModel, RuntimeProvenance
 from kvprofile.errors import InputError
 from kvprofile.files import sha256_of, write_atomically
 
@@ -33,11 +33,11 @@ class VLLM(Format):
         """Read one file: the budget comes back, the scores it was made from do not."""
         del geometry  # the file states its own, import_profile compares
         path = single(paths, self.name)
-        found = runtime_file.parse(read_bytes(path, runtime_file.MAX_FILE_BYTES), plain(path))
+        found = runtime_file.parse(read_bytes(path, runtime_file.MAX_FILE_BYTES), str(path))
         identity = _identity(found.model)
         asked = found.provenance.retention_asked
         if asked <= 0.0:
-            raise InputError(f"{plain(path)}: retention_asked is {asked:g}; a budget needs a retention above 0")
+            raise InputError(f"{path}: retention_asked is {asked:g}; a budget needs a retention above 0")
         heads: Matrix = [
             [None] * found.model.kv_heads
             if full is None
