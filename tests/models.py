@@ -28,6 +28,7 @@ FAMILIES = {
     "qwen2": ("Qwen2Config", {}),
     "qwen3": ("Qwen3Config", {"head_dim": 32}),
     "mistral": ("MistralConfig", {"sliding_window": None}),
+    "mistral_wide": ("MistralConfig", {"sliding_window": 4096}),
     "phi3": ("Phi3Config", {"sliding_window": None}),
     "gemma2": (
         "Gemma2Config",

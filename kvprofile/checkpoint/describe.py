@@ -41,8 +41,8 @@ def describe(source: Source, trust_remote_code: bool = False) -> Description:
         0
     ]
     _refuse_unsupported(source, config, architecture, trust_remote_code)
-    geometry = _geometry(source, config)
     max_positions, reason = _max_positions(config)
+    geometry = _geometry(source, config, max_positions)
     folder = fetch_weights(source, trust_remote_code)
     headers = {file: read_header(file) for file in weight_files(folder)}
     return Description(
@@ -117,12 +117,15 @@ def _refuse_unsupported(source: Source, config: PretrainedConfig, architecture: 
         raise refuse("its attention does not go through transformers' attention interface")
 
 
-def _geometry(source: Source, config: PretrainedConfig) -> Geometry:
+def _geometry(source: Source, config: PretrainedConfig, max_positions: int) -> Geometry:
+    """The geometry; a window as wide as all positions hides nothing, so its layers count as full."""
     layers, heads = config.num_hidden_layers, config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     types = getattr(config, "layer_types", None) or [SLIDING_ATTENTION if window else FULL_ATTENTION] * layers
+    if window and window >= max_positions:
+        types = [FULL_ATTENTION if kind == SLIDING_ATTENTION else kind for kind in types]
     if FULL_ATTENTION not in types:
         raise InputError(
             f"{source.name} cannot be profiled: every layer slides over a window of {window} tokens, "

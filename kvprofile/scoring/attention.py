@@ -109,7 +109,7 @@ def _attention(
     recorder = _current[0]
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     recorder.layers_seen.add(layer)
-    _check_shapes(recorder.geometry, layer, query, key, sliding_window)
+    _check_shapes(recorder, layer, query, key, sliding_window)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if layer not in recorder.profiled:
         key_start = recorder.query_start + query.shape[2] - key.shape[2]
@@ -200,7 +200,8 @@ def chunk_scores(
     return best.exp_().clamp_(max=1.0).cpu()
 
 
-def _check_shapes(geometry: Geometry, layer: int, query: torch.Tensor, key: torch.Tensor, window: int | None) -> None:
+def _check_shapes(recorder: Recorder, layer: int, query: torch.Tensor, key: torch.Tensor, window: int | None) -> None:
+    geometry = recorder.geometry
     if (query.shape[1], key.shape[1], key.shape[-1]) != (
         geometry.attention_heads,
         geometry.kv_heads,
@@ -210,7 +211,7 @@ def _check_shapes(geometry: Geometry, layer: int, query: torch.Tensor, key: torc
             f"layer {layer} has {query.shape[1]} query heads and {key.shape[1]} KV heads of size {key.shape[-1]}, "
             f"the config says {geometry.describe()}; kvprofile cannot profile layers of different shapes"
         )
-    if layer in geometry.profiled_layers and window:
+    if layer in recorder.profiled and window and window < recorder.query_start + query.shape[2]:
         raise InputError(
             f"layer {layer} slides over {window} tokens, but the config calls it {geometry.layer_types[layer]}"
         )
