@@ -259,7 +259,7 @@ def stage_of(step: int, plan: tuple[Stage, ...]) -> Stage:
     return plan[-1]
 
 
-def train(output: Path, plan: tuple[Stage, ...], seed: int, layers: int) -> None:
+def train(output: Path, plan: tuple[Stage, ...], seed: int, layers: int, save_every: int = 200) -> None:
     """Train or continue, then write the checkpoint in bfloat16 to ``output``."""
     tokenizer = build_tokenizer()
     model = build_model(len(tokenizer), seed, layers)
@@ -307,7 +307,7 @@ def train(output: Path, plan: tuple[Stage, ...], seed: int, layers: int) -> None
                     f"first tokens {shares[0]:.3f} answers {shares[1]:.3f} repeats {shares[2]:.3f} {rate:.0f} tokens/s",
                     flush=True,
                 )
-            if step % 200 == 199:
+            if (step + 1) % save_every == 0:
                 partial = state_file.with_suffix(".partial")
                 torch.save(
                     {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}, partial
@@ -349,10 +349,17 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--save-every", type=int, default=200, help="steps between saved training states")
     parser.add_argument("--smoke", action="store_true", help="20 steps that prove the machinery, no useful model")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    train(arguments.output, SMOKE_RUN if arguments.smoke else FULL_RUN, arguments.seed, arguments.layers)
+    train(
+        arguments.output,
+        SMOKE_RUN if arguments.smoke else FULL_RUN,
+        arguments.seed,
+        arguments.layers,
+        arguments.save_every,
+    )
 
 
 if __name__ == "__main__":
