@@ -173,6 +173,19 @@ def bootstrap_difference(ours: list[float], theirs: list[float], draws: int = 20
     return low, high
 
 
+def bootstrap_against_seeds(ours: list[float], theirs: torch.Tensor, draws: int = 2000) -> tuple[float, float]:
+    """95 % bootstrap interval of mean(ours) - mean(theirs [seeds, items]); items (paired) and seeds are resampled."""
+    generator = torch.Generator().manual_seed(0)
+    seeds, items = theirs.shape
+    found = torch.empty(draws)
+    for draw in range(draws):
+        item = torch.randint(0, items, (items,), generator=generator)
+        seed = torch.randint(0, seeds, (seeds,), generator=generator)
+        found[draw] = torch.tensor(ours)[item].mean() - theirs[seed][:, item].mean()
+    low, high = torch.quantile(found, torch.tensor([0.025, 0.975])).tolist()
+    return low, high
+
+
 def random_heads(layers: int, kv_heads: int, retention: float, seed: int) -> Matrix:
     """Full heads drawn at random, as many as the retention asks for."""
     places = [(layer, head) for layer in range(layers) for head in range(kv_heads)]
@@ -192,6 +205,7 @@ def ranking_check(
     drawn = [exact_with_heads(model, items, random_heads(layers, kv_heads, retention, s), masked) for s in range(seeds)]
     by_chance = [sum(run[i] for run in drawn) / seeds for i in range(len(items))]
     as_numbers = [float(hit) for hit in ours]
+    chance = torch.tensor(drawn, dtype=torch.float32)
     return {
         "retention": retention,
         "questions": len(items),
@@ -200,7 +214,7 @@ def ranking_check(
         "random_mean": sum(by_chance) / len(items),
         "random_by_seed": [sum(run) / len(items) for run in drawn],
         "inverted": sum(upside_down) / len(items),
-        "profile_minus_random_95": bootstrap_difference(as_numbers, by_chance),
+        "profile_minus_random_95": bootstrap_against_seeds(as_numbers, chance),
         "profile_minus_inverted_95": bootstrap_difference(as_numbers, [float(hit) for hit in upside_down]),
     }
 
@@ -274,7 +288,7 @@ def main() -> None:
     parser.add_argument("--sinks", type=int, default=16)
     parser.add_argument("--window", type=int, default=64)
     parser.add_argument("--retention", type=float, nargs="*", default=[0.5, 0.25])
-    parser.add_argument("--seeds", type=int, default=5, help="random choices of heads")
+    parser.add_argument("--seeds", type=int, default=10, help="random choices of heads")
     parser.add_argument("--write-card", action="store_true", help="write the figures into the model's README.md")
     arguments = parser.parse_args()
     result = measure(arguments)

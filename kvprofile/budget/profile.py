@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator
 from typing import Annotated, Literal, Self, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 SCHEMA_VERSION = 1
 PRESETS: tuple[float, ...] = (0.9, 0.7, 0.5, 0.3)
@@ -27,6 +27,15 @@ SLIDING_ATTENTION = "sliding_attention"
 
 Row: TypeAlias = list[float | None]
 Matrix: TypeAlias = list[Row]
+def _printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("holds characters that a terminal cannot print")
+    return text
+
+
+Printable = Annotated[str, AfterValidator(_printable)]
+"""Text that is shown to people: no control characters, so no file can command a terminal."""
+
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 CommitSha = Annotated[str, Field(pattern=r"^[0-9a-f]{7,64}$")]
 
@@ -74,9 +83,9 @@ class Geometry(_Part):
 class ModelIdentity(_Part):
     """Which checkpoint was profiled. What cannot be known (an import made offline) is null."""
 
-    name: str = Field(min_length=1, max_length=200, description="hub id or folder name")
+    name: Printable = Field(min_length=1, max_length=200, description="hub id or folder name")
     revision: CommitSha | None = Field(description="commit of the hub repository, never a branch")
-    architecture: str = Field(min_length=1, max_length=200, description="class name in the checkpoint's config")
+    architecture: Printable = Field(min_length=1, max_length=200, description="class name in the checkpoint's config")
     geometry: Geometry
     geometry_sha256: Sha256
     tokenizer_sha256: Sha256 | None = Field(description="hash over the sorted vocabulary")
@@ -92,7 +101,7 @@ class ModelIdentity(_Part):
 class CorpusRecord(_Part):
     """A corpus that was scored: its name, the hash of the texts read, and how much of it was used."""
 
-    name: str = Field(min_length=1)
+    name: Printable = Field(min_length=1)
     sha256: Sha256
     documents: int = Field(ge=1)
     tokens: int = Field(ge=1, description="context tokens scored, all documents together")
@@ -101,28 +110,28 @@ class CorpusRecord(_Part):
 class ImportedFrom(_Part):
     """Where imported scores were published."""
 
-    format: str
-    repository: str | None
-    file: str
+    format: Printable
+    repository: Printable | None
+    file: Printable
     commit: CommitSha | None
-    licence: str | None
-    notes: str | None = None
+    licence: Printable | None
+    notes: Printable | None = None
 
 
 class Scoring(_Part):
     """How the scores came to be: enough to repeat the run."""
 
-    method: str = Field(min_length=1)
-    statistic: str = Field(description="the statistic that ranks heads for the budgets")
+    method: Printable = Field(min_length=1)
+    statistic: Printable = Field(description="the statistic that ranks heads for the budgets")
     chunk_tokens: int | None = Field(ge=1)
     context_tokens: int | None = Field(ge=1, description="tokens of a document used, null for whole documents")
     prompts_version: int | None
     prefix: str | None = Field(description="text before the context: chat template and system prompt")
     suffix: str | None = Field(description="text between a request and the answer")
-    engine: str
-    attention: str = Field(description="attention kernel and why")
-    dtype: str
-    device: str
+    engine: Printable
+    attention: Printable = Field(description="attention kernel and why")
+    dtype: Printable
+    device: Printable
     seed: int | None = Field(description="null for imported scores")
     corpora: list[CorpusRecord]
     imported_from: ImportedFrom | None
@@ -161,7 +170,7 @@ class Profile(_Part):
     """A budget file: ``models/kv_budget/<model>.json``."""
 
     schema_version: Literal[1]
-    kvprofile_version: str
+    kvprofile_version: Printable
     model: ModelIdentity
     scoring: Scoring
     scores: Scores

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvprofile.errors import InputError
+from kvprofile.errors import InputError, plain
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -58,7 +58,7 @@ def _source_of_folder(folder: Path) -> Source:
     repository, is_snapshot = resolved.parent.parent.name, resolved.parent.name == "snapshots"
     if is_snapshot and repository.startswith("models--") and _COMMIT.fullmatch(resolved.name):
         return Source(repository.removeprefix("models--").replace("--", "/", 1), folder, resolved.name)
-    return Source(resolved.name, folder, None)
+    return Source(plain(resolved.name) or "model", folder, None)
 
 
 def _download(model: str, revision: str | None, patterns: list[str]) -> Path:

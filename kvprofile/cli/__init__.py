@@ -64,12 +64,15 @@ def run(arguments: list[str]) -> int:
         return _fail(str(error), 2)
     except KeyboardInterrupt:
         result = _INTERRUPTED
-    except BrokenPipeError:
+    except SystemExit as stop:  # typer and rich leave this way when nobody reads stdout any more
+        if not isinstance(stop.__context__, BrokenPipeError):
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
         if hasattr(error, "format_message"):  # a usage error of typer's parser
-            return _fail(f"{error.format_message()} Try 'kvprofile --help'.", 2)
+            message = error.format_message()  # empty where the help was printed instead
+            return _fail(f"{message} Try 'kvprofile --help'.", 2) if message else 2
         if os.environ.get("KVPROFILE_DEBUG"):
             raise
         return _fail(f"{type(error).__name__}: {error}; run with kvprofile --debug for the traceback", 1)

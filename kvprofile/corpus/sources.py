@@ -73,7 +73,7 @@ def load_corpus(reference: str, limit: int | None = None) -> Corpus:
     if scheme == "generate":
         return _checked(reference, [_generated(reference, rest)])
     if scheme == "datasets":
-        return _checked(reference, _from_datasets(reference, rest, limit))
+        return _checked(_data_set_name(rest), _from_datasets(reference, rest, limit))
     if reference in bundled_names():
         return _checked(reference, _from_folder(corpora_folder() / reference)[:limit])
     path = Path(reference).expanduser()
@@ -175,6 +175,12 @@ def _from_datasets(reference: str, rest: str, limit: int | None) -> list[Text]:
     if found is None:
         raise InputError(f"{reference}: no column {column!r}; it has {', '.join(table.column_names)}")
     return [Text(f"{split}/{index}", text) for index, text in enumerate(found)]
+
+
+def _data_set_name(rest: str) -> str:
+    """The reference without the folders of a local path: budget files name no machine's paths."""
+    path, colon, options = rest.partition(":")
+    return f"datasets:{Path(path).name if Path(path).exists() else path}{colon}{options}"
 
 
 def _load_dataset(path: str, split: str):  # type: ignore[no-untyped-def]

@@ -21,7 +21,7 @@ from kvprofile.budget.profile import (
 )
 from kvprofile.checkpoint import Description, Placement, identity, load_model
 from kvprofile.corpus.sources import Corpus, cut
-from kvprofile.errors import InputError
+from kvprofile.errors import InputError, plain
 from kvprofile.files import atomic_path, sha256_of
 from kvprofile.scoring.prompts import PROMPTS_VERSION, Document, Frame, encode, frame_document
 
@@ -112,7 +112,9 @@ def plan(
         if short:
             raise InputError(f"{short[0]} has no token left after the prefix; give a longer document")
         tokens = sum(len(document.context_ids) for document in found)
-        records.append(CorpusRecord(name=corpus.name, sha256=corpus.sha256(), documents=len(found), tokens=tokens))
+        records.append(
+            CorpusRecord(name=plain(corpus.name), sha256=corpus.sha256(), documents=len(found), tokens=tokens)
+        )
         documents += found
     made = Plan(description, tokenizer, frame, tuple(documents), tuple(records), options)
     _check_ids(made)

@@ -128,6 +128,7 @@ def test_local_data_sets(tmp_path):
     assert [t.text for t in saved.texts] == ["one", "two"]
     table.to_json(tmp_path / "rows.jsonl")
     rows = load_corpus(f"datasets:{tmp_path / 'rows.jsonl'}:train:other")
+    assert rows.name == "datasets:rows.jsonl:train:other", "no machine path goes into a budget file"
     assert [t.text for t in rows.texts] == ["x", "y", "z"]
     with pytest.raises(InputError, match="no column 'absent'; it has text, other"):
         load_corpus(f"datasets:{tmp_path / 'rows.jsonl'}:train:absent")
