@@ -51,10 +51,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 def require_writable(path: Path) -> None:
     """Raise InputError now if ``path`` could not be written later: before hours of work, not after."""
-    if path.is_dir():
-        raise InputError(f"cannot write {path}: it is a folder; give a file name")
-    made = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
+    made: list[Path] = []
     try:
+        if path.is_dir():  # raises where the name is too long
+            raise InputError(f"cannot write {path}: it is a folder; give a file name")
+        made += [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent) as probe:
             probe.write(b"\0" * 4096)

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-from kvprofile.budget.profile import PRESETS, HeadBudgets, Matrix, Scores, mean_budget, retention_key
+from kvprofile.budget.profile import PRESETS, HeadBudgets, Matrix, Profile, Scores, mean_budget, retention_key
 from kvprofile.errors import InputError
 
 Place: TypeAlias = tuple[int, int]
@@ -35,10 +35,30 @@ def ranking(scores: Matrix, tie_breaks: Sequence[Matrix] = ()) -> list[Place]:
     return sorted(heads, key=lambda place: (key(place), place))
 
 
-def full_head_count(retention: float, heads: int) -> int:
-    """round(retention * heads), halves up. Raises InputError unless 0 < retention <= 1."""
+def has_scores(profile: Profile) -> bool:
+    """Whether the numbers of a profile rank heads. Those of an imported runtime file are 1 for full, 0 for trimmed."""
+    source = profile.scoring.imported_from
+    return source is None or source.format != "vllm"
+
+
+def require_scores(profile: Profile) -> None:
+    """Raise InputError where heads would be chosen by score and the profile has none."""
+    if not has_scores(profile):
+        raise InputError(
+            f"{profile.model.name} was imported from a runtime file, which holds no scores; "
+            f"only retention {', '.join(profile.budgets)} is known, and only as it stands"
+        )
+
+
+def require_retention(retention: float) -> None:
+    """Raise InputError unless 0 < retention <= 1; NaN is refused too."""
     if not 0.0 < retention <= 1.0:
         raise InputError(f"retention {retention:g} is outside (0, 1]; 0.5 keeps half of the heads full")
+
+
+def full_head_count(retention: float, heads: int) -> int:
+    """round(retention * heads), halves up. Raises InputError unless 0 < retention <= 1."""
+    require_retention(retention)
     return math.floor(round(retention * heads, 9) + 0.5)
 
 
@@ -152,11 +172,22 @@ def allocate_within(
     return replace(found, kv_head_order=_kv_head_order(found.budgets.heads, constraints))
 
 
-def as_given(scores: Matrix, retention: float, heads: Matrix, tie_breaks: Sequence[Matrix] = ()) -> Allocation:
-    """Binary budgets [L][G] that were chosen elsewhere, with their cost against the choice by score."""
-    full = {(layer, head) for layer, row in enumerate(heads) for head, value in enumerate(row) if value == 1.0}
-    reason = "the file's own budget at this retention was taken, which is not the choice by score"
-    return _costed(scores, retention, full, ranking(scores, tie_breaks), [range(len(scores))], reason)
+def as_given(
+    scores: Matrix, retention: float, heads: Matrix, tie_breaks: Sequence[Matrix] = (), reason: str | None = None
+) -> Allocation:
+    """Budgets [L][G] that were chosen elsewhere, kept as they are, with their cost against the choice by score."""
+    found = _costed(scores, retention, _full(heads), ranking(scores, tie_breaks), [range(len(scores))], reason)
+    return replace(found, budgets=HeadBudgets(heads=heads, retention_realised=mean_budget(heads)))
+
+
+def heads_that_differ(one: Matrix, other: Matrix) -> int:
+    """How many heads are full in one choice only; two heads that changed places count once."""
+    first, second = _full(one), _full(other)
+    return max(len(first - second), len(second - first))
+
+
+def _full(heads: Matrix) -> set[Place]:
+    return {(layer, head) for layer, row in enumerate(heads) for head, value in enumerate(row) if value == 1.0}
 
 
 def _costed(

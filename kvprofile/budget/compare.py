@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from kvprofile.budget.allocate import allocate, full_head_count, ranking
+from kvprofile.budget.allocate import allocate, full_head_count, has_scores, ranking, require_retention, require_scores
 from kvprofile.budget.profile import PRESETS, HeadBudgets, Matrix, Profile, retention_key
 from kvprofile.errors import InputError
 
@@ -26,7 +26,8 @@ class AtRetention:
     """The two profiles at one retention.
 
     ``top_heads`` is k = round(retention * heads); ``top_overlap`` is the share of the k best heads of one that are
-    among the k best of the other, and ``chance_overlap`` (k / heads) is what two unrelated rankings reach.
+    among the k best of the other (null where one has no scores), and ``chance_overlap`` (k / heads) is what two
+    unrelated rankings reach.
     """
 
     retention: float
@@ -40,7 +41,7 @@ class AtRetention:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What ``compare`` finds; ``rank_correlation`` is null where all scores of a profile are equal."""
+    """What ``compare`` finds; ``rank_correlation`` is null where a profile has no scores or all of them are equal."""
 
     warnings: tuple[str, ...]
     heads: int
@@ -51,7 +52,8 @@ class Comparison:
 def compare(before: Profile, after: Profile, retentions: Sequence[float] = PRESETS) -> Comparison:
     """Compare two profiles, each by the statistic that ranks its heads.
 
-    Raises InputError where their geometries differ: then no head of one corresponds to a head of the other.
+    Raises InputError where their geometries differ (then no head of one corresponds to a head of the other), or for a
+    retention that a profile without scores does not state.
     """
     if before.model.geometry != after.model.geometry:
         raise InputError(
@@ -62,14 +64,34 @@ def compare(before: Profile, after: Profile, retentions: Sequence[float] = PRESE
     return Comparison(
         warnings=tuple(comparability_warnings(before, after)),
         heads=len(first),
-        rank_correlation=rank_correlation(first, second),
+        rank_correlation=rank_correlation(first, second) if has_scores(before) and has_scores(after) else None,
         at=tuple(_at(before, after, retention, len(first)) for retention in retentions),
     )
+
+
+def shared_retentions(before: Profile, after: Profile) -> tuple[float, ...] | None:
+    """The retentions that every profile without scores states, highest first; null where both have scores.
+
+    Raises InputError where they state none in common.
+    """
+    stated = [set(profile.budgets) for profile in (before, after) if not has_scores(profile)]
+    if not stated:
+        return None
+    shared = set.intersection(*stated)
+    if not shared:
+        raise InputError(
+            f"both were imported from runtime files, which hold no scores, and state no retention in common: "
+            f"{', '.join(before.budgets)} and {', '.join(after.budgets)}"
+        )
+    return tuple(sorted(map(float, shared), reverse=True))
 
 
 def comparability_warnings(before: Profile, after: Profile) -> Iterator[str]:
     """One line for each reason why a difference may come from something else than the models' heads."""
     yield from _identity_warnings(before, after)
+    for which, profile in (("first", before), ("second", after)):
+        if not has_scores(profile):
+            yield f"the {which} file has no scores (a runtime file): compared at {', '.join(profile.budgets)} only"
     old, new = _scoring_facts(before), _scoring_facts(after)
     for what in old:
         if old[what] is not None and new[what] is not None and old[what] != new[what]:
@@ -97,11 +119,13 @@ def tie_breaks(profile: Profile, statistic: str) -> list[Matrix]:
 def budgets_at(profile: Profile, retention: float) -> HeadBudgets:
     """The file's own budgets at a retention or, where it holds none, budgets allocated now from its scores.
 
-    Raises InputError unless 0 < retention <= 1.
+    Raises InputError unless 0 < retention <= 1, and where the file has neither.
     """
+    require_retention(retention)
     stored = profile.budgets.get(retention_key(retention))
     if stored is not None:
         return stored
+    require_scores(profile)
     return allocate(ranking_scores(profile), retention, tie_breaks(profile, profile.scoring.statistic))
 
 
@@ -133,11 +157,14 @@ def _average_ranks(values: Sequence[float]) -> list[float]:
 
 def _at(before: Profile, after: Profile, retention: float, heads: int) -> AtRetention:
     count = full_head_count(retention, heads)
-    left, right = (
-        set(ranking(ranking_scores(profile), tie_breaks(profile, profile.scoring.statistic))[:count])
-        for profile in (before, after)
-    )
     old, new = budgets_at(before, retention), budgets_at(after, retention)
+    overlap = None
+    if count and has_scores(before) and has_scores(after):
+        left, right = (
+            set(ranking(ranking_scores(profile), tie_breaks(profile, profile.scoring.statistic))[:count])
+            for profile in (before, after)
+        )
+        overlap = len(left & right) / count
     moved = tuple(
         MovedHead(layer, head, was, now)
         for layer, (old_row, new_row) in enumerate(zip(old.heads, new.heads, strict=True))
@@ -147,7 +174,7 @@ def _at(before: Profile, after: Profile, retention: float, heads: int) -> AtRete
     return AtRetention(
         retention=retention,
         top_heads=count,
-        top_overlap=len(left & right) / count if count else None,
+        top_overlap=overlap,
         chance_overlap=count / heads,
         realised_before=old.retention_realised,
         realised_after=new.retention_realised,

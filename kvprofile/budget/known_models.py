@@ -64,10 +64,10 @@ def find(model: str, config: Path | None = None) -> ModelFacts:
     if model in KNOWN_MODELS:
         return KNOWN_MODELS[model]
     place = Path(model)
-    if place.is_dir():
+    if store.is_dir(place):
         return from_config(place / "config.json", find_shape(model).name)
     for file in (place, store.BUDGET_DIR / store.file_name(model)):
-        if file.is_file():
+        if store.is_file(file):
             found = store.load(file).model
             return ModelFacts(found.name, found.architecture, found.geometry, file.name)
     raise InputError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from kvprofile.budget.profile import (
 )
 from kvprofile.errors import InputError
 
+MAX_LAYERS = 4096
 _WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _ESTIMATE = "estimate: (L*(2H+2G)*D*hidden + 3*L*hidden*intermediate + vocab*hidden*(1 if tied else 2)) * bytes"
 
@@ -53,7 +54,7 @@ class ModelShape:
     """What planning needs to know of a model; null is unknown.
 
     ``window_tokens`` is the window of sliding layers; null with sliding layers counts them as holding everything.
-    ``retention_realised`` has the realised retention of each preset of a budget file, by its key.
+    ``profile`` is that of a budget file, whose budgets go before counts.
     """
 
     name: str
@@ -65,7 +66,7 @@ class ModelShape:
     weight_reason: str
     sink_tokens: int = DEFAULT_SINK_TOKENS
     recent_tokens: int = DEFAULT_RECENT_TOKENS
-    retention_realised: dict[str, float] = field(default_factory=dict)
+    profile: Profile | None = None
     decisions: tuple[Decision, ...] = ()
 
 
@@ -74,16 +75,19 @@ def find_shape(reference: str) -> ModelShape:
 
     A name is looked up among the budget files and in the local hub cache, never on the network. Raises InputError.
     """
-    path = Path(reference).expanduser()
-    if path.is_dir() or path.name == "config.json":
-        config = path / "config.json" if path.is_dir() else path
-        if not config.is_file():
+    try:
+        path = Path(reference).expanduser()
+    except RuntimeError:  # ~somebody who has no home here
+        path = Path(reference)
+    if store.is_dir(path) or path.name == "config.json":
+        config = path / "config.json" if store.is_dir(path) else path
+        if not store.is_file(config):
             raise InputError(
                 f"{reference} has no config.json; give a checkpoint's folder, a budget file or a model name"
             )
         return shape_of_config(config, _folder_name(config.resolve().parent))
-    budget_file = path if path.is_file() else store.BUDGET_DIR / store.file_name(reference)
-    if budget_file.is_file():
+    budget_file = path if store.is_file(path) else store.BUDGET_DIR / store.file_name(reference)
+    if store.is_file(budget_file):
         return _shape_of_profile(store.load(budget_file), str(budget_file))
     cached = _cached_config(reference)
     if cached is None:
@@ -145,7 +149,7 @@ def _shape_of_profile(profile: Profile, source: str) -> ModelShape:
         base,
         sink_tokens=profile.runtime.sink_tokens,
         recent_tokens=profile.runtime.recent_tokens,
-        retention_realised={key: budgets.retention_realised for key, budgets in profile.budgets.items()},
+        profile=profile,
         decisions=tuple(decisions),
     )
 
@@ -158,7 +162,12 @@ def _refuse(name: str, text: Mapping[str, Any]) -> None:
 
     if text.get("kv_lora_rank"):
         raise refuse("multi-head latent attention has no per-head cache")
-    foreign = {str(each) for each in text.get("layer_types") or ()} - {FULL_ATTENTION, SLIDING_ATTENTION}
+    layers, types = text.get("num_hidden_layers"), text.get("layer_types")
+    if isinstance(layers, int) and layers > MAX_LAYERS:
+        raise refuse(f"its config states more than {MAX_LAYERS} layers")
+    if types is not None and not isinstance(types, list):
+        raise refuse("layer_types in its config is no list")
+    foreign = {str(each) for each in types or ()} - {FULL_ATTENTION, SLIDING_ATTENTION}
     if foreign:
         raise refuse(f"it has layers of type {', '.join(sorted(foreign))}")
     state_space = [key for key in _STATE_SPACE_KEYS if text.get(key)]
@@ -304,4 +313,4 @@ def _read_json(file: Path) -> dict[str, Any]:
 def _integer(mapping: Mapping[str, Any], key: str) -> int | None:
     """A positive integer of a config, null where it is absent or anything else."""
     value = mapping.get(key)
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**63 else None

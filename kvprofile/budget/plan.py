@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvprofile.budget.allocate import effective_retention, full_head_count
+from kvprofile.budget.allocate import effective_retention, full_head_count, has_scores, require_scores
 from kvprofile.budget.model_shape import Decision, ModelShape
 from kvprofile.budget.profile import PRESETS, Geometry, retention_key
 from kvprofile.errors import InputError
@@ -19,6 +19,10 @@ from kvprofile.errors import InputError
 DEFAULT_RETENTIONS = (1.0, *PRESETS)
 DEFAULT_MEMORY_UTILIZATION = 0.9
 """Share of a GPU's memory given to vLLM (``gpu_memory_utilization``); its own default is 0.92 in 0.32, 0.9 before."""
+
+MAX_CONTEXT_TOKENS = 10**12
+MAX_BYTES = 2**60
+"""Bounds on what is asked for: far above any machine, far below where floats overflow."""
 
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
 """Bytes of a cached value."""
@@ -109,7 +113,7 @@ def plan(
     gpu: GpuMemory,
     context_tokens: int,
     *,
-    retentions: Sequence[float] = DEFAULT_RETENTIONS,
+    retentions: Sequence[float] = (),
     tensor_parallel_size: int = 1,
     dtype: str | None = None,
     weight_bytes: int | None = None,
@@ -117,11 +121,13 @@ def plan(
 ) -> Plan:
     """Count what fits. ``dtype`` is the cache's, ``weight_bytes`` those of all GPUs together; null takes the model's.
 
-    Raises InputError for a context, size or share that makes no sense, or ranks that the heads cannot be dealt to.
+    Without ``retentions`` those of a budget file without scores are taken, else DEFAULT_RETENTIONS. Raises InputError
+    for a context, size or share that makes no sense, ranks that the heads cannot be dealt to, or a retention that a
+    budget file without scores does not state.
     """
     geometry = shape.geometry
-    if context_tokens < 1:
-        raise InputError(f"context of {context_tokens} tokens; give at least 1")
+    if not 1 <= context_tokens <= MAX_CONTEXT_TOKENS:
+        raise InputError(f"context of {context_tokens} tokens; give 1 to {MAX_CONTEXT_TOKENS}")
     if not 0.0 < memory_utilization <= 1.0:
         raise InputError(f"memory utilization {memory_utilization:g} is outside (0, 1]; give a share like 0.9")
     holders = _holders(geometry, tensor_parallel_size)
@@ -132,7 +138,7 @@ def plan(
     per_token = kv_bytes_per_token(geometry, DTYPES[cache_dtype])
     rows = tuple(
         _row(shape, retention, context_tokens, holders, DTYPES[cache_dtype], pool)
-        for retention in sorted({1.0, *retentions}, reverse=True)
+        for retention in sorted({1.0, *(retentions or _default_retentions(shape))}, reverse=True)
     )
     decisions = [
         *shape.decisions,
@@ -185,14 +191,16 @@ def parse_gpu_memory(text: str) -> GpuMemory:
     """'24GiB', '80 GB', 'H100', 'A100-80GB', 'NVIDIA GeForce RTX 4090' -> memory of one GPU. Raises InputError."""
     amount = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([gmt]i?b)\s*", text, re.IGNORECASE)
     if amount:
-        size = int(float(amount[1]) * _UNITS[amount[2].lower()])
-        if size:
-            return GpuMemory(None, size, "asked for")
+        size = float(amount[1]) * _UNITS[amount[2].lower()]
+        if size > MAX_BYTES:
+            raise InputError("--gpu-memory is more than 1 EiB, which no GPU has")
+        if size >= 1.0:
+            return GpuMemory(None, int(size), "asked for")
     words = re.sub(r"[\s_-]+", " ", text.upper()).strip()
     words = re.sub(r"\b(NVIDIA|AMD|GEFORCE|TESLA|INSTINCT|SXM\d?|PCIE|HBM\w*)\b ?", "", words).strip()
     for name, sizes in GPUS.items():
         short = name.removeprefix("RTX ")
-        found = re.fullmatch(rf"(?:RTX ?)?{short}(?: (\d+) ?G?I?B?)?", words)
+        found = re.fullmatch(rf"(?:RTX ?)?{short}(?: (\d{{1,6}}) ?G?I?B?)?", words)
         if not found:
             continue
         sold = int(found[1]) if found[1] else next(iter(sizes))
@@ -201,7 +209,9 @@ def parse_gpu_memory(text: str) -> GpuMemory:
             raise InputError(f"which {text.strip()} is not clear; give {options}")
         reason = f"the driver's total for {name} {sold}GB, {sizes[sold]} MiB"
         return GpuMemory(f"{name} {sold}GB", sizes[sold] * 2**20, reason)
-    raise InputError(f"GPU memory {text!r} is no size with a unit (24GiB, 80GB) and no known GPU ({', '.join(GPUS)})")
+    raise InputError(
+        f"GPU memory {text[:60]!r} is no size with a unit (24GiB, 80GB) and no known GPU ({', '.join(GPUS)})"
+    )
 
 
 def _row(
@@ -211,9 +221,13 @@ def _row(
     # every rank holds equally many full heads of a layer, so full heads come in multiples of the ranks
     full_heads = full_head_count(retention, heads // holders) * holders
     realised = full_heads / heads
-    stored = shape.retention_realised.get(retention_key(retention))
-    if stored is not None and holders == 1:
-        realised, full_heads = stored, round(stored * heads)
+    if shape.profile is not None:
+        stored = shape.profile.budgets.get(retention_key(retention)) if holders == 1 else None
+        if stored is not None:
+            realised = stored.retention_realised
+            full_heads = sum(value == 1.0 for row in stored.heads for value in row)
+        elif retention < 1.0:
+            require_scores(shape.profile)
     effective = effective_retention(realised, shape.sink_tokens, shape.recent_tokens, context_tokens)
     whole = kv_bytes_read_per_step(shape, 1.0, context_tokens, dtype_bytes)
     held = kv_bytes_read_per_step(shape, effective, context_tokens, dtype_bytes)
@@ -232,6 +246,12 @@ def _row(
         requests_beside_prefill=beside_prefill,
         speed_bound=whole / held,
     )
+
+
+def _default_retentions(shape: ModelShape) -> Sequence[float]:
+    if shape.profile is None or has_scores(shape.profile):
+        return DEFAULT_RETENTIONS
+    return [float(key) for key in shape.profile.budgets]
 
 
 def _holders(geometry: Geometry, size: int) -> int:

@@ -27,6 +27,8 @@ SLIDING_ATTENTION = "sliding_attention"
 
 Row: TypeAlias = list[float | None]
 Matrix: TypeAlias = list[Row]
+
+
 def _printable(text: str) -> str:
     if not text.isprintable():
         raise ValueError("holds characters that a terminal cannot print")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,6 +25,21 @@ def file_name(model_name: str) -> str:
     if not safe:
         raise InputError(f"cannot make a file name from model name {model_name!r}; give --output")
     return f"{safe}.json"
+
+
+def is_file(path: Path) -> bool:
+    """As Path.is_file, but False where that raises: a name too long for the system, no permission above."""
+    return os.path.isfile(path)  # noqa: PTH113
+
+
+def is_dir(path: Path) -> bool:
+    """As Path.is_dir, but False where that raises."""
+    return os.path.isdir(path)  # noqa: PTH112
+
+
+def exists(path: Path) -> bool:
+    """As Path.exists, but False where that raises."""
+    return os.path.exists(path)  # noqa: PTH110
 
 
 def to_bytes(profile: Profile) -> bytes:
@@ -71,7 +87,7 @@ def problems(path: Path) -> Profile | list[str]:
 
 def refuse_other_model(path: Path, name: str, geometry: Geometry) -> None:
     """Raise InputError if ``path`` holds anything but a budget file of the same model; no file is fine."""
-    if not path.exists():
+    if not exists(path):
         return
     found = problems(path)
     if not isinstance(found, Profile):

@@ -41,8 +41,12 @@ def describe(source: Source, trust_remote_code: bool = False) -> Description:
         0
     ]
     _refuse_unsupported(source, config, architecture, trust_remote_code)
-    max_positions, reason = _max_positions(config)
-    geometry = _geometry(source, config, max_positions)
+    try:
+        max_positions, reason = _max_positions(config)
+        geometry = _geometry(source, config, max_positions)
+        vocabulary_rows = int(config.vocab_size)
+    except (AttributeError, TypeError, ValueError, ArithmeticError) as error:
+        raise InputError(f"{source.folder / 'config.json'}: not a decoder's config: {first_line(error)}") from error
     folder = fetch_weights(source, trust_remote_code)
     headers = {file: read_header(file) for file in weight_files(folder)}
     return Description(
@@ -52,7 +56,7 @@ def describe(source: Source, trust_remote_code: bool = False) -> Description:
         architecture=architecture,
         max_positions=max_positions,
         position_reason=reason,
-        vocabulary_rows=int(config.vocab_size),
+        vocabulary_rows=vocabulary_rows,
         weight_bytes=sum(tensor.end - tensor.first for tensors in headers.values() for tensor in tensors),
         weights_sha256=fingerprint(headers),
         trust_remote_code=trust_remote_code,

@@ -153,19 +153,23 @@ def load_model(description: Description, placement: Placement) -> PreTrainedMode
     source = description.source
     options: dict[str, Any] = {"device_map": "auto"} if placement.device_map else {}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(
             source.folder,
             config=description.config,
             dtype=getattr(torch, placement.dtype),
             use_safetensors=True,
             trust_remote_code=description.trust_remote_code,
             local_files_only=True,
+            output_loading_info=True,
             **options,
         )
         if not placement.device_map:
             model.to(placement.device)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except Exception as error:  # loaders of quantised and sharded weights raise all kinds
         raise InputError(f"{source.folder}: cannot load the weights: {first_line(error)}") from error
+    absent = sorted(name for name in found["missing_keys"] if not name.startswith("lm_head"))  # scoring needs no head
+    if absent:
+        raise InputError(f"{source.folder}: the weights lack {absent[0]} and {len(absent) - 1} others; download again")
     model.requires_grad_(False)
     return model.eval()
 

@@ -29,12 +29,13 @@ def diff(
     as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON.")] = False,
 ) -> None:
     """Compare two profiles: how far their rankings agree and which heads change at each retention."""
-    from kvprofile.budget.compare import compare
+    from kvprofile.budget.compare import compare, shared_retentions
     from kvprofile.budget.profile import PRESETS
 
     old, new = load_profile(before), load_profile(after)
-    mapped = tuple(dict.fromkeys(retention or [0.5]))
-    found = compare(old, new, sorted({*PRESETS, *mapped}, reverse=True))
+    shared = shared_retentions(old, new)
+    mapped = tuple(dict.fromkeys(retention or shared or [0.5]))
+    found = compare(old, new, sorted({*(shared or PRESETS), *mapped}, reverse=True))
     if as_json:
         print_json({"a": _named(before, old), "b": _named(after, new), **asdict(found)})
     else:
@@ -51,7 +52,7 @@ def render(
     """Warnings first, then agreement, the scores of both, and the heads that change at the mapped retentions."""
     from rich.text import Text
 
-    from kvprofile.cli import heatmap
+    from kvprofile.budget.allocate import has_scores
 
     (before_file, before), (after_file, after) = first, second
     geometry = before.model.geometry
@@ -68,6 +69,19 @@ def render(
     console.print(Text(f"\nrank correlation (Spearman) of {found.heads} heads: {correlation}", style="bold"))
     console.print(_table(found))
 
+    if has_scores(before) and has_scores(after):
+        _render_scores(before, after, console)
+    for at in found.at:
+        if at.retention in mapped:
+            _render_changes(before, after, at, console)
+
+
+def _render_scores(before: Profile, after: Profile, console: Console) -> None:
+    from rich.text import Text
+
+    from kvprofile.cli import heatmap
+
+    geometry = before.model.geometry
     console.print(Text("\nscores", style="bold"))
     console.print(heatmap.score_legend())
     if len(geometry.profiled_layers) < geometry.layers:
@@ -77,9 +91,6 @@ def render(
     cells = (heatmap.score_cell(matrices[0]), heatmap.score_cell(matrices[1]))
     for row in heatmap.draw_pair(cells, titles, geometry.layers, geometry.kv_heads, console.width):
         console.print(row)
-    for at in found.at:
-        if at.retention in mapped:
-            _render_changes(before, after, at, console)
 
 
 def _render_changes(before: Profile, after: Profile, at: AtRetention, console: Console) -> None:

@@ -59,16 +59,21 @@ def export(
 
 
 def summary(job: Export, form: Format, output: Path) -> dict[str, object]:
-    """What ``export --json`` prints. Figures of a choice of heads are null where the file holds none."""
+    """What ``export --json`` prints.
+
+    Figures of a choice of heads are null where the file holds none, ``score_share_permuted`` without constraints too.
+    """
     from dataclasses import replace
 
+    from kvprofile.budget.allocate import Constraints
     from kvprofile.errors import plain
 
     chosen: Allocation | None = None
     permuted: Allocation | None = None
     if form.needs_retention or (form.holds == "budgets" and job.retention is not None):
-        chosen = job.asked()
-        permuted = replace(job, constraints=replace(job.constraints, permute_heads=True)).asked()
+        chosen = job.asked(fractions=form.holds_fractions)
+        if job.constraints != Constraints():
+            permuted = replace(job, constraints=replace(job.constraints, permute_heads=True)).asked()
     return {
         "model": job.profile.model.name,
         "format": form.name,
@@ -95,11 +100,13 @@ def render(report: dict[str, object]) -> None:
             f"{report['full_heads']} of {report['heads']} heads keep the whole context "
             f"(retention {report['retention_asked']:g} asked, {report['retention_realised']:.4f} realised)"
         )
+        constrained = report["score_share_permuted"] is not None
         if report["reason"]:
-            typer.echo(f"not as asked: {report['reason']}")
-        if report["heads_exchanged"]:
+            typer.echo(f"{'not as asked: ' if constrained else ''}{report['reason']}")
+        if constrained and report["heads_exchanged"]:
+            heads = "head" if report["heads_exchanged"] == 1 else "heads"
             typer.echo(
-                f"the constraints exchange {report['heads_exchanged']} heads and keep {report['score_share']:.1%} of "
+                f"the constraints exchange {report['heads_exchanged']} {heads} and keep {report['score_share']:.1%} of "
                 f"the score that as many heads could have; {report['score_share_permuted']:.1%} with --permute-heads"
             )
     if report["advice"]:

@@ -39,10 +39,10 @@ def resolve_profile(reference: str) -> Path:
     from kvprofile.errors import InputError
 
     path = Path(reference)
-    if path.is_file():
+    if store.is_file(path):
         return path
     named = store.BUDGET_DIR / store.file_name(reference)
-    if named.is_file():
+    if store.is_file(named):
         return named
     raise InputError(f"no budget file {reference} (looked for {named} too); run 'kvprofile score {reference}' first")
 

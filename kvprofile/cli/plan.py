@@ -40,19 +40,17 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     """Count what fits at each retention: cache bytes, requests in flight, the bound on speed. No weights needed."""
-    import math
-
     from kvprofile.budget import plan as plans
     from kvprofile.budget.model_shape import find_shape
     from kvprofile.errors import InputError
 
-    if weights_gib is not None and not math.isfinite(weights_gib):
+    if weights_gib is not None and not weights_gib * 2**30 <= plans.MAX_BYTES:
         raise InputError(f"--weights-gib {weights_gib} is no size")
     found = plans.plan(
         find_shape(model),
         plans.parse_gpu_memory(gpu_memory),
         context,
-        retentions=tuple(retention or plans.DEFAULT_RETENTIONS),
+        retentions=tuple(retention or ()),
         tensor_parallel_size=tensor_parallel_size,
         dtype=dtype,
         weight_bytes=None if weights_gib is None else round(weights_gib * 2**30),

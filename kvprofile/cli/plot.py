@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kvprofile.cli.output import load_profile, print_json, say
 from kvprofile.report.plots import DEFAULT_DPI, Kind
+
+if TYPE_CHECKING:
+    from kvprofile.budget.profile import Profile
 
 
 def plot(
@@ -26,7 +29,7 @@ def plot(
     from kvprofile.files import require_writable
     from kvprofile.report import plots
 
-    profiles = [load_profile(file) for file in files]
+    profiles = [_with_presets_only(load_profile(file)) for file in files]
     require_writable(output)
     kinds = kind or list(Kind)
     plots.write(profiles, output, kinds, dpi)
@@ -35,3 +38,11 @@ def plot(
         print_json({"output": str(output), "models": models, "kinds": [str(each) for each in kinds], "dpi": dpi})
     else:
         say(f"wrote {output}")
+
+
+def _with_presets_only(profile: Profile) -> Profile:
+    """The profile without its other budgets, as an LU-KV table brings 99; as it is where it has no preset."""
+    from kvprofile.budget.profile import PRESETS
+
+    presets = {key: budgets for key, budgets in profile.budgets.items() if float(key) in PRESETS}
+    return profile.model_copy(update={"budgets": presets}) if presets else profile

@@ -37,19 +37,20 @@ def show(
     """Show which KV heads matter and which keep the whole context."""
     found = load_profile(profile)
     name = found.scoring.statistic if statistic is None else statistic.value
-    budgets, origin = budgets_for(found, 0.5 if retention is None else retention, name)
+    budgets, origin = budgets_for(found, retention, name)
     if as_json:
         print_json(summary(found, name, budgets, origin))
     else:
         render(found, name, budgets, origin, stdout_console())
 
 
-def budgets_for(profile: Profile, retention: float, statistic: str) -> tuple[HeadBudgets, str]:
+def budgets_for(profile: Profile, retention: float | None, statistic: str) -> tuple[HeadBudgets, str]:
     """Budgets at a retention, and where they come from: the file, or allocated now from a statistic.
 
-    Raises InputError where the file lacks the statistic or the retention is outside (0, 1].
+    Without a retention it is 0.5 or, where the file has no scores, the one it states nearest to that. Raises
+    InputError where the file lacks the statistic, has neither budget nor scores, or the retention is outside (0, 1].
     """
-    from kvprofile.budget.allocate import allocate
+    from kvprofile.budget.allocate import allocate, has_scores, require_retention, require_scores
     from kvprofile.budget.compare import tie_breaks
     from kvprofile.budget.profile import retention_key
     from kvprofile.errors import InputError
@@ -59,9 +60,14 @@ def budgets_for(profile: Profile, retention: float, statistic: str) -> tuple[Hea
         raise InputError(
             f"the profile of {profile.model.name} has no statistic {statistic}; it has {', '.join(present)}"
         )
+    if retention is None:
+        stated = [0.5] if has_scores(profile) else map(float, profile.budgets)
+        retention = min(stated, key=lambda each: abs(each - 0.5))
+    require_retention(retention)
     key = retention_key(retention)
     if statistic == profile.scoring.statistic and key in profile.budgets:
         return profile.budgets[key], "stored in the file"
+    require_scores(profile)
     budgets = allocate(present[statistic], retention, tie_breaks(profile, statistic))
     return budgets, f"preview, ranked now by {statistic}"
 
@@ -90,7 +96,9 @@ def heads_tied_at_the_cut(scores: Matrix, heads: Matrix) -> int:
 
 
 def summary(profile: Profile, statistic: str, budgets: HeadBudgets, origin: str) -> dict[str, object]:
-    """What ``show --json`` prints."""
+    """What ``show --json`` prints; ``scores`` are null where the file has none."""
+    from kvprofile.budget.allocate import has_scores
+
     return {
         "model": profile.model.name,
         "method": profile.scoring.method,
@@ -103,7 +111,7 @@ def summary(profile: Profile, statistic: str, budgets: HeadBudgets, origin: str)
         "sink_tokens": profile.runtime.sink_tokens,
         "recent_tokens": profile.runtime.recent_tokens,
         "heads": budgets.heads,
-        "scores": profile.scores.statistics()[statistic],
+        "scores": profile.scores.statistics()[statistic] if has_scores(profile) else None,
     }
 
 
@@ -111,6 +119,7 @@ def render(profile: Profile, statistic: str, budgets: HeadBudgets, origin: str, 
     """Draw scores and budgets; every line fits 80 columns unless a name is longer."""
     from rich.text import Text
 
+    from kvprofile.budget.allocate import has_scores
     from kvprofile.cli import heatmap
 
     geometry, runtime = profile.model.geometry, profile.runtime
@@ -126,12 +135,16 @@ def render(profile: Profile, statistic: str, budgets: HeadBudgets, origin: str, 
     line(geometry.describe())
     line(provenance(profile))
     line()
-    line(f"score ({statistic}) from {values[0]:.3g} to {values[-1]:.3g}", "bold")
-    console.print(heatmap.score_legend())
+    if has_scores(profile):
+        line(f"score ({statistic}) from {values[0]:.3g} to {values[-1]:.3g}", "bold")
+        console.print(heatmap.score_legend())
+    else:
+        line("no scores: a runtime file states the full heads only")
     if len(geometry.profiled_layers) < geometry.layers:
         line(heatmap.SLIDING_NOTE)
-    for row in heatmap.draw(heatmap.score_cell(scores), geometry.layers, geometry.kv_heads, console.width):
-        console.print(row)
+    if has_scores(profile):
+        for row in heatmap.draw(heatmap.score_cell(scores), geometry.layers, geometry.kv_heads, console.width):
+            console.print(row)
     line()
     line(f"{full} of {len(values)} heads keep the whole context (retention {budgets.retention_realised:.3f})", "bold")
     line(origin)

@@ -49,6 +49,7 @@ class Scorer:
     ) -> None:
         self.decoder = model.base_model
         self.device = _input_device(model)
+        self.dtype = str(model.dtype).removeprefix("torch.")
         self.recorder = recorder
         self.frame = frame
         self.chunk_tokens, self.slice_tokens = chunk_tokens, slice_tokens
@@ -88,7 +89,14 @@ class Scorer:
         try:
             self._forward(chunk.repeat_ids, length)
             found = self.recorder.token_scores
-            return torch.stack([found[layer] for layer in self.recorder.geometry.profiled_layers])
+            layers = self.recorder.geometry.profiled_layers
+            broken = [layer for layer in layers if not found[layer].isfinite().all()]
+            if broken:
+                raise InputError(
+                    f"layer {broken[0]} gives scores that are no numbers: its weights are broken, or {self.dtype} is "
+                    "too small for its activations; try --dtype float32 or bfloat16"
+                )
+            return torch.stack([found[layer] for layer in layers])
         finally:
             self.recorder.token_scores.clear()
             self.cache.cut_back(length)

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from kvprofile.cli import run
 from tests.models import _SHAPE, random_model, save_checkpoint
@@ -17,18 +18,18 @@ from tests.models import _SHAPE, random_model, save_checkpoint
 FAST = ["--corpus", "generate:prose:1:3000", "--context-tokens", "64", "--chunk-tokens", "32"]
 
 
-def refused(capsys, workplace, arguments):
-    """Run `kvprofile score`; returns the one line it ends with."""
+def refused(capsys, workplace, arguments, lines_before=0):
+    """Run `kvprofile score`; returns the one line it ends with, after the lines that describe the run."""
     code = run(["score", *map(str, arguments)])
     captured = capsys.readouterr()
     assert code == 2, captured.err
     assert captured.out == ""
     lines = captured.err.strip().splitlines()
-    assert len(lines) == 1, captured.err
-    assert lines[0].startswith("kvprofile: ")
+    assert len(lines) == 1 + lines_before, captured.err
+    assert lines[-1].startswith("kvprofile: ")
     assert "Traceback" not in captured.err
-    assert list(workplace.rglob("*")) == []
-    return lines[0]
+    assert [file for file in workplace.rglob("*") if not file.is_dir()] == []
+    return lines[-1]
 
 
 def change_config(checkpoint, **changes):
@@ -91,6 +92,36 @@ def test_index_that_names_other_files(capsys, workplace, checkpoint, name):
     (checkpoint / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": name}}))
     line = refused(capsys, workplace, [checkpoint, *FAST])
     assert "lacks absent.safetensors" in line or "is not a plain file name" in line
+
+
+def test_weights_without_a_tensor(capsys, workplace, checkpoint):
+    """transformers would make up what is missing."""
+    weights = load_file(checkpoint / "model.safetensors")
+    del weights["model.layers.1.self_attn.k_proj.weight"]
+    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    line = refused(capsys, workplace, [checkpoint, *FAST], lines_before=4)
+    assert "the weights lack model.layers.1.self_attn.k_proj.weight" in line
+
+
+def test_weights_of_another_shape(capsys, workplace, checkpoint):
+    weights = load_file(checkpoint / "model.safetensors")
+    weights["model.norm.weight"] = torch.ones(7)
+    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    assert "cannot load the weights" in refused(capsys, workplace, [checkpoint, *FAST], lines_before=4)
+
+
+def test_weights_that_are_no_numbers(capsys, workplace, checkpoint):
+    weights = load_file(checkpoint / "model.safetensors")
+    weights["model.layers.1.self_attn.k_proj.weight"][0, 0] = torch.nan
+    save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    line = refused(capsys, workplace, [checkpoint, *FAST], lines_before=4)
+    assert "layer 1 gives scores that are no numbers" in line
+
+
+@pytest.mark.parametrize("changes", [{"num_attention_heads": 0}, {"num_hidden_layers": 0}, {"vocab_size": 0}])
+def test_configs_that_make_no_sense(capsys, workplace, checkpoint, changes):
+    change_config(checkpoint, **changes)
+    refused(capsys, workplace, [checkpoint, *FAST])
 
 
 def test_tokenizer_of_another_model(capsys, workplace, tmp_path, tokenizer):

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from kvprofile import cli
 from kvprofile.budget import formats, runtime_file, store
+from kvprofile.budget.profile import HeadBudgets, Profile
 from tests.unit.factories import make_profile
 
 SUFFIX = {"kvzip": "x.pt", "duo-attention": "x", "lu-kv": "x.npy", "vllm": "x.json", "csv": "x.csv"}
@@ -111,6 +114,72 @@ def test_constraints_are_reported_with_their_cost(capsys):
     assert runtime_file.load(Path("x.json")).kv_head_order is not None
 
 
+def test_an_edited_budget_is_called_edited_and_costs_no_constraint(place, capsys):
+    profile = make_profile()
+    heads = [list(row) for row in profile.budgets["0.5"].heads]
+    heads[0] = [1.0 - value for value in heads[0]]
+    full = sum(heads[0]) - sum(profile.budgets["0.5"].heads[0])
+    assert full == 0  # two heads full, two trimmed: the edit exchanges two and keeps the retention
+    edited = HeadBudgets(heads=heads, retention_realised=0.5)
+    for budgets, words in ((edited, "2 heads"), (swapped_once(profile), "1 head")):
+        store.save(profile.model_copy(update={"budgets": {"0.5": budgets}}), place / "e.json")
+        call = ("export", "e.json", "--format", "vllm", "--retention", "0.5", "--output", "x.json")
+        code, out, _ = run(capsys, *call)
+        assert code == 0
+        assert out.splitlines()[1:] == [
+            "12 of 24 heads keep the whole context (retention 0.5 asked, 0.5000 realised)",
+            f"the file's budget at 0.5 was edited: it differs from the choice by score in {words}",
+        ]
+        assert "was edited" in runtime_file.load(Path("x.json")).provenance.reason
+    out = run(capsys, *call, "--pipeline-parallel-size", "2", "--tensor-parallel-size", "2")[1]
+    assert "not as asked: the file's own budget was left for the constraints, so heads were chosen by score" in out
+    assert re.search(r"the constraints exchange (1 head|\d+ heads) and keep", out)
+
+
+def swapped_once(profile: Profile) -> HeadBudgets:
+    """The budget at 0.5 with its first full and its first trimmed head exchanged."""
+    flat = [value for row in profile.budgets["0.5"].heads for value in row]
+    one, other = flat.index(1.0), flat.index(0.0)
+    flat[one], flat[other] = 0.0, 1.0
+    return HeadBudgets(heads=[flat[i : i + 4] for i in range(0, 24, 4)], retention_realised=0.5)
+
+
+@pytest.mark.usefixtures("place")
+def test_a_table_of_fractions_is_reported_as_it_is_written(capsys):
+    np.save("in.npy", np.full((99, 6, 4), 0.25, dtype=np.float32))
+    call = ("--format", "lu-kv", "--output")
+    assert run(capsys, "import", "in.npy", *call, "b.json", "--model", "example/model")[0] == 0
+    out = run(capsys, "export", "b.json", *call, "x.npy", "--retention", "0.5")[1]
+    assert "0 of 24 heads keep the whole context (retention 0.5 asked, 0.7500 realised)" in out
+    assert "the file's own budget holds fractions of heads\n" in out
+    assert Path("x.npy").read_bytes() == Path("in.npy").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["kvzip", "duo-attention"])
+@pytest.mark.parametrize("retention", ["nan", "inf", "-inf", "7", "0"])
+@pytest.mark.usefixtures("place")
+def test_formats_of_scores_refuse_what_is_no_retention(name, retention, capsys):
+    call = ("export", "example/model", "--format", name, "--retention", retention, "--output", "x")
+    assert "is outside (0, 1]" in refused(capsys, *call)
+    assert "is outside (0, 1]" in refused(capsys, *call, "--json")
+    assert not Path("x").exists()
+
+
+@pytest.mark.usefixtures("place")
+def test_names_that_are_too_long_are_refused(capsys):
+    name = "n" * 300
+    export = ("export", "example/model", "--retention", "0.5", "--output", name, "--format")
+    for form in formats.FORMATS:
+        assert "File name too long" in refused(capsys, *export, form)
+        assert refused(capsys, "import", name, "--format", form, "--model", "example/model")
+    run(capsys, *export[:4], "--format", "vllm", "--output", "x.json")
+    run(capsys, *export[:2], "--format", "csv", "--output", "x.csv")
+    assert f"not for {name}" in refused(capsys, "import", "x.json", "--format", "vllm", "--model", name)
+    assert "is not known here" in refused(capsys, "import", "x.csv", "--format", "csv", "--model", name)
+    call = ("import", "x.csv", "--format", "csv", "--model", "example/model", "--output", name)
+    assert "File name too long" in refused(capsys, *call)
+
+
 @pytest.mark.usefixtures("place")
 def test_kvzips_rule_is_set_beside_ours(capsys):
     code, out, _ = run(capsys, "export", "example/model", "--format", "kvzip", "--retention", "0.2", "--output", "x.pt")
@@ -160,7 +229,7 @@ def test_the_output_of_another_model_is_kept_without_force(place, capsys):
     assert run(capsys, "export", "other.json", *call, "--force")[0] == 0
 
     call = ("export", "example/model", "--format", "csv", "--output", "other.json")
-    assert "does not say that it is" in refused(capsys, *call)
+    assert "other.json exists and names no model, so it may be another model's; pass --force" in refused(capsys, *call)
     assert store.load(place / "other.json").model.name == "you/other"
 
     assert run(capsys, "export", "example/model", "--format", "csv", "--output", "x.csv")[0] == 0

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kvprofile.budget import formats, store
-from kvprofile.budget.allocate import Constraints
+from kvprofile.budget.allocate import Constraints, full_head_count
 from kvprofile.budget.formats.base import Export, Provenance, import_profile
 from kvprofile.budget.formats.kvzip import rule_keeps
 from kvprofile.budget.known_models import KNOWN_MODELS, find, from_config
@@ -49,7 +49,25 @@ def test_lu_kv_holds_every_retention_and_its_presets_come_back(tmp_path):
     table = np.load(path, allow_pickle=False)
     assert table.shape == (99, 6, 4)
     assert table.mean(axis=(1, 2)) == pytest.approx(np.arange(1, 100) / 100, abs=0.5 / 24 + 1e-6)
-    assert read_back(profile, "lu-kv", path).budgets == profile.budgets
+    found = read_back(profile, "lu-kv", path).budgets
+    assert list(found) == [retention_key(1 - i / 100) for i in range(1, 100)]
+    assert {key: found[key] for key in profile.budgets} == profile.budgets
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_lu_kv_goes_out_as_it_came_in(dtype, tmp_path):
+    table = np.random.default_rng(0).random((99, 3, 2), dtype=np.float32).astype(dtype)
+    table[4], table[5] = 0, 1
+    np.save(tmp_path / "in.npy", table)
+    found = read_back(make_profile(3, 2), "lu-kv", tmp_path / "in.npy")
+    for i in range(99):
+        budgets = found.budgets[retention_key(1 - (i + 1) / 100)]
+        assert budgets.retention_realised == pytest.approx(1 - table[i].astype(float).mean())
+    store.save(found, tmp_path / "b.json")
+    out = written(store.load(tmp_path / "b.json"), "lu-kv", tmp_path)
+    assert np.array_equal(np.load(out), table)
+    if dtype == "float32":
+        assert out.read_bytes() == (tmp_path / "in.npy").read_bytes()
 
 
 def test_lu_kv_shares_may_be_fractions(tmp_path):
@@ -81,16 +99,42 @@ def test_a_budget_that_the_file_states_goes_before_the_choice_by_score(tmp_path)
     found = Export(profile, retention=0.5).asked()
     assert found.budgets == edited
     assert (found.full_heads, found.heads_exchanged, found.score_share) == (2, 1, pytest.approx(1.0 / 1.7))
-    assert "own budget at this retention was taken" in found.reason
+    assert found.reason == "the file's budget at 0.5 was edited: it differs from the choice by score in 1 head"
+    assert Export(profile.model_copy(update={"budgets": {}}), retention=0.5).asked().reason is None
     for name in ("vllm", "csv", "lu-kv"):
         back = read_back(profile, name, written(profile, name, tmp_path, retention=0.5))
         assert back.budgets["0.5"] == edited
+        reason = Export(back, retention=0.5).asked().reason
+        assert reason is None if name == "vllm" else "at 0.5 was imported" in reason
     constrained = Export(profile, Constraints(floor=1), 0.5).asked()
     assert "left for the constraints" in constrained.reason
     halves = HeadBudgets(heads=[[0.5, 0.5], [0.5, 0.5]], retention_realised=0.5)
     found = Export(profile.model_copy(update={"budgets": {"0.5": halves}}), retention=0.5).asked()
     assert found.budgets.heads == [[1.0, 1.0], [0.0, 0.0]]
-    assert "fractions of heads" in found.reason
+    assert "fractions of heads, so heads were chosen by score" in found.reason
+    found = Export(profile.model_copy(update={"budgets": {"0.5": halves}}), retention=0.5).asked(fractions=True)
+    assert (found.budgets, found.full_heads) == (halves, 0)
+
+
+@pytest.mark.parametrize("retention", [0.0, -0.0, 1.0001, 7.0, float("nan"), float("inf"), float("-inf")])
+def test_no_export_takes_what_is_no_retention(retention):
+    with pytest.raises(InputError, match="outside"):
+        full_head_count(retention, 24)
+    with pytest.raises(InputError, match="outside"):
+        Export(make_profile(), retention=retention)
+
+
+@pytest.mark.parametrize("name", ["kvzip", "duo-attention", "lu-kv", "csv"])
+def test_a_runtime_file_does_not_come_out_as_scores(name, tmp_path):
+    profile = make_profile()
+    found = read_back(profile, "vllm", written(profile, "vllm", tmp_path, retention=0.4))
+    with pytest.raises(InputError, match=r"holds no scores; only retention 0\.4 is known"):
+        written(found, name, tmp_path / "out", retention=0.4)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(InputError, match="holds no scores"):
+        Export(found, Constraints(tensor_parallel_size=2), 0.4).asked()
+    again = written(found, "vllm", tmp_path / "again", retention=0.4)
+    assert read_back(profile, "vllm", again).budgets == found.budgets
 
 
 def test_csv_has_one_row_for_each_profiled_head_and_brings_the_budget_back(tmp_path):

@@ -11,6 +11,7 @@ from factories import make_geometry, make_profile
 from kvprofile.budget import model_shape, store
 from kvprofile.budget.model_shape import ModelShape, find_shape, shape_of_config
 from kvprofile.budget.plan import GPUS, kv_bytes_per_token, parse_gpu_memory, plan
+from kvprofile.budget.profile import HeadBudgets
 from kvprofile.errors import InputError
 
 LLAMA_8B = {
@@ -212,6 +213,10 @@ def test_a_config_that_needs_its_class_is_completed(tmp_path):
         ({"model_type": "falcon", "multi_query": True}, "multi_query"),
         ({**LLAMA_8B, "layer_types": ["sliding_attention"] * 32, "sliding_window": 64}, "every layer slides"),
         ({**LLAMA_8B, "num_key_value_heads": 7}, "32 query heads do not divide into 7 KV heads"),
+        ({**LLAMA_8B, "layer_types": 5}, "layer_types in its config is no list"),
+        ({**LLAMA_8B, "layer_types": "full_attention"}, "layer_types in its config is no list"),
+        ({**LLAMA_8B, "num_hidden_layers": 10**15}, "more than 4096 layers"),
+        ({**LLAMA_8B, "num_hidden_layers": 10**23, "sliding_window": 9}, "more than 4096 layers"),
         ({"model_type": "nothing-known"}, "lacks num_hidden_layers"),
         ([], "not a config"),
     ],
@@ -248,9 +253,17 @@ def test_a_budget_file_takes_dtype_and_window_from_a_cached_config(tmp_path, mon
 
 def test_a_stored_budget_that_realises_another_retention_is_used():
     base = ModelShape("m", make_geometry(4, 4), None, "float16", None, 0, "none")
-    constrained = replace(base, retention_realised={"0.5": 0.25})
+    profile = make_profile(4, 4)
+    quarter = HeadBudgets(heads=[[1.0] * 4, *[[0.0] * 4] * 3], retention_realised=0.25)
+    constrained = replace(base, profile=profile.model_copy(update={"budgets": {"0.5": quarter}}))
     assert plan(base, GIB_24, 1000, retentions=[0.5]).at[1].full_heads == 8
     assert plan(constrained, GIB_24, 1000, retentions=[0.5]).at[1].full_heads == 4
+    # fractions: 4 heads are full, 12 keep a third of the context; bytes are those of 8 heads
+    thirds = HeadBudgets(heads=[[1.0] * 4, *[[1 / 3] * 4] * 3], retention_realised=0.5)
+    fractional = replace(base, profile=profile.model_copy(update={"budgets": {"0.5": thirds}}))
+    found = plan(fractional, GIB_24, 1000, retentions=[0.5]).at[1]
+    assert (found.full_heads, found.retention_realised) == (4, 0.5)
+    assert found.kv_bytes_read_per_step_per_gpu == plan(base, GIB_24, 1000).at[3].kv_bytes_read_per_step_per_gpu
 
 
 def test_bytes_of_a_token():
@@ -323,6 +336,12 @@ def test_senseless_plans_are_refused(tmp_path, change, message):
     arguments = {"context_tokens": 1000, **change}
     with pytest.raises(InputError, match=message):
         plan(shape(tmp_path), GIB_24, arguments.pop("context_tokens"), **arguments)
+
+
+def test_sizes_beyond_floats_are_unknown(tmp_path):
+    found = shape(tmp_path, vocab_size=10**400)
+    assert found.weight_bytes is None
+    assert plan(found, GIB_24, 1000).at[0].requests is None
 
 
 def test_doubts_are_said(tmp_path):

@@ -16,13 +16,18 @@ from typing import ClassVar
 from pydantic import ValidationError
 
 from kvprofile import __version__
+from kvprofile.budget import store
 from kvprofile.budget.allocate import (
     Allocation,
     Constraints,
     allocate,
     allocate_within,
     as_given,
+    has_scores,
+    heads_that_differ,
     preset_budgets,
+    require_retention,
+    require_scores,
 )
 from kvprofile.budget.known_models import ModelFacts
 from kvprofile.budget.profile import (
@@ -44,6 +49,10 @@ from kvprofile.budget.profile import (
     round_significant,
 )
 from kvprofile.errors import InputError, plain
+
+_FRACTIONS = "the file's own budget holds fractions of heads"
+_BUDGET_FORMATS = ("csv", "lu-kv")
+"""Formats whose imports bring budgets that were not chosen by score here."""
 
 MAX_FILE_BYTES = 64 * 1024 * 1024
 SIGNIFICANT_DIGITS = 9
@@ -88,56 +97,73 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Export:
-    """A profile on its way out: its scores and, where the form holds budgets, the choice of heads."""
+    """A profile on its way out: its scores and, where the form holds budgets, the choice of heads.
+
+    Raises InputError where ``retention`` is none in (0, 1].
+    """
 
     profile: Profile
     constraints: Constraints = field(default_factory=Constraints)
     retention: float | None = None
 
+    def __post_init__(self) -> None:
+        if self.retention is not None:
+            require_retention(self.retention)
+
     @property
     def scores(self) -> Matrix:
-        """The statistic that ranks heads, [L][G]."""
+        """The statistic that ranks heads, [L][G]. Raises InputError where the profile has no scores."""
+        require_scores(self.profile)
+        return self._statistic
+
+    @property
+    def _statistic(self) -> Matrix:
         return self.profile.scores.statistics()[self.profile.scoring.statistic]
 
-    def allocation(self, retention: float) -> Allocation:
-        """The whole heads to keep at a retention, ties broken by the profile's other statistics.
+    def allocation(self, retention: float, *, fractions: bool = False) -> Allocation:
+        """The heads to keep at a retention, ties broken by the profile's other statistics.
 
         A budget that the file itself states at this retention goes before the choice by score: somebody may have
         edited it, or it came from elsewhere. It gives way, and the reason says so, where constraints are asked for
-        or where it holds fractions of heads.
+        or where it holds fractions of heads, unless those are allowed.
         """
+        require_retention(retention)
         statistics = self.profile.scores.statistics()
         others = [matrix for name, matrix in statistics.items() if name != self.profile.scoring.statistic]
-        chosen = allocate_within(self.scores, retention, self.constraints, others)
         stated = self.profile.budgets.get(retention_key(retention))
-        source = self.profile.scoring.imported_from
-        if stated is None and source is not None and source.format == "vllm":
-            raise InputError(
-                f"{self.profile.model.name} was imported from a runtime file, which holds no scores; "
-                f"only retention {', '.join(self.profile.budgets)} is known"
-            )
+        free = self.constraints == Constraints()
+        whole = stated is None or all(value in (None, 0.0, 1.0) for row in stated.heads for value in row)
+        if stated is not None and free and (whole or fractions):
+            reason = self._origin(retention, stated.heads, others)
+            return as_given(self._statistic, retention, stated.heads, others, reason if whole else _FRACTIONS)
+        chosen = allocate_within(self.scores, retention, self.constraints, others)
         if stated is None or stated.heads == allocate(self.scores, retention, others).heads:
             return chosen
-        if any(value not in (None, 0.0, 1.0) for row in stated.heads for value in row):
-            ignored = "the file's own budget holds fractions of heads, so heads were chosen by score"
-        elif self.constraints != Constraints():
-            ignored = "the file's own budget was left for the constraints, so heads were chosen by score"
-        else:
-            return as_given(self.scores, retention, stated.heads, others)
-        return replace(chosen, reason="; ".join(filter(None, [chosen.reason, ignored])))
+        ignored = "the file's own budget was left for the constraints" if whole else _FRACTIONS
+        reasons = [chosen.reason, f"{ignored}, so heads were chosen by score"]
+        return replace(chosen, reason="; ".join(filter(None, reasons)))
+
+    def _origin(self, retention: float, stated: Matrix, others: Sequence[Matrix]) -> str | None:
+        """Why a stated budget of whole heads is not the choice by score; None where it is, or where there is none."""
+        if not has_scores(self.profile):
+            return None
+        differ = heads_that_differ(stated, allocate(self.scores, retention, others).heads)
+        if not differ:
+            return None
+        source = self.profile.scoring.imported_from
+        how = "was imported" if source and source.format in _BUDGET_FORMATS else "was edited"
+        heads = f"{differ} {'head' if differ == 1 else 'heads'}"
+        return f"the file's budget at {retention_key(retention)} {how}: it differs from the choice by score in {heads}"
 
     def budgets(self, retention: float) -> Matrix:
         """Budgets [L][G] at a retention, fractions allowed: the file's own, or the choice by score."""
-        stated = self.profile.budgets.get(retention_key(retention))
-        if stated is not None and self.constraints == Constraints():
-            return stated.heads
-        return self.allocation(retention).budgets.heads
+        return self.allocation(retention, fractions=True).budgets.heads
 
-    def asked(self) -> Allocation:
+    def asked(self, *, fractions: bool = False) -> Allocation:
         """The choice at the asked retention. Raises InputError where none was asked for."""
         if self.retention is None:
             raise InputError("this format holds the heads kept at one retention; give --retention, for example 0.5")
-        return self.allocation(self.retention)
+        return self.allocation(self.retention, fractions=fractions)
 
     def dense_scores(self, format_name: str) -> list[list[float]]:
         """Scores without nulls, or InputError where sliding layers leave the format nothing to write."""
@@ -151,10 +177,15 @@ class Export:
 
 
 class Format(ABC):
-    """One foreign form. ``holds`` is what a file of it carries: scores for all retentions, or budgets."""
+    """One foreign form.
+
+    holds: what a file of it carries: scores for all retentions, or budgets.
+    holds_fractions: whether its budgets may be fractions of heads.
+    """
 
     name: ClassVar[str]
     holds: ClassVar[str]
+    holds_fractions: ClassVar[bool] = False
     names_its_model: ClassVar[bool] = False
     needs_retention: ClassVar[bool] = False
 
@@ -188,7 +219,7 @@ def import_profile(
         raise InputError(f"{form.name} files do not name their model; give --model with its hub id")
     foreign = form.read(paths, facts.geometry if facts else None)
     found = foreign.model or identity_of(facts)
-    if model is not None and Path(model).is_dir():
+    if model is not None and store.is_dir(Path(model)):
         model = Path(model).resolve().name
     wanted = model or (facts.name if facts else found.name)
     if found.name != wanted:
@@ -266,10 +297,13 @@ def refuse_other(path: Path, found: str | None, model: str, *, force: bool) -> N
 
     Raises InputError; a missing path, an empty folder or ``force`` passes.
     """
-    if force or not path.exists() or found == model or (path.is_dir() and not any(path.iterdir())):
+    if force or not store.exists(path) or found == model or (store.is_dir(path) and not any(path.iterdir())):
         return
-    what = f"is for {found}" if found else "exists and does not say that it is"
-    raise InputError(f"{path} {what}, not for {model}; pass --force to replace it or choose another --output")
+    if found is None:
+        raise InputError(
+            f"{path} exists and names no model, so it may be another model's; pass --force or another --output"
+        )
+    raise InputError(f"{path} is for {found}, not for {model}; pass --force to replace it or choose another --output")
 
 
 def read_bytes(path: Path, most: int = MAX_FILE_BYTES) -> bytes:

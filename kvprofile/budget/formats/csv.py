@@ -32,6 +32,7 @@ class CSV(Format):
 
     name = "csv"
     holds = "budgets"
+    holds_fractions = True
 
     def read(self, paths: Sequence[Path], geometry: Geometry | None) -> ForeignScores:
         """Read one table. A budget column adds a budget at the retention it realises."""

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from kvprofile.budget import store
 from kvprofile.budget.formats.base import (
     Export,
     ForeignScores,
@@ -84,7 +85,7 @@ class DuoAttention(Format):
 
 
 def _heads_file(path: Path) -> Path:
-    if not path.is_dir():
+    if not store.is_dir(path):
         return path
     for name in (HEADS_FILE, RLKV_FILE):
         if (path / name).is_file():

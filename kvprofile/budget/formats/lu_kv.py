@@ -18,10 +18,9 @@ from kvprofile.budget.formats.base import (
     read_bytes,
     require_geometry,
     require_matrix,
-    rounded,
     single,
 )
-from kvprofile.budget.profile import PRESETS, Geometry, Matrix, retention_key
+from kvprofile.budget.profile import Geometry, Matrix, retention_key
 from kvprofile.errors import InputError
 from kvprofile.files import write_atomically
 
@@ -33,9 +32,10 @@ class LUKV(Format):
 
     name = "lu-kv"
     holds = "budgets"
+    holds_fractions = True
 
     def read(self, paths: Sequence[Path], geometry: Geometry | None) -> ForeignScores:
-        """Read one table; the budgets at the presets are its own."""
+        """Read one table: the budgets at all 99 retentions, unrounded, so that export writes the same table."""
         shape = require_geometry(geometry)
         path = single(paths, self.name)
         pruned, dtype = _read_table(path, shape)
@@ -51,7 +51,7 @@ class LUKV(Format):
             scores=scores,
             dtype=dtype,
             files=(path,),
-            budgets={retention_key(r): rounded(kept[slice_of(1.0 - r)]) for r in PRESETS},
+            budgets={retention_key(retention_of(at)): heads for at, heads in enumerate(kept)},
             ranks_presets=False,
             notes="a score is the mean share kept over the 99 compression ratios",
         )
@@ -61,9 +61,9 @@ class LUKV(Format):
         import numpy as np
 
         export.dense_scores(self.name)
-        budgets = [export.budgets(1.0 - (i + 1) / 100) for i in range(RATIOS)]
+        budgets = [export.budgets(retention_of(at)) for at in range(RATIOS)]
         stream = io.BytesIO()
-        np.save(stream, 1.0 - np.array(budgets, dtype=np.float32), allow_pickle=False)
+        np.save(stream, (1.0 - np.array(budgets, dtype=np.float64)).astype(np.float32), allow_pickle=False)
         write_atomically(path, stream.getvalue())
 
     def advice(self, export: Export) -> str | None:
@@ -79,6 +79,11 @@ class LUKV(Format):
 def slice_of(ratio: float) -> int:
     """Index of a compression ratio in the table: round(ratio * 100) - 1."""
     return round(ratio * 100) - 1
+
+
+def retention_of(at: int) -> float:
+    """The retention of a slice: 1 - ratio."""
+    return 1.0 - (at + 1) / 100
 
 
 def _read_table(path: Path, geometry: Geometry) -> tuple[list[Matrix], str]:
