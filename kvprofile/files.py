@@ -29,6 +29,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     For libraries that write files themselves. Errors as in write_atomically.
     """
     partial: Path | None = None
+    path = path.resolve()  # a link stays a link, and what it points to is replaced
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name[:80]}.", suffix=".partial", dir=path.parent)
@@ -55,7 +56,9 @@ def require_writable(path: Path) -> None:
     try:
         if path.is_dir():  # raises where the name is too long
             raise InputError(f"cannot write {path}: it is a folder; give a file name")
-        made += [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
+        if path.exists() and not path.is_file():
+            raise InputError(f"cannot write {path}: it is no regular file; choose another --output")
+        made += missing_folders(path.parent)
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent) as probe:
             probe.write(b"\0" * 4096)
@@ -68,6 +71,11 @@ def require_writable(path: Path) -> None:
         for folder in made:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
+
+
+def missing_folders(path: Path) -> list[Path]:
+    """``path`` and those of its parents that do not exist yet, innermost first."""
+    return [folder for folder in (path, *path.parents) if not folder.exists()]
 
 
 def sha256_of(*parts: bytes) -> str:

@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from pydantic import ValidationError
+
 from kvprofile.budget.profile import FULL_ATTENTION, SLIDING_ATTENTION, Geometry
 from kvprofile.checkpoint.source import Source, fetch_weights, first_line
 from kvprofile.checkpoint.weights import fingerprint, read_header, weight_files
@@ -14,7 +16,7 @@ from kvprofile.errors import InputError
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-_ENCODERS = ("bert", "electra", "data2vec", "xmod", "ernie")
+_ENCODERS = {"ernie", "ernie_m", "electra", "xmod", "reformer", "roformer", "rembert"}
 _OTHER_SENSES = ("vision_config", "audio_config", "encoder", "vision_encoder", "audio_encoder")
 
 
@@ -66,6 +68,7 @@ def describe(source: Source, trust_remote_code: bool = False) -> Description:
 def _read_config(source: Source, trust_remote_code: bool) -> PretrainedConfig:
     from transformers import AutoConfig
     from transformers import __version__ as transformers_version
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     quiet_transformers()
     file = source.folder / "config.json"
@@ -74,11 +77,11 @@ def _read_config(source: Source, trust_remote_code: bool) -> PretrainedConfig:
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
         model_type = raw["model_type"]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file}: not readable as JSON: {first_line(error)}") from error
     except (KeyError, TypeError) as error:
         raise InputError(f"{file}: no model_type; not the config of a Hugging Face checkpoint") from error
-    if "auto_map" in raw and not trust_remote_code:
+    if "auto_map" in raw and not trust_remote_code and model_type not in CONFIG_MAPPING:
         raise InputError(f"{source.name} brings its own code; read it, then pass --trust-remote-code to run it")
     try:
         return AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code, local_files_only=True)
@@ -104,7 +107,7 @@ def _refuse_unsupported(source: Source, config: PretrainedConfig, architecture: 
         raise refuse("multi-head latent attention has no per-head cache")
     if getattr(config, "num_kv_shared_layers", 0):
         raise refuse("its layers share their caches")
-    if kind.startswith(_ENCODERS) or "bert" in kind:
+    if kind in _ENCODERS or kind.startswith("data2vec") or ("bert" in kind and "decoder" not in kind):
         raise refuse("it is an encoder")
     types = {*(getattr(config, "layer_types", None) or ()), *(getattr(config, "layers_block_type", None) or ())}
     foreign = sorted(types - {FULL_ATTENTION, SLIDING_ATTENTION, "attention"})
@@ -130,6 +133,8 @@ def _geometry(source: Source, config: PretrainedConfig, max_positions: int) -> G
     types = getattr(config, "layer_types", None) or [SLIDING_ATTENTION if window else FULL_ATTENTION] * layers
     if window and window >= max_positions:
         types = [FULL_ATTENTION if kind == SLIDING_ATTENTION else kind for kind in types]
+    if layers < 1:
+        raise InputError(f"{source.folder / 'config.json'}: num_hidden_layers is {layers}")
     if FULL_ATTENTION not in types:
         raise InputError(
             f"{source.name} cannot be profiled: every layer slides over a window of {window} tokens, "
@@ -139,8 +144,9 @@ def _geometry(source: Source, config: PretrainedConfig, max_positions: int) -> G
         return Geometry(
             layers=layers, attention_heads=heads, kv_heads=kv_heads, head_size=head_size, layer_types=list(types)
         )
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{source.folder / 'config.json'}: {first_line(error)}") from error
+    except ValidationError as error:
+        told = error.errors(include_url=False, include_input=False)[0]["msg"].removeprefix("Value error, ")
+        raise InputError(f"{source.folder / 'config.json'}: {told}") from error
 
 
 def _max_positions(config: PretrainedConfig) -> tuple[int, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -87,10 +88,8 @@ def place(description: Description, dtype: str, device: str, cache_tokens: int) 
         free_cuda_bytes=free_cuda,
         free_host_bytes=psutil.virtual_memory().available,
     )
-    try:
-        torch.device(placement.device)
-    except RuntimeError as error:
-        raise InputError(f"unknown device {device!r}; use auto, cpu, cuda or cuda:N") from error
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", placement.device):
+        raise InputError(f"unknown device {device!r}; use auto, cpu, cuda or cuda:N")
     if placement.device.startswith("cuda") and not free_cuda:
         raise InputError(f"device {device!r} asked for, but torch sees no CUDA device; use --device cpu")
     return placement

@@ -15,11 +15,12 @@ _SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 
 @dataclass(frozen=True)
 class Source:
-    """Where a checkpoint lies on this machine, what it is called, and its commit if it has one."""
+    """Where a checkpoint lies, what it is called, its commit if it has one, and whether the hub may be asked for it."""
 
     name: str
     folder: Path
     revision: str | None
+    from_hub: bool = False
 
 
 def locate(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Source:
@@ -27,10 +28,16 @@ def locate(model: str, revision: str | None = None, trust_remote_code: bool = Fa
 
     A folder never touches the network. Raises InputError where there is no such folder or repository.
     """
-    folder = Path(model).expanduser()
-    if folder.is_dir():
+    try:
+        folder = Path(model).expanduser()
+        is_folder, exists = folder.is_dir(), folder.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InputError(f"cannot look for {model[:100]}: {first_line(error)}") from error
+    if is_folder and revision is not None:
+        raise InputError(f"{model} is a folder and has no revisions; leave out --revision")
+    if is_folder:
         return _source_of_folder(folder)
-    if folder.exists():
+    if exists:
         raise InputError(f"{model} is a file; give the checkpoint's folder or a hub id")
     first = Path(model).parts[0] if Path(model).parts else ""
     looks_local = model.startswith((".", "/", "~")) or Path(first).is_dir()
@@ -38,15 +45,15 @@ def locate(model: str, revision: str | None = None, trust_remote_code: bool = Fa
         raise InputError(f"no checkpoint folder {model}; give an existing folder or a hub id like Qwen/Qwen2.5-0.5B")
     folder = _download(model, revision, [*_SMALL_FILES, *(["*.py"] if trust_remote_code else [])])
     commit = folder.name if _COMMIT.fullmatch(folder.name) else None
-    return Source(model, folder, commit)
+    return Source(model, folder, commit, from_hub=True)
 
 
 def fetch_weights(source: Source, trust_remote_code: bool) -> Path:
-    """The folder with the source's safetensors files, fetched where they are not here yet.
+    """The folder with the source's safetensors files; those of a hub id are fetched unless they are here already.
 
-    A folder that is no hub snapshot is returned as it is. Errors as in locate.
+    Errors as in locate.
     """
-    if any(source.folder.glob("*.safetensors")) or source.revision is None or source.folder.name != source.revision:
+    if not source.from_hub:
         return source.folder
     code = ["*.py"] if trust_remote_code else []
     return _download(source.name, source.revision, [*_SMALL_FILES, "*.safetensors", *code])
@@ -58,7 +65,7 @@ def _source_of_folder(folder: Path) -> Source:
     repository, is_snapshot = resolved.parent.parent.name, resolved.parent.name == "snapshots"
     if is_snapshot and repository.startswith("models--") and _COMMIT.fullmatch(resolved.name):
         return Source(repository.removeprefix("models--").replace("--", "/", 1), folder, resolved.name)
-    return Source(plain(resolved.name) or "model", folder, None)
+    return Source(plain(resolved.name)[:200] or "model", folder, None)
 
 
 def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
@@ -92,5 +99,6 @@ def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
 
 def first_line(error: Exception) -> str:
     """What a library says went wrong, short enough for one line."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:300]
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    told = lines[0] if not lines[0].endswith(":") else " ".join(line.strip() for line in lines[:3])
+    return told[:300]

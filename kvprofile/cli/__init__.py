@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from typing import Annotated
@@ -53,7 +54,17 @@ def _options(
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit; every failure is one line on stderr unless --debug is given."""
+    _mend_streams()
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+def _mend_streams() -> None:
+    """Print somewhere even where streams are closed, and something even where they cannot encode a glyph."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - open until the process ends
+        elif isinstance(stream := getattr(sys, name), io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def run(arguments: list[str]) -> int:

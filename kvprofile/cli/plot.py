@@ -26,10 +26,14 @@ def plot(
     as_json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON.")] = False,
 ) -> None:
     """Draw profiles: heat map, sorted scores, full heads of each layer at each retention."""
+    from kvprofile.budget.allocate import require_scores
     from kvprofile.files import require_writable
     from kvprofile.report import plots
 
-    profiles = [_with_presets_only(load_profile(file)) for file in files]
+    found = [load_profile(file) for file in files]
+    for profile in found:
+        require_scores(profile)
+    profiles = [_with_presets_only(profile) for profile in found]
     require_writable(output)
     kinds = kind or list(Kind)
     plots.write(profiles, output, kinds, dpi)

@@ -76,7 +76,7 @@ def score(
     target = output or store.BUDGET_DIR / store.file_name(source.name)
     require_writable(target)
     if save_token_scores is not None:
-        require_writable(save_token_scores)
+        run.refuse_token_score_file(save_token_scores, target, force)
     description = checkpoint.describe(source, trust_remote_code)
     if not force:
         store.refuse_other_model(target, source.name, description.geometry)

@@ -7,6 +7,7 @@ the tokenizer at hand.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from kvprofile.corpus.generate import KINDS, generate_text
-from kvprofile.errors import InputError
+from kvprofile.errors import InputError, plain
 from kvprofile.files import sha256_of
 
 GENERATED_CHARACTERS = 20_000
@@ -76,11 +77,15 @@ def load_corpus(reference: str, limit: int | None = None) -> Corpus:
         return _checked(_data_set_name(rest), _from_datasets(reference, rest, limit))
     if reference in bundled_names():
         return _checked(reference, _from_folder(corpora_folder() / reference)[:limit])
-    path = Path(reference).expanduser()
-    if path.is_dir():
-        return _checked(path.resolve().name, _from_folder(path)[:limit])
-    if path.is_file():
-        return _checked(path.name, [Text(path.name, _read(path))])
+    try:
+        path = Path(reference).expanduser()
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InputError(f"cannot look for corpus {reference[:100]!r}: {error}") from error
+    if is_folder:
+        return _checked(plain(path.resolve().name), _from_folder(path)[:limit])
+    if is_file:
+        return _checked(plain(path.name), [Text(plain(path.name), _read(path))])
     raise InputError(
         f"no corpus {reference!r}; give a file, a folder, '-', 'generate:KIND', 'datasets:ID' "
         f"or one of {', '.join(bundled_names())}"
@@ -113,20 +118,32 @@ def _from_folder(folder: Path) -> list[Text]:
     skipped = {"manifest.json", "readme.md"}
     found = sorted(
         file
-        for file in folder.rglob("*")
+        for file in _walk(folder)
         if file.is_file()
         and file.name.lower() not in skipped
         and not any(part.startswith(".") for part in file.relative_to(folder).parts)
     )
     if not found:
-        raise InputError(f"corpus folder {folder} holds no files")
-    return [Text(file.relative_to(folder).as_posix(), _read(file)) for file in found]
+        raise InputError(f"corpus folder {folder} holds no files but READMEs and manifests")
+    return [Text(plain(file.relative_to(folder).as_posix()), _read(file)) for file in found]
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Every file below a folder. Raises InputError for a folder that cannot be read."""
+
+    def unreadable(error: OSError) -> None:
+        raise InputError(f"cannot read {error.filename}: {error.strerror}") from error
+
+    for place, _, names in os.walk(folder, onerror=unreadable):
+        yield from (Path(place) / name for name in names)
 
 
 def _from_stdin() -> list[Text]:
     texts = []
     try:
-        lines = sys.stdin.buffer.read().decode("utf-8").splitlines()
+        if sys.stdin is None:
+            raise InputError("stdin is closed; pipe JSON lines into it")
+        lines = sys.stdin.buffer.read().decode("utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise InputError(f"stdin is not UTF-8 (byte {error.start})") from error
     for number, line in enumerate(lines, 1):
@@ -139,9 +156,19 @@ def _from_stdin() -> list[Text]:
         text = item.get("text") if isinstance(item, dict) else item
         if not isinstance(text, str):
             raise InputError(f'stdin line {number} has no "text"; give one {{"text": "..."}} a line')
+        if not _is_unicode(text):
+            raise InputError(f"stdin line {number} holds half a surrogate pair, which is no text")
         name = item.get("name") if isinstance(item, dict) else None
-        texts.append(Text(str(name or f"line {number}"), text))
+        texts.append(Text(plain(name or f"line {number}"), text))
     return texts
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _generated(reference: str, rest: str) -> Text:
@@ -168,12 +195,15 @@ def _from_datasets(reference: str, rest: str, limit: int | None) -> list[Text]:
         table = _load_dataset(path, split)
         column = options[1] if len(options) > 1 else next((c for c in _TEXT_COLUMNS if c in table.column_names), "text")
         rows = table.select(range(min(limit or table.num_rows, table.num_rows)))
-        found = [str(row) for row in rows[column]] if column in table.column_names else None
+        found = list(rows[column]) if column in table.column_names else None
     except Exception as error:  # datasets and its readers raise all kinds
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"{reference}: cannot load the data set: {first[:300]}") from error
     if found is None:
         raise InputError(f"{reference}: no column {column!r}; it has {', '.join(table.column_names)}")
+    strange = [index for index, text in enumerate(found) if not isinstance(text, str)]
+    if strange:
+        raise InputError(f"{reference}: row {strange[0]} of column {column!r} is no text; choose another column")
     return [Text(f"{split}/{index}", text) for index, text in enumerate(found)]
 
 

@@ -98,7 +98,7 @@ def _attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    _mask: object,
+    attention_mask: object = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -106,6 +106,8 @@ def _attention(
     **_others: Any,
 ) -> tuple[torch.Tensor, None]:
     """What transformers calls: query [1, H, n, D], key and value [1, G, m, D] -> output [1, n, H, D]."""
+    if attention_mask is not None:
+        raise InputError("the model brings its own attention mask, which kvprofile cannot score under")
     recorder = _current[0]
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     recorder.layers_seen.add(layer)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import shutil
 from collections.abc import Set
 from pathlib import Path
 
@@ -11,7 +11,8 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from kvprofile.files import write_atomically
+from kvprofile.errors import InputError
+from kvprofile.files import missing_folders, write_atomically
 from kvprofile.scoring.aggregate import HeadStatistics
 
 
@@ -25,16 +26,26 @@ class ChunkStore:
         self.folder = output.with_name(f"{output.name}.partial")
         self.run_key = run_key
         self._kept: set[tuple[int, int]] = set()
+        self._made: list[Path] = []
+        self.replaced = 0
 
     def open(self) -> int:
-        """Prepare the folder; returns how many finished chunks it holds."""
+        """Prepare the folder; returns how many finished chunks it holds.
+
+        ``replaced`` then tells how many chunks of another run were removed. Raises InputError where a folder of that
+        name was not made by a run.
+        """
         marker = self.folder / "run.json"
+        if self.folder.exists() and not marker.is_file() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            raise InputError(f"{self.folder} exists and is no run's folder; move it or choose another --output")
         try:
             same = json.loads(marker.read_text())["run_key"] == self.run_key
         except (OSError, ValueError, KeyError, TypeError):
             same = False
         if not same:
+            self.replaced = len(self._listed())
             self.discard()
+            self._made = missing_folders(self.folder)
             write_atomically(marker, json.dumps({"run_key": self.run_key}).encode())
         self._kept = {place for place in self._listed() if self._read(*place) is not None}
         return len(self._kept)
@@ -71,13 +82,20 @@ class ChunkStore:
         return torch.cat([self._load(document, chunk)["token_scores"] for chunk in chunks], -1)
 
     def discard(self) -> None:
-        """Remove the folder."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove what a run puts into the folder, and the folder."""
+        for file in [self.folder / "run.json", *self.folder.glob("document-*"), *self.folder.glob(".*.partial")]:
+            file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
 
     def discard_if_empty(self) -> None:
-        """Remove the folder unless it holds a finished chunk."""
-        if not self._listed():
-            self.discard()
+        """Remove the folder, and those made on the way to it, unless it holds a finished chunk."""
+        if self._listed():
+            return
+        self.discard()
+        for folder in self._made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
     def _file(self, document: int, chunk: int) -> Path:
         return self.folder / f"document-{document:05}-chunk-{chunk:05}.safetensors"

@@ -22,7 +22,7 @@ from kvprofile.budget.profile import (
 from kvprofile.checkpoint import Description, Placement, identity, load_model
 from kvprofile.corpus.sources import Corpus, cut
 from kvprofile.errors import InputError, plain
-from kvprofile.files import atomic_path, sha256_of
+from kvprofile.files import atomic_path, require_writable, sha256_of
 from kvprofile.scoring.prompts import PROMPTS_VERSION, Document, Frame, encode, frame_document
 
 if TYPE_CHECKING:
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
     from kvprofile.scoring.attention import Recorder
     from kvprofile.scoring.progress import ChunkStore
+
+MOST_TOKENS = 1_000_000
+"""Most sinks or recent tokens that a budget file may ask for."""
 
 METHODS = {"kvzip": "max"}
 """Scoring methods and the statistic that ranks heads for each."""
@@ -53,6 +56,8 @@ class Options:
                 raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
         if self.sink_tokens < 0:
             raise InputError(f"--sink-tokens must not be negative, not {self.sink_tokens}")
+        if max(self.sink_tokens, self.recent_tokens) > MOST_TOKENS:
+            raise InputError(f"--sink-tokens and --recent-tokens must not exceed {MOST_TOKENS:,}")
         if self.method not in METHODS:
             raise InputError(f"unknown method {self.method!r}; known: {', '.join(METHODS)}")
 
@@ -140,6 +145,8 @@ def profile(
     kept = store.open()
     if kept:
         progress.say(f"continuing: {kept} chunks are finished already")
+    elif store.replaced:
+        progress.say(f"starting anew: {store.replaced} finished chunks belong to a run with other inputs")
     try:
         attention = _score_documents(plan, placement, store, progress, save_token_scores is not None)
         if save_token_scores is not None:
@@ -228,6 +235,27 @@ def _assemble(plan: Plan, placement: Placement, attention: str, store: ChunkStor
         budgets=preset_budgets(scores, METHODS[options.method]),
         runtime=Runtime(sink_tokens=options.sink_tokens, recent_tokens=options.recent_tokens),
     )
+
+
+def refuse_token_score_file(path: Path, output: Path, force: bool) -> None:
+    """Raise InputError unless token scores may be written to ``path``: a new file, or one of kvprofile's own."""
+    if path.suffix != ".safetensors":
+        raise InputError(f"--save-token-scores {path}: give a file name that ends in .safetensors")
+    if path.resolve() == output.resolve():
+        raise InputError(f"--save-token-scores {path} is the budget file too; give another name")
+    if path.is_file() and not force and not _holds_token_scores(path):
+        raise InputError(f"{path} exists and holds no token scores; pass --force to replace it or give another name")
+    require_writable(path)
+
+
+def _holds_token_scores(path: Path) -> bool:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as tensors:
+            return "kvprofile" in (tensors.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
 
 
 def _write_token_scores(plan: Plan, store: ChunkStore, path: Path) -> None:

@@ -52,20 +52,21 @@ def score_all(model, geometry, tokenizer, ids, chunk_tokens, slice_tokens=1024):
         return torch.cat([scored.token_scores for scored in scorer.score(document)], -1)
 
 
-@pytest.mark.parametrize("template", [True, False], ids=["template", "bare"])
+@pytest.mark.parametrize("template", [True, False, None], ids=["template", "bare", "bos"])
 @pytest.mark.parametrize("chunking", CHUNKINGS)
 def test_scores_equal_the_naive_reference(model, tokenizer, text_ids, template, chunking, tmp_path, capsys):
     tokens, chunk_tokens = CHUNKINGS[chunking]
     kept_template = tokenizer.chat_template
     tokenizer.chat_template = kept_template if template else None
+    tokenizer.bos_token = "<|user|>" if template is None else None
     try:
-        ids = text_ids[: tokens + (0 if template else 4)]
+        ids = text_ids[: tokens + (4 if template is False else 0)]
         geometry = geometry_of(model, tmp_path)
         sinks = model.config.model_type == "gpt_oss"
         expected, prefix = reference.token_scores(model, tokenizer, ids, chunk_tokens, learned_sinks=sinks)
         found = score_all(model, geometry, tokenizer, ids, chunk_tokens)
     finally:
-        tokenizer.chat_template = kept_template
+        tokenizer.chat_template, tokenizer.bos_token = kept_template, None
     expected = expected[list(geometry.profiled_layers)]
     assert prefix >= 1
     assert found.shape == expected.shape == (len(geometry.profiled_layers), geometry.kv_heads, tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -28,7 +29,7 @@ def refused(capsys, workplace, arguments, lines_before=0):
     assert len(lines) == 1 + lines_before, captured.err
     assert lines[-1].startswith("kvprofile: ")
     assert "Traceback" not in captured.err
-    assert [file for file in workplace.rglob("*") if not file.is_dir()] == []
+    assert list(workplace.rglob("*")) == []
     return lines[-1]
 
 
@@ -184,14 +185,25 @@ def test_every_layer_slides(capsys, workplace, checkpoint):
 
 
 def test_code_in_the_checkpoint(capsys, workplace, checkpoint):
-    change_config(checkpoint, auto_map={"AutoConfig": "evil.Config"})
+    change_config(checkpoint, model_type="brings-its-own", auto_map={"AutoConfig": "evil.Config"})
     (checkpoint / "evil.py").write_text("raise SystemExit('ran')")
     assert "pass --trust-remote-code" in refused(capsys, workplace, [checkpoint, *FAST])
+
+
+def test_code_beside_a_model_that_transformers_knows_is_left_alone(checkpoint, workplace):
+    change_config(checkpoint, auto_map={"AutoModelForCausalLM": "evil.Model"})
+    (checkpoint / "evil.py").write_text("raise SystemExit('ran')")
+    assert run(["score", str(checkpoint), *FAST, "--output", str(workplace / "out.json")]) == 0
 
 
 @pytest.mark.parametrize(
     ("flag", "value", "message"),
     [
+        ("--device", "meta", "unknown device 'meta'"),
+        ("--revision", "main", "is a folder and has no revisions"),
+        ("--sink-tokens", "1000001", "must not exceed 1,000,000"),
+        ("--corpus", "x" * 400, "cannot look for corpus"),
+        ("--save-token-scores", "scores.bin", "ends in .safetensors"),
         ("--dtype", "int3", "unknown dtype 'int3'"),
         ("--device", "abacus", "unknown device 'abacus'"),
         ("--device", "cuda", "no CUDA device"),
@@ -260,9 +272,48 @@ def test_output_is_a_foreign_file(capsys, workplace, checkpoint, tmp_path):
 @pytest.mark.parametrize("flag", ["--output", "--save-token-scores"])
 def test_read_only_output(capsys, workplace, checkpoint, tmp_path, flag):
     others = ["--output", tmp_path / "fine.json"] if flag != "--output" else []
-    line = refused(capsys, workplace, [checkpoint, *FAST, *others, flag, "/proc/kvprofile/out.json"])
-    assert "cannot write /proc/kvprofile/out.json" in line
+    line = refused(capsys, workplace, [checkpoint, *FAST, *others, flag, "/proc/kvprofile/out.safetensors"])
+    assert "cannot write /proc/kvprofile/out.safetensors" in line
     assert not (tmp_path / "fine.json").exists()
+
+
+def test_token_scores_replace_nothing_of_anyone_else(capsys, workplace, checkpoint, tmp_path):
+    weights = checkpoint / "model.safetensors"
+    before = weights.read_bytes()
+    line = refused(capsys, workplace, [checkpoint, *FAST, "--save-token-scores", weights])
+    assert "holds no token scores; pass --force" in line
+    assert weights.read_bytes() == before
+    same = tmp_path / "same.safetensors"
+    line = refused(capsys, workplace, [checkpoint, *FAST, "--output", same, "--save-token-scores", same])
+    assert "is the budget file too" in line
+    own = tmp_path / "own.safetensors"
+    for _ in range(2):
+        arguments = ["--output", str(tmp_path / "o.json"), "--save-token-scores", str(own)]
+        assert run(["score", str(checkpoint), *FAST, *arguments]) == 0
+
+
+def test_a_folder_that_only_looks_like_a_run(capsys, workplace, checkpoint, tmp_path):
+    folder = tmp_path / "o.json.partial"
+    folder.mkdir()
+    (folder / "notes").write_text("precious")
+    line = refused(capsys, workplace, [checkpoint, *FAST, "--output", tmp_path / "o.json"], lines_before=4)
+    assert "is no run's folder" in line
+    assert (folder / "notes").read_text() == "precious"
+
+
+def test_output_is_no_regular_file(capsys, workplace, checkpoint, tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    assert "it is no regular file" in refused(
+        capsys, workplace, [checkpoint, *FAST, "--output", tmp_path / "pipe.json", "--force"]
+    )
+
+
+def test_output_through_a_link_stays_a_link(checkpoint, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link.json").symlink_to(tmp_path / "real" / "file.json")
+    assert run(["score", str(checkpoint), *FAST, "--output", str(tmp_path / "link.json")]) == 0
+    assert (tmp_path / "link.json").is_symlink()
+    assert (tmp_path / "real" / "file.json").is_file()
 
 
 def test_output_is_a_folder(capsys, workplace, checkpoint, tmp_path):
@@ -280,7 +331,7 @@ def test_no_space_left(checkpoint, tmp_path, room):
     assert found.returncode == 2, found.stderr
     assert found.stderr.strip().splitlines()[-1].startswith(f"kvprofile: cannot write {output.parent}")
     assert "Traceback" not in found.stderr
-    assert list(tmp_path.glob("full/**/*")) == []
+    assert not output.parent.exists()
 
 
 def test_hub_snapshot_in_the_local_cache(capsys, workplace, tiny_checkpoint, tmp_path, monkeypatch):

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
+from unittest import mock
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from kvprofile.budget import store
+from kvprofile.cli import run as run_here
+from kvprofile.corpus.generate import generate_text
+from kvprofile.scoring.progress import ChunkStore
 
 CORPUS = ["--corpus", "generate:prose:1:6000", "--corpus", "generate:tables:2:6000"]
 SMALL = ["--context-tokens", "640", "--chunk-tokens", "32", "--dtype", "float32", "--device", "cpu"]
@@ -109,6 +116,53 @@ def test_chunks_of_another_run_are_not_used(tiny_checkpoint, undisturbed, tmp_pa
     again = finish(tiny_checkpoint, output)
     assert "finished already" not in again.stderr
     assert output.read_bytes() == undisturbed
+
+
+@pytest.mark.parametrize("changed", ["weights", "text", "template"])
+def test_a_run_with_other_inputs_starts_anew(tiny_checkpoint, tmp_path, capsys, changed):
+    """Same shapes, same lengths: only what is inside differs."""
+    checkpoint = shutil.copytree(tiny_checkpoint, tmp_path / "tiny")
+    text = tmp_path / "text.txt"
+    text.write_text(generate_text("prose", 1, 6000))
+    output = tmp_path / "out.json"
+    arguments = ["score", str(checkpoint), "--corpus", str(text), "--context-tokens", "320", "--chunk-tokens", "32"]
+    arguments += ["--output", str(output)]
+    with monkeypatched_saves(after=4), pytest.raises(Stopped):
+        run_here(arguments)
+    if changed == "weights":
+        weights = load_file(checkpoint / "model.safetensors")
+        weights["model.layers.0.self_attn.q_proj.weight"] *= 1.5
+        save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
+    elif changed == "text":
+        text.write_text(generate_text("prose", 2, 6000))
+    else:
+        template = checkpoint / "chat_template.jinja"
+        template.write_text(template.read_text().replace("'<|' + message['role']", "'<|user|><|' + message['role']"))
+    assert run_here(arguments) == 0
+    assert "starting anew: 4 finished chunks" in capsys.readouterr().err
+    resumed = output.read_bytes()
+    output.unlink()
+    assert run_here(arguments) == 0
+    assert output.read_bytes() == resumed
+
+
+class Stopped(BaseException):
+    """A crash in the middle of a run."""
+
+
+@contextmanager
+def monkeypatched_saves(after):
+    saves = []
+    save = ChunkStore.save
+
+    def stop_after(self, *arguments):
+        save(self, *arguments)
+        saves.append(arguments)
+        if len(saves) == after:
+            raise Stopped
+
+    with mock.patch.object(ChunkStore, "save", stop_after):
+        yield
 
 
 def test_a_half_written_chunk_is_scored_again(tiny_checkpoint, undisturbed, tmp_path):

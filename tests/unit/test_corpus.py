@@ -97,7 +97,14 @@ def test_json_lines_on_stdin(monkeypatch):
     assert [(t.name, t.text) for t in texts] == [("first", "one"), ("line 3", "two")]
 
 
-@pytest.mark.parametrize("raw", [b"{", b"[1]\n", b'{"body": "x"}', b"\xff\xfe", b"", b'{"text": ""}'])
+def test_json_lines_end_at_newlines_only(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", Stdin('{"text": "a\u2028b"}\r\n'.encode()))
+    assert [t.text for t in load_corpus("-").texts] == ["a\u2028b"]
+
+
+@pytest.mark.parametrize(
+    "raw", [b'{"text": "\\ud800"}', b"{", b"[1]\n", b'{"body": "x"}', b"\xff\xfe", b"", b'{"text": ""}']
+)
 def test_bad_stdin(monkeypatch, raw):
     monkeypatch.setattr(sys, "stdin", Stdin(raw))
     with pytest.raises(InputError, match=r"stdin"):
@@ -132,6 +139,9 @@ def test_local_data_sets(tmp_path):
     assert [t.text for t in rows.texts] == ["x", "y", "z"]
     with pytest.raises(InputError, match="no column 'absent'; it has text, other"):
         load_corpus(f"datasets:{tmp_path / 'rows.jsonl'}:train:absent")
+    datasets.Dataset.from_dict({"text": ["one", None]}).to_json(tmp_path / "null.jsonl")
+    with pytest.raises(InputError, match="row 1 of column 'text' is no text"):
+        load_corpus(f"datasets:{tmp_path / 'null.jsonl'}")
     with pytest.raises(InputError, match="cannot load the data set"):
         load_corpus(f"datasets:{tmp_path / 'rows.jsonl'}:test")
 
