@@ -43,7 +43,6 @@ class Recorder:
     chunk: tuple[int, int] | None = None
     token_scores: dict[int, torch.Tensor] = field(default_factory=dict)
     layers_seen: set[int] = field(default_factory=set)
-    kernel_reasons: dict[str, None] = field(default_factory=dict)
     _kernels: dict[tuple[object, ...], kernels.Fused | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -51,15 +50,15 @@ class Recorder:
         self.last_layer = max(self.profiled)
 
     def fused(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> kernels.Fused | None:
-        """The fused kernel for these tensors, chosen once for each kind of tensor, with the reason kept."""
+        """The fused kernel for these tensors, chosen once for each kind of tensor; None for plain products."""
         group = query.shape[1] // key.shape[1]
         what = (query.device.type, query.dtype, query.shape[-1], group, value.shape[-1])
         if what not in self._kernels:
-            if value.shape[-1] != key.shape[-1]:
-                self._kernels[what], reason = None, "plain products: keys and values differ in size"
-            else:
-                self._kernels[what], reason = kernels.choose_fused(query.device, query.dtype, query.shape[-1], group)
-            self.kernel_reasons[reason] = None
+            same_size = value.shape[-1] == key.shape[-1]
+            choice = (
+                kernels.choose_fused(query.device, query.dtype, query.shape[-1], group) if same_size else (None, "")
+            )
+            self._kernels[what] = choice[0]
         return self._kernels[what]
 
 
