@@ -5,8 +5,12 @@ from __future__ import annotations
 import shutil
 
 import pytest
+from hypothesis import settings
 
 from tests.models import POCKET, random_model, save_checkpoint
+
+settings.register_profile("everywhere", deadline=None, derandomize=True)  # a slow machine is no failure
+settings.load_profile("everywhere")
 
 
 @pytest.fixture(autouse=True)
