@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -97,14 +96,6 @@ def refuse_other_model(path: Path, name: str, geometry: Geometry) -> None:
             f"{path} belongs to {found.model.name}, {found.model.geometry.describe()}, not to {name}, "
             f"{geometry.describe()}; pass --force or another --output"
         )
-
-
-def find(folders: Iterable[Path]) -> list[Path]:
-    """The budget files in folders, sorted; a file given by name stands for itself."""
-    found: list[Path] = []
-    for place in folders:
-        found += sorted(place.rglob("*.json")) if place.is_dir() else [place]
-    return found
 
 
 def _phrase(location: tuple[int | str, ...], message: str) -> str:

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from kvprofile.budget.profile import FULL_ATTENTION, SLIDING_ATTENTION, Geometry
 from kvprofile.checkpoint.source import Source, fetch_weights, first_line
 from kvprofile.checkpoint.weights import fingerprint, read_header, weight_files
-from kvprofile.errors import InputError
+from kvprofile.errors import InputError, plain
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -39,11 +39,10 @@ class Description:
 def describe(source: Source, trust_remote_code: bool = False) -> Description:
     """Read config and tensor headers. Raises InputError for what cannot be profiled, by name."""
     config = _read_config(source, trust_remote_code)
-    architecture = (getattr(config, "architectures", None) or [type(config).__name__.replace("Config", "ForCausalLM")])[
-        0
-    ]
-    _refuse_unsupported(source, config, architecture, trust_remote_code)
+    named = getattr(config, "architectures", None) or [type(config).__name__.replace("Config", "ForCausalLM")]
+    architecture = plain(named[0])[:200] or "unnamed"
     try:
+        _refuse_unsupported(source, config, architecture, trust_remote_code)
         max_positions, reason = _max_positions(config)
         geometry = _geometry(source, config, max_positions)
         vocabulary_rows = int(config.vocab_size)

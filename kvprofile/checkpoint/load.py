@@ -79,7 +79,7 @@ def place(description: Description, dtype: str, device: str, cache_tokens: int) 
     for index in range(torch.cuda.device_count()):
         free_cuda.append(torch.cuda.mem_get_info(index)[0])
     own_dtype = str(getattr(description.config, "dtype", None) or torch.float32).removeprefix("torch.")
-    placement = choose_placement(
+    return choose_placement(
         dtype=dtype,
         device=device,
         own_dtype=own_dtype,
@@ -88,11 +88,6 @@ def place(description: Description, dtype: str, device: str, cache_tokens: int) 
         free_cuda_bytes=free_cuda,
         free_host_bytes=psutil.virtual_memory().available,
     )
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", placement.device):
-        raise InputError(f"unknown device {device!r}; use auto, cpu, cuda or cuda:N")
-    if placement.device.startswith("cuda") and not free_cuda:
-        raise InputError(f"device {device!r} asked for, but torch sees no CUDA device; use --device cpu")
-    return placement
 
 
 def choose_placement(
@@ -106,6 +101,10 @@ def choose_placement(
     free_host_bytes: int,
 ) -> Placement:
     """The choice of ``place`` as a pure function of sizes: parameters and cache in values, memory in bytes."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise InputError(f"unknown device {device!r}; use auto, cpu, cuda or cuda:N")
+    if device.startswith("cuda") and not free_cuda_bytes:
+        raise InputError(f"device {device!r} asked for, but torch sees no CUDA device; use --device cpu")
     if dtype not in ("auto", *DTYPES):
         raise InputError(f"unknown dtype {dtype!r}; use one of auto, {', '.join(DTYPES)}")
     reasons = []
@@ -168,7 +167,9 @@ def load_model(description: Description, placement: Placement) -> PreTrainedMode
         raise InputError(f"{source.folder}: cannot load the weights: {first_line(error)}") from error
     absent = sorted(name for name in found["missing_keys"] if not name.startswith("lm_head"))  # scoring needs no head
     if absent:
-        raise InputError(f"{source.folder}: the weights lack {absent[0]} and {len(absent) - 1} others; download again")
+        raise InputError(
+            f"{source.folder}: the weights lack {absent[0]} ({len(absent)} missing in all); download again"
+        )
     model.requires_grad_(False)
     return model.eval()
 

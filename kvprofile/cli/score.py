@@ -62,15 +62,6 @@ def score(
     if engine != "hf":
         raise InputError(f"unknown engine {engine!r}; known: hf")
     options = run.Options(method, chunk_tokens, context_tokens, seed, sink_tokens, recent_tokens)
-    checkpoint.choose_placement(
-        dtype=dtype,
-        device=device,
-        own_dtype="float32",
-        parameters=0,
-        cache_values=0,
-        free_cuda_bytes=(),
-        free_host_bytes=0,
-    )
     corpora = [load_corpus(reference, documents) for reference in corpus or bundled_names()]
     source = checkpoint.locate(model, revision, trust_remote_code)
     target = output or store.BUDGET_DIR / store.file_name(source.name)

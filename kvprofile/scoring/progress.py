@@ -46,7 +46,11 @@ class ChunkStore:
             self.replaced = len(self._listed())
             self.discard()
             self._made = missing_folders(self.folder)
-            write_atomically(marker, json.dumps({"run_key": self.run_key}).encode())
+            try:
+                write_atomically(marker, json.dumps({"run_key": self.run_key}).encode())
+            except InputError:
+                self.discard_if_empty()
+                raise
         self._kept = {place for place in self._listed() if self._read(*place) is not None}
         return len(self._kept)
 
@@ -83,7 +87,11 @@ class ChunkStore:
 
     def discard(self) -> None:
         """Remove what a run puts into the folder, and the folder."""
-        for file in [self.folder / "run.json", *self.folder.glob("document-*"), *self.folder.glob(".*.partial")]:
+        for file in [
+            self.folder / "run.json",
+            *self.folder.glob("document-*-chunk-*.safetensors"),
+            *self.folder.glob(".*.partial"),
+        ]:
             file.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             self.folder.rmdir()

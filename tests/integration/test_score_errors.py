@@ -125,6 +125,12 @@ def test_configs_that_make_no_sense(capsys, workplace, checkpoint, changes):
     refused(capsys, workplace, [checkpoint, *FAST])
 
 
+def test_an_architecture_that_is_no_name_harms_nothing(checkpoint, workplace):
+    change_config(checkpoint, architectures=["x\x1b[31m" * 60])
+    assert run(["score", str(checkpoint), *FAST, "--output", str(workplace / "out.json")]) == 0
+    assert "\\u001b" not in (workplace / "out.json").read_text()
+
+
 def test_tokenizer_of_another_model(capsys, workplace, tmp_path, tokenizer):
     folder = save_checkpoint(random_model("llama", vocab_size=300), tmp_path / "small", tokenizer)
     assert "the model has 300 embeddings; it belongs to another model" in refused(capsys, workplace, [folder, *FAST])

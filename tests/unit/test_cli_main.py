@@ -46,7 +46,6 @@ def test_a_bug_is_one_line_unless_debugging(capsys, monkeypatch):
     def broken(*_):
         raise RuntimeError("first\nsecond")
 
-    monkeypatch.setattr(store, "find", broken)
     monkeypatch.setattr(store, "load", broken)
     monkeypatch.setattr("kvprofile.cli.output.resolve_profile", broken)
     monkeypatch.delenv("KVPROFILE_DEBUG", raising=False)
