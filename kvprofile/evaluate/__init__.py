@@ -1,0 +1,1 @@
+"""Quality of a budget, measured on Hugging Face: tasks, the simulation of the runtime, and statistics."""
