@@ -86,7 +86,7 @@ FULL_RUN = (
     Stage(400, 21, 192, 0.4, 0.2),
     Stage(1000, 11, 384, 0.15, 0.2),
     Stage(1000, 8, 1024, 0.1, 0.25),
-    Stage(1000, 3, 3072, 0.1, 0.25),
+    Stage(600, 3, 3072, 0.05, 0.35),
 )
 SMOKE_RUN = (Stage(10, 21, 192, 0.4, 0.2), Stage(10, 4, 1024, 0.15, 0.2))
 PEAK_LEARNING_RATE = 8e-4
@@ -550,9 +550,11 @@ def main() -> None:
         options.compile = not options.smoke
     torch.set_num_threads(options.threads)
     shape = Shape(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Shape)})
-    if 2 * WARM_HEADS * 4 > shape.layers * shape.kv_heads or shape.layers <= INDUCTION_LAYER:
-        sys.exit(f"{shape.layers} x {shape.kv_heads} KV heads: the {2 * WARM_HEADS} that start with a role would be"
-                 " more than a quarter; choose more layers or KV heads")
+    if shape.layers * shape.kv_heads < 4 * 2 * WARM_HEADS or shape.layers <= INDUCTION_LAYER:
+        sys.exit(
+            f"{shape.layers} x {shape.kv_heads} KV heads: the {2 * WARM_HEADS} that start with a role would be"
+            " more than a quarter; choose more layers or KV heads"
+        )
     train(options.output, SMOKE_RUN if options.smoke else FULL_RUN, options.seed, shape, options)
 
 

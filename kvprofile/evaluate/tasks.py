@@ -119,9 +119,7 @@ def _facts(
     for (_, fact, _), span in zip(tagged, spans, strict=True):
         evidence.setdefault(fact, []).append(span)
     asked = rng.sample(range(len(facts)), min(questions, len(facts)))
-    found = tuple(
-        Question(facts[i].question, facts[i].answer, facts[i].expected, tuple(evidence[i])) for i in asked
-    )
+    found = tuple(Question(facts[i].question, facts[i].answer, facts[i].expected, tuple(evidence[i])) for i in asked)
     return Exercise(task, text, found, conversation)
 
 

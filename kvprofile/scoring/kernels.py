@@ -6,14 +6,18 @@ which normalise the scores, come from the same kernels that compute the layer's 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 
 KEY_BLOCK = 2048
 ROW_BLOCK = 256
-"""Sizes of a block of logits where no fused kernel applies; they bound memory, not results."""
+MOST_LOGITS = 4 * 2**20
+"""Sizes of a block of logits where no fused kernel applies (16 MiB at most); they bound memory, not results."""
+
+Visible = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(query positions [B, n, 1], key positions [m]) -> which keys each query sees [B, n, m]."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +68,27 @@ def blocked(
     sees keys at its own position and before it and, with a window, only the last ``window`` of them. Every row must
     see a key.
     """
+
+    def in_window(row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+        return (column <= row) & (column > row - (window or 0))
+
     parts = []
     for first in range(0, query.shape[2], ROW_BLOCK):
         rows = query[:, :, first : first + ROW_BLOCK]
-        start = query_start + first
-        parts.append(_row_block(rows, key, value, scaling, start, key_start, softcap, window))
+        start, stop = query_start + first, query_start + first + rows.shape[2]
+        seen = slice(max(0, start - window + 1 - key_start) if window else 0, stop - key_start)
+        positions = torch.arange(start, stop, device=query.device)[None]
+        visible = in_window if window else None
+        begin = key_start + seen.start
+        parts.append(
+            merge(
+                list(
+                    over_keys(
+                        rows, key[:, :, seen], value[:, :, seen], scaling, positions, begin, start, visible, softcap
+                    )
+                )
+            )
+        )
     return Part(torch.cat([p.output for p in parts], 2), torch.cat([p.lse for p in parts], 2))
 
 
@@ -86,37 +106,51 @@ def fold_groups(query: torch.Tensor, kv_heads: int) -> torch.Tensor:
     return query.reshape(1, kv_heads, heads // kv_heads * rows, size)
 
 
-def _row_block(
-    rows: torch.Tensor,
+def over_keys(
+    query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     scaling: float,
-    query_start: int,
+    positions: torch.Tensor,
     key_start: int,
+    lowest: int,
+    sees: Visible | None,
     softcap: float | None,
-    window: int | None,
-) -> Part:
-    _, heads, count, _ = rows.shape
+) -> Iterator[Part]:
+    """Attention by plain products, the keys taken in blocks so that few logits exist at once.
+
+    query [B, H, n, D] at positions [B, n], none below ``lowest``; key and value [B or 1, G, m, D] at key_start.. .
+    ``sees`` None is causal. A row that sees nothing of a block has weight 0 in the merge.
+    """
+    batch, heads, count, size = query.shape
     kv_heads = key.shape[1]
-    folded = fold_groups(rows, kv_heads)
-    positions = torch.arange(query_start, query_start + count, device=rows.device)
-    first_seen = max(key_start, query_start - window + 1) if window else key_start
-    last_seen = min(key_start + key.shape[2], query_start + count)
-    parts = []
-    for start in range(first_seen, last_seen, KEY_BLOCK):
-        stop = min(start + KEY_BLOCK, last_seen)
-        span = slice(start - key_start, stop - key_start)
-        logits = logits_of(folded, key[:, :, span], scaling, softcap).view(1, kv_heads, -1, count, stop - start)
-        places = torch.arange(start, stop, device=rows.device)
-        hidden = places[None, :] > positions[:, None]
-        if window:
-            hidden |= places[None, :] <= positions[:, None] - window
-        logits.masked_fill_(hidden, -torch.inf)
+    shared = key.shape[0] == 1 and batch > 1
+    folded = query.reshape(batch, kv_heads, -1, size)
+    if shared:  # the rows of all sequences become rows of one product
+        folded = folded.transpose(0, 1).reshape(1, kv_heads, -1, size)
+    block = max(16, min(KEY_BLOCK, MOST_LOGITS // (batch * heads * count)))
+    for start in range(0, key.shape[2], block):
+        keys, values = key[:, :, start : start + block], value[:, :, start : start + block]
+        first, stop = key_start + start, key_start + start + keys.shape[2]
+        logits = logits_of(folded, keys, scaling, softcap)
+        if shared:
+            logits = logits.view(kv_heads, batch, -1, stop - first).transpose(0, 1)
+        logits = logits.reshape(batch, heads, count, stop - first)
+        if sees is not None or stop > lowest + 1:
+            seen = (sees or _causal)(positions[..., None], torch.arange(first, stop, device=query.device))
+            logits.masked_fill_(~seen[:, None], -torch.inf)
         lse = logits.logsumexp(-1)
-        weights = (logits - lse.clamp_min(-1e30)[..., None]).exp_().view(1, kv_heads, -1, stop - start)
-        output = torch.matmul(weights, value[:, :, span].float()).view(1, heads, count, -1)
-        parts.append(Part(output.to(rows.dtype), lse.view(1, heads, count)))
-    return merge(parts)
+        weights = (logits - lse.clamp_min(-1e30)[..., None]).exp_().view(batch, kv_heads, -1, stop - first)
+        if shared:
+            weights = weights.transpose(0, 1).reshape(1, kv_heads, -1, stop - first)
+        output = torch.matmul(weights, values.float())
+        if shared:
+            output = output.view(kv_heads, batch, -1, output.shape[-1]).transpose(0, 1)
+        yield Part(output.reshape(batch, heads, count, -1).to(query.dtype), lse)
+
+
+def _causal(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    return key <= query
 
 
 def _fused_cpu(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, causal: bool) -> Part:

@@ -1,0 +1,52 @@
+"""Which tokens a trimmed KV head keeps: one rule, for the simulation and the vLLM runtime alike. Standard library only.
+
+Prefill is full attention for every head. Once all tokens below ``prefill_end`` are processed, a head without a budget
+sees the first ``sink_tokens`` and the last ``recent_tokens`` before and including the token being processed, both
+rounded outwards to whole blocks of the paged cache. Keys carry their positions already; nothing is renumbered.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+DEFAULT_BLOCK_TOKENS = 16
+"""vLLM's block size on GPUs."""
+
+
+@dataclass(frozen=True)
+class TrimRule:
+    """Sinks, window and block size, in tokens. Raises ValueError for sizes that mean nothing."""
+
+    sink_tokens: int
+    recent_tokens: int
+    block_tokens: int = DEFAULT_BLOCK_TOKENS
+
+    def __post_init__(self) -> None:
+        if self.sink_tokens < 0 or self.recent_tokens < 1 or self.block_tokens < 1:
+            raise ValueError(f"sinks must be >= 0, window and block >= 1, not {self}")
+
+    @property
+    def sink_blocks(self) -> int:
+        """Blocks that hold the sinks."""
+        return -(-self.sink_tokens // self.block_tokens)
+
+    @property
+    def sink_end(self) -> int:
+        """Position behind the last sink, rounded up to a block."""
+        return self.sink_blocks * self.block_tokens
+
+    def first_recent_block(self, position: int) -> int:
+        """First block of the window of the token at ``position``; never before the end of the sinks."""
+        return max(self.sink_blocks, (position + 1 - self.recent_tokens) // self.block_tokens)
+
+    def window_start(self, position: int) -> int:
+        """First position of the window of the token at ``position``, rounded down to a block."""
+        return self.first_recent_block(position) * self.block_tokens
+
+    def sees(self, position: int, key: int) -> bool:
+        """Whether a trimmed head's query at ``position`` sees the key at position ``key``."""
+        return key <= position and (key < self.sink_end or key >= self.window_start(position))
+
+    def held_tokens(self, processed: int) -> int:
+        """Tokens that a trimmed head holds when ``processed`` tokens are and the next one comes."""
+        return processed - max(0, min(self.window_start(processed), processed) - self.sink_end)

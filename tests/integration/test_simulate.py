@@ -1,0 +1,236 @@
+"""The simulation against the naive masked implementation, the plain model, and its own memory formula."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from kvprofile.budget.profile import SLIDING_ATTENTION
+from kvprofile.budget.trim import TrimRule
+from kvprofile.checkpoint import Source, describe
+from kvprofile.errors import InputError
+from kvprofile.evaluate.simulate import simulating
+from tests import masked
+from tests.models import FAMILIES, POCKET, random_model
+
+MODELS = ["pocket", *FAMILIES]
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def subject(request, tmp_path_factory):
+    """A model and its geometry."""
+    if request.param == "pocket":
+        model = AutoModelForCausalLM.from_pretrained(POCKET, dtype=torch.float32).eval()
+    else:
+        model = random_model(request.param)
+    folder = tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(folder)
+    return model, describe(Source("test", folder, None)).geometry
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    model = random_model("llama")
+    folder = tmp_path_factory.mktemp("llama")
+    model.save_pretrained(folder)
+    model.set_attn_implementation("sdpa")
+    return model, describe(Source("test", folder, None)).geometry
+
+
+def draw_heads(rng, geometry):
+    """A random budget: rows of only full heads, of none, and mixed ones."""
+    share = rng.choice((0.0, 0.3, 0.7, 1.0, None))
+    return [
+        [None] * geometry.kv_heads
+        if kind == SLIDING_ATTENTION
+        else [float(rng.random() < (rng.random() if share is None else share)) for _ in range(geometry.kv_heads)]
+        for kind in geometry.layer_types
+    ]
+
+
+def draw_ids(rng, count):
+    return [rng.randrange(4, 1000) for _ in range(count)]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_logits_equal_the_naive_masked_implementation(subject, seed):
+    model, geometry = subject
+    rng = random.Random(f"{model.config.model_type}:{seed}")
+    rule = TrimRule(rng.choice((0, 1, 5, 16)), rng.choice((1, 7, 24, 200)), rng.choice((1, 4, 16, 32)))
+    heads = draw_heads(rng, geometry)
+    context, rest = draw_ids(rng, rng.randrange(1, 150)), draw_ids(rng, rng.randrange(1, 60))
+    expected = masked.logits(
+        model, context + rest, len(context), heads, rule.sink_tokens, rule.recent_tokens, rule.block_tokens
+    )
+    with simulating(model, geometry, heads, rule) as simulation:
+        last = simulation.prefill(context)
+        simulation.trim()
+        simulation.forget_context()
+        branch = simulation.start()
+        found, start = [], 0
+        while start < len(rest):  # in steps of one token and of several
+            stop = start + rng.choice((1, 1, 5, 30))
+            found += branch.read([rest[start:stop]])
+            start = stop
+    torch.testing.assert_close(last, expected[len(context) - 1], atol=1e-4, rtol=0)
+    torch.testing.assert_close(torch.cat(found), expected[len(context) :], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_rows_of_a_batch_equal_rows_alone(subject, seed):
+    model, geometry = subject
+    rng = random.Random(f"batch:{model.config.model_type}:{seed}")
+    rule = TrimRule(rng.choice((0, 5, 40)), rng.choice((3, 24)), rng.choice((1, 8)))
+    heads = draw_heads(rng, geometry)
+    context = draw_ids(rng, rng.randrange(1, 120))
+    rows = [[draw_ids(rng, rng.randrange(1, 25)) for _ in range(3)] for _ in range(4)]
+    rows[2][1] = []  # a row may wait
+    with simulating(model, geometry, heads, rule) as simulation:
+        simulation.prefill(context)
+        simulation.trim()
+        branch = simulation.start(len(rows))
+        together = [branch.read([row[turn] for row in rows]) for turn in range(3)]
+    for index, row in enumerate(rows):
+        ids = [token for turn in row for token in turn]
+        expected = masked.logits(
+            model, context + ids, len(context), heads, rule.sink_tokens, rule.recent_tokens, rule.block_tokens
+        )
+        found = torch.cat([together[turn][index] for turn in range(3)])
+        torch.testing.assert_close(found, expected[len(context) :], atol=1e-4, rtol=0)
+
+
+def test_retention_one_is_the_plain_model_bit_for_bit(llama):
+    model, geometry = llama
+    rng = random.Random(0)
+    context, rest = draw_ids(rng, 300), draw_ids(rng, 40)
+    steps = [rest[:10], *([token] for token in rest[10:])]
+    cache, plain = DynamicCache(), []
+    with torch.inference_mode():
+        for ids, kept in [(context, 1), *((step, 0) for step in steps)]:
+            plain.append(model(torch.tensor([ids]), past_key_values=cache, logits_to_keep=kept).logits[0])
+    with simulating(model, geometry, [[1.0] * 2] * 3, TrimRule(4, 16)) as simulation:
+        found = [simulation.prefill(context)]
+        branch = simulation.start()
+        found += [branch.read([ids])[0] for ids in steps]
+    assert torch.equal(found[0], plain[0][-1])
+    for ours, theirs in zip(found[1:], plain[1:], strict=True):
+        assert torch.equal(ours, theirs)
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("context_tokens", [1, 30, 64, 100, 257])
+@pytest.mark.parametrize("rule", [TrimRule(0, 8, 1), TrimRule(16, 32, 16), TrimRule(10, 20, 8)])
+def test_bytes_held_are_those_of_the_formula(llama, context_tokens, rule):
+    model, geometry = llama
+    heads = [[1.0, 0.0], [0.0, 0.0], [1.0, 1.0]]
+    with simulating(model, geometry, heads, rule) as simulation:
+        simulation.prefill(draw_ids(random.Random(1), context_tokens))
+        simulation.trim()
+        simulation.forget_context()
+        sinks, recent, block = rule.sink_tokens, rule.recent_tokens, rule.block_tokens
+        kept = sum(
+            position < -(-sinks // block) * block or position // block >= (context_tokens + 1 - recent) // block
+            for position in range(context_tokens)
+        )
+        bytes_per_token_and_head = 2 * geometry.head_size * 4
+        assert simulation.nbytes() == (3 * context_tokens + 3 * kept) * bytes_per_token_and_head
+        assert rule.held_tokens(context_tokens) == kept
+        allocated = {
+            tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+            for layer in simulation.layers
+            for group in layer
+            for span in group.context
+            for tensor in (span.keys, span.values)
+        }
+        assert sum(allocated.values()) == simulation.nbytes()  # real memory, no views of more
+
+
+def test_a_long_answer_holds_only_the_window(llama):
+    model, geometry = llama
+    rng = random.Random(2)
+    with simulating(model, geometry, [[0.0, 0.0]] * 3, TrimRule(4, 16, 4)) as simulation:
+        simulation.prefill(draw_ids(rng, 50))
+        branch = simulation.start()
+        sizes = []
+        for _ in range(200):
+            branch.read([draw_ids(rng, 1)])
+            sizes.append(branch.nbytes())
+    assert max(sizes[100:]) <= max(sizes[:100])
+
+
+def test_questions_restart_from_the_same_trimmed_context(llama):
+    model, geometry = llama
+    rng = random.Random(3)
+    question = draw_ids(rng, 12)
+    with simulating(model, geometry, [[1.0, 0.0]] * 3, TrimRule(4, 16, 4)) as simulation:
+        simulation.prefill(draw_ids(rng, 90))
+        simulation.trim()
+        simulation.forget_context()
+        held = simulation.nbytes()
+        first = simulation.start().read([question])[0]
+        simulation.start().read([draw_ids(rng, 70)])
+        again = simulation.start()
+        assert torch.equal(again.read([question])[0], first)
+        assert simulation.nbytes() == held
+        simulation.start()
+        with pytest.raises(ValueError, match="has ended"):
+            again.read([question])
+
+
+def test_several_budgets_share_one_prefill(llama):
+    model, geometry = llama
+    rng = random.Random(4)
+    context, question = draw_ids(rng, 90), draw_ids(rng, 12)
+    budgets = [[[1.0, 1.0]] * 3, [[1.0, 0.0]] * 3, [[0.0, 0.0]] * 3]
+    with simulating(model, geometry, budgets[0], TrimRule(4, 16, 4)) as simulation:
+        simulation.prefill(context)
+        together = []
+        for heads in budgets:
+            simulation.trim(heads)
+            together.append(simulation.start().read([question])[0])
+        for heads, expected in zip(budgets, together, strict=True):
+            simulation.prefill(context)
+            simulation.trim(heads)
+            assert torch.equal(simulation.start().read([question])[0], expected)
+    assert not torch.allclose(together[0], together[2], atol=1e-3)
+
+
+def test_generate_stops_and_equals_the_plain_model(llama):
+    model, geometry = llama
+    rng = random.Random(5)
+    context, question = draw_ids(rng, 60), draw_ids(rng, 9)
+    ids = torch.tensor([context + question])
+    plain = model.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
+    expected = plain[0, ids.shape[1] :].tolist()
+    with simulating(model, geometry, [[1.0, 1.0]] * 3, TrimRule(4, 16)) as simulation:
+        simulation.prefill(context)
+        assert simulation.start().generate([question], 12, frozenset()) == [expected]
+        stop = expected[5]
+        assert (
+            simulation.start(2).generate([question, question], 12, frozenset({stop}))
+            == [expected[: expected.index(stop)]] * 2
+        )
+
+
+def test_misuse_is_refused_and_nothing_stays_patched(llama):
+    model, geometry = llama
+    with simulating(model, geometry, [[1.0, 0.0]] * 3, TrimRule(4, 16)) as simulation:
+        with (
+            pytest.raises(RuntimeError, match="already"),
+            simulating(model, geometry, [[1.0, 1.0]] * 3, TrimRule(4, 1)),
+        ):
+            pass
+        with pytest.raises(ValueError, match="empty context"):
+            simulation.prefill([])
+        with pytest.raises(ValueError, match="nothing is prefilled"):
+            simulation.trim()
+        with pytest.raises(InputError, match=r"budget 0\.5"):
+            simulation.set_heads([[1.0, 0.5]] * 3)
+        with pytest.raises(ValueError, match="not 3 x 2"):
+            simulation.set_heads([[1.0]] * 3)
+    assert model.config._attn_implementation == "sdpa"
+    with pytest.raises(ValueError, match="sinks must be"):
+        TrimRule(-1, 4)
