@@ -82,13 +82,23 @@ class Stage:
     repeat_share: float
 
 
-FULL_RUN = (
-    Stage(400, 21, 192, 0.4, 0.2),
-    Stage(1000, 11, 384, 0.15, 0.2),
-    Stage(1000, 8, 1024, 0.1, 0.25),
-    Stage(600, 3, 3072, 0.05, 0.35),
-)
-SMOKE_RUN = (Stage(10, 21, 192, 0.4, 0.2), Stage(10, 4, 1024, 0.15, 0.2))
+PLANS = {
+    "full": (
+        Stage(400, 21, 192, 0.4, 0.2),
+        Stage(1000, 11, 384, 0.15, 0.2),
+        Stage(1000, 8, 1024, 0.1, 0.25),
+        Stage(600, 3, 3072, 0.05, 0.35),
+    ),
+    "study": (
+        Stage(400, 21, 192, 0.4, 0.2),
+        Stage(700, 11, 384, 0.15, 0.2),
+        Stage(400, 8, 1024, 0.1, 0.25),
+        Stage(150, 4, 2048, 0.05, 0.35),
+    ),
+    "smoke": (Stage(10, 21, 192, 0.4, 0.2), Stage(10, 4, 1024, 0.15, 0.2)),
+}
+"""The bundled checkpoint, those of the studies, and a minute's proof that the machinery works."""
+
 PEAK_LEARNING_RATE = 8e-4
 WARM_UP_STEPS = 100
 DECAY_SHARE = 0.2
@@ -147,6 +157,7 @@ class CausalBlocks(torch.autograd.Function):
     def forward(
         ctx: torch.autograd.function.FunctionCtx, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
+        """Output [B, H, T, D]."""
         batch, heads, tokens, size = query.shape
         groups, block = key.shape[1], CausalBlocks.BLOCK
         rows, shared = batch * groups, heads // groups
@@ -171,6 +182,7 @@ class CausalBlocks(torch.autograd.Function):
     def backward(
         ctx: torch.autograd.function.FunctionCtx, gradient: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Gradients of query, key and value from that of the output."""
         query, key, value, output, *kept = ctx.saved_tensors  # type: ignore[attr-defined]
         rows, shared, tokens, size = query.shape
         batch, heads = gradient.shape[:2]
@@ -465,6 +477,9 @@ class Report:
 
     def __init__(self, total: int, every: int) -> None:
         self.total, self.every = total, every
+        self._clear()
+
+    def _clear(self) -> None:
         self.right, self.count = torch.zeros(2, len(KINDS_OF_ROW))
         self.started, self.tokens = time.perf_counter(), 0
 
@@ -482,7 +497,7 @@ class Report:
             if n
         )
         print(f"{step + 1}/{self.total} x{right.shape[1]} {rate:.0f} tok/s loss {loss:.3f} {shares}", flush=True)
-        self.__init__(self.total, self.every)  # type: ignore[misc]
+        self._clear()
 
 
 def train(output: Path, plan: tuple[Stage, ...], seed: int, shape: Shape, options: argparse.Namespace) -> None:
@@ -491,11 +506,14 @@ def train(output: Path, plan: tuple[Stage, ...], seed: int, shape: Shape, option
     maker = RowMaker(tokenizer, seed)
     trainer = Trainer(build_model(len(tokenizer), seed, shape), options.device, options.compile)
     total = sum(stage.steps for stage in plan)
+    record = {"seed": seed, "shape": dataclasses.asdict(shape), "plan": [dataclasses.asdict(stage) for stage in plan]}
     state_file = output / "training-state.pt"
     output.mkdir(parents=True, exist_ok=True)
     first = 0
     if state_file.exists():
         state = torch.load(state_file, weights_only=True, map_location=options.device)
+        if state["record"] != record:
+            sys.exit(f"{state_file} belongs to a run with another seed, shape or plan; remove it or choose a folder")
         trainer.restore(state)
         first = state["step"]
         print(f"continuing at step {first} of {total}", flush=True)
@@ -509,11 +527,10 @@ def train(output: Path, plan: tuple[Stage, ...], seed: int, shape: Shape, option
             report.add(step, loss, right, batch["kinds"][:, 1:])
             if (step + 1) % options.save_every == 0:
                 partial = state_file.with_suffix(".partial")
-                torch.save({**trainer.state(), "step": step + 1}, partial)
+                torch.save({**trainer.state(), "step": step + 1, "record": record}, partial)
                 partial.replace(state_file)
     as_llama(trainer.model).save_pretrained(output)
     tokenizer.save_pretrained(output)
-    record = {"seed": seed, "shape": dataclasses.asdict(shape), "plan": [dataclasses.asdict(stage) for stage in plan]}
     (output / "training.json").write_text(json.dumps(record, indent=2) + "\n")
     state_file.unlink(missing_ok=True)
     print(f"wrote {output}", flush=True)
@@ -544,10 +561,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None, help="off in a smoke run")
     parser.add_argument("--save-every", type=int, default=100, help="steps between saved training states")
-    parser.add_argument("--smoke", action="store_true", help="20 steps that prove the machinery, no useful model")
+    parser.add_argument("--plan", choices=PLANS, default="full", help="length of the run; smoke gives no useful model")
+    parser.add_argument("--smoke", dest="plan", action="store_const", const="smoke", help="short for --plan smoke")
     options = parser.parse_args()
     if options.compile is None:
-        options.compile = not options.smoke
+        options.compile = options.plan != "smoke"
     torch.set_num_threads(options.threads)
     shape = Shape(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Shape)})
     if shape.layers * shape.kv_heads < 4 * 2 * WARM_HEADS or shape.layers <= INDUCTION_LAYER:
@@ -555,7 +573,7 @@ def main() -> None:
             f"{shape.layers} x {shape.kv_heads} KV heads: the {2 * WARM_HEADS} that start with a role would be"
             " more than a quarter; choose more layers or KV heads"
         )
-    train(options.output, SMOKE_RUN if options.smoke else FULL_RUN, options.seed, shape, options)
+    train(options.output, PLANS[options.plan], options.seed, shape, options)
 
 
 if __name__ == "__main__":

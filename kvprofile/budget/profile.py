@@ -140,17 +140,24 @@ class Scoring(_Part):
 
 
 class Scores(_Part):
-    """Statistics of the token scores of each KV head; a token score is a softmax weight, so all lie in [0, 1]."""
+    """Statistics of each KV head.
+
+    max, mean, p99 and spread are of its token scores, which are softmax weights, so they lie in [0, 1]. ``loss`` is in
+    nats and may have any sign.
+    """
 
     significant_digits: int = Field(ge=1, le=17, description="digits the scores are rounded to")
     max: Matrix = Field(description="over positions and documents: KVzip's head score")
     mean: Matrix | None = Field(description="over positions, then over documents")
     p99: Matrix | None = Field(description="0.99 quantile over positions, then the mean over documents")
     spread: Matrix | None = Field(description="standard deviation between documents of a document's maximum")
+    loss: Matrix | None = Field(
+        default=None, description="rise of the reconstruction loss when the head is trimmed, nats per token"
+    )
 
     def statistics(self) -> dict[str, Matrix]:
         """The statistics present that can rank heads."""
-        found = {"max": self.max, "mean": self.mean, "p99": self.p99}
+        found = {"max": self.max, "mean": self.mean, "p99": self.p99, "loss": self.loss}
         return {name: matrix for name, matrix in found.items() if matrix is not None}
 
 
@@ -188,10 +195,10 @@ class Profile(_Part):
 
     def _problems(self) -> Iterator[str]:
         geometry = self.model.geometry
-        for name in ("max", "mean", "p99", "spread"):
+        for name in ("max", "mean", "p99", "spread", "loss"):
             matrix = getattr(self.scores, name)
             if matrix is not None:
-                yield from matrix_problems(f"scores.{name}", matrix, geometry)
+                yield from matrix_problems(f"scores.{name}", matrix, geometry, bounded=name != "loss")
         if self.scoring.statistic not in self.scores.statistics():
             yield f"scoring.statistic is {self.scoring.statistic!r}, which the file does not hold"
         for key, budget in self.budgets.items():
@@ -206,8 +213,8 @@ class Profile(_Part):
                 )
 
 
-def matrix_problems(name: str, matrix: Matrix, geometry: Geometry) -> Iterator[str]:
-    """Every way in which a matrix does not fit the geometry, each as one phrase: shape, nulls, range."""
+def matrix_problems(name: str, matrix: Matrix, geometry: Geometry, *, bounded: bool = True) -> Iterator[str]:
+    """Every way in which a matrix does not fit the geometry, each as one phrase: shape, nulls, range if bounded."""
     layers, kv_heads = geometry.layers, geometry.kv_heads
     if len(matrix) != layers or any(len(row) != kv_heads for row in matrix):
         widths = sorted({len(row) for row in matrix})
@@ -219,9 +226,10 @@ def matrix_problems(name: str, matrix: Matrix, geometry: Geometry) -> Iterator[s
             yield f"{name} layer {layer} slides and must be null"
         if profiled and any(value is None for value in row):
             yield f"{name} layer {layer} has a null"
-        bad = [value for value in row if value is not None and not (math.isfinite(value) and 0.0 <= value <= 1.0)]
+        bad = [value for value in row if value is not None and not math.isfinite(value)]
+        bad += [value for value in row if value is not None and bounded and not 0.0 <= value <= 1.0]
         if bad:
-            yield f"{name} layer {layer} has {bad[0]!r}, outside [0, 1]"
+            yield f"{name} layer {layer} has {bad[0]!r}, {'outside [0, 1]' if bounded else 'which is no number'}"
 
 
 def mean_budget(heads: Matrix) -> float:

@@ -21,6 +21,7 @@ class Statistic(StrEnum):
     max = "max"
     mean = "mean"
     p99 = "p99"
+    loss = "loss"
 
 
 def show(

@@ -26,6 +26,7 @@ from kvprofile.budget.allocate import (
     has_scores,
     heads_that_differ,
     preset_budgets,
+    ranking,
     require_retention,
     require_scores,
 )
@@ -128,8 +129,7 @@ class Export:
         or where it holds fractions of heads, unless those are allowed.
         """
         require_retention(retention)
-        statistics = self.profile.scores.statistics()
-        others = [matrix for name, matrix in statistics.items() if name != self.profile.scoring.statistic]
+        others = self._tie_breaks
         stated = self.profile.budgets.get(retention_key(retention))
         free = self.constraints == Constraints()
         whole = stated is None or all(value in (None, 0.0, 1.0) for row in stated.heads for value in row)
@@ -165,15 +165,35 @@ class Export:
             raise InputError("this format holds the heads kept at one retention; give --retention, for example 0.5")
         return self.allocation(self.retention, fractions=fractions)
 
+    @property
+    def unit_scores(self) -> Matrix:
+        """Scores in [0, 1] as foreign forms hold them, [L][G]: losses, which know no bounds, become shares of ranks.
+
+        The most important of n heads gets 1, the least 1/n.
+        """
+        if self.profile.scoring.statistic != "loss":
+            return self.scores
+        order = ranking(self.scores, self._tie_breaks)
+        shares: Matrix = [[None] * len(row) for row in self.scores]
+        for rank, (layer, head) in enumerate(order):
+            shares[layer][head] = 1.0 - rank / len(order)
+        return shares
+
+    @property
+    def _tie_breaks(self) -> list[Matrix]:
+        statistics = self.profile.scores.statistics()
+        return [matrix for name, matrix in statistics.items() if name != self.profile.scoring.statistic]
+
     def dense_scores(self, format_name: str) -> list[list[float]]:
         """Scores without nulls, or InputError where sliding layers leave the format nothing to write."""
-        sliding = [layer for layer, row in enumerate(self.scores) if any(value is None for value in row)]
+        scores = self.unit_scores
+        sliding = [layer for layer, row in enumerate(scores) if any(value is None for value in row)]
         if sliding:
             raise InputError(
                 f"{format_name} files have a number for every layer, but layer {sliding[0]} of "
                 f"{self.profile.model.name} slides and has none; use --format vllm or csv"
             )
-        return [[value for value in row if value is not None] for row in self.scores]
+        return [[value for value in row if value is not None] for row in scores]
 
 
 class Format(ABC):

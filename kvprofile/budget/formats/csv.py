@@ -54,7 +54,7 @@ class CSV(Format):
         stream = io.StringIO()
         rows = csv.writer(stream, lineterminator="\n")
         rows.writerow(HEADER)
-        for layer, row in enumerate(export.scores):
+        for layer, row in enumerate(export.unit_scores):
             for head, score in enumerate(row):
                 if score is not None:
                     rows.writerow([layer, head, repr(score), "" if heads is None else repr(heads[layer][head])])
