@@ -142,8 +142,11 @@ def cache_values(geometry: Geometry, tokens: int) -> int:
     return 2 * geometry.layers * geometry.kv_heads * geometry.head_size * tokens
 
 
-def load_model(description: Description, placement: Placement) -> PreTrainedModel:
-    """Load the weights, for inference. Raises InputError where files are missing, broken or do not fit."""
+def load_model(description: Description, placement: Placement, *, needs_head: bool = True) -> PreTrainedModel:
+    """Load the weights, for inference. Raises InputError where files are missing, broken or do not fit.
+
+    Without ``needs_head`` weights may lack the LM head, which reconstruction scores do not use.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -165,7 +168,7 @@ def load_model(description: Description, placement: Placement) -> PreTrainedMode
             model.to(placement.device)
     except Exception as error:  # loaders of quantised and sharded weights raise all kinds
         raise InputError(f"{source.folder}: cannot load the weights: {first_line(error)}") from error
-    absent = sorted(name for name in found["missing_keys"] if not name.startswith("lm_head"))  # scoring needs no head
+    absent = sorted(name for name in found["missing_keys"] if needs_head or not name.startswith("lm_head"))
     if absent:
         raise InputError(
             f"{source.folder}: the weights lack {absent[0]} ({len(absent)} missing in all); download again"

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from kvprofile.cli.output import print_json, say, stdout_console
+from kvprofile.cli.progress import TokenProgress
 
 if TYPE_CHECKING:
-    from rich.progress import TaskID
-
     from kvprofile.budget.profile import Profile
 
 
@@ -31,7 +29,9 @@ def score(
     ] = None,
     chunk_tokens: Annotated[int, typer.Option(help="Tokens repeated at a time.")] = 2000,
     documents: Annotated[int | None, typer.Option(min=1, help="Use the first N documents of each corpus.")] = None,
-    method: Annotated[str, typer.Option(help="Scoring method: kvzip.")] = "kvzip",
+    method: Annotated[
+        str, typer.Option(help="Scoring method: gate, kvzip, kvzip-mean or ablation (docs/scoring.md).")
+    ] = "kvzip",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     engine: Annotated[str, typer.Option(help="What runs the model: hf.")] = "hf",
@@ -85,7 +85,7 @@ def score(
     say(f"  {len(planned.documents)} documents of {len(planned.corpora)} corpora, {tokens:,} tokens of context")
 
     started = time.monotonic()
-    with _Progress() as progress:
+    with TokenProgress("scoring") as progress:
         made = run.profile(planned, placement, target, progress, save_token_scores)
     store.save(made, target)
     run.finish(target)
@@ -103,54 +103,3 @@ def _print_result(made: Profile, target: Path, token_scores: Path | None, as_jso
         print_json({**result, "file": str(target), "token_scores": str(token_scores) if token_scores else None})
     else:
         show.render(made, statistic, budgets, origin, stdout_console())
-
-
-class _Progress:
-    """A bar with the time left on a terminal, a plain line every ten seconds elsewhere; both on stderr."""
-
-    def __init__(self) -> None:
-        self._bar: Any = None
-        self._task: TaskID | None = None
-        self._total = self._read = 0
-        self._started = self._said = time.monotonic()
-
-    def __enter__(self) -> _Progress:
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-            columns = (
-                TextColumn("scoring"),
-                BarColumn(),
-                TextColumn("{task.completed:,.0f} of {task.total:,.0f} tokens"),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-            )
-            self._bar = Progress(*columns, console=Console(stderr=True))
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def start(self, total: int) -> None:
-        self._total, self._started = total, time.monotonic()
-        if self._bar is not None:
-            self._task = self._bar.add_task("scoring", total=total)
-
-    def advance(self, tokens: int) -> None:
-        self._read += tokens
-        if self._bar is not None:
-            self._bar.advance(self._task, tokens)
-        elif time.monotonic() - self._said >= 10:
-            self._said = time.monotonic()
-            left = (self._said - self._started) / self._read * (self._total - self._read)
-            say(f"  {self._read:,} of {self._total:,} tokens read, about {left:.0f} s left")
-
-    def say(self, message: str) -> None:
-        if self._bar is not None:
-            self._bar.console.print(f"  {message}", markup=False)
-        else:
-            say(f"  {message}")

@@ -64,8 +64,17 @@ class HeadStatistics:
         return torch.minimum(middle, self.maximum.double())
 
 
-def merge_documents(documents: Sequence[HeadStatistics], geometry: Geometry) -> Scores:
-    """Scores [L][G] over documents: the maximum of maxima, the mean of means and of quantiles, and the spread."""
+def merge_documents(
+    documents: Sequence[HeadStatistics],
+    geometry: Geometry,
+    losses: Sequence[torch.Tensor | None] = (),
+    tokens: Sequence[int] = (),
+) -> Scores:
+    """Scores [L][G] over documents: the maximum of maxima, the mean of means and of quantiles, and the spread.
+
+    ``losses`` are loss-aware scores [L', G] of documents of so many ``tokens``, whose mean over tokens is taken; none
+    where the method knows none.
+    """
     maxima = torch.stack([d.maximum.double() for d in documents])
     spread = maxima.std(0, correction=0) if len(documents) > 1 else None
     return Scores(
@@ -74,7 +83,14 @@ def merge_documents(documents: Sequence[HeadStatistics], geometry: Geometry) -> 
         mean=_matrix(torch.stack([d.mean() for d in documents]).mean(0), geometry),
         p99=_matrix(torch.stack([d.quantile() for d in documents]).mean(0), geometry),
         spread=None if spread is None else _matrix(spread, geometry),
+        loss=_matrix(_weighted(losses, tokens), geometry) if any(loss is not None for loss in losses) else None,
     )
+
+
+def _weighted(losses: Sequence[torch.Tensor | None], tokens: Sequence[int]) -> torch.Tensor:
+    """Mean [L', G] over documents, each counted by its tokens."""
+    found = [loss.double() * count for loss, count in zip(losses, tokens, strict=True) if loss is not None]
+    return torch.stack(found).sum(0) / sum(tokens)
 
 
 def _matrix(values: torch.Tensor, geometry: Geometry) -> Matrix:

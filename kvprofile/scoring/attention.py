@@ -62,7 +62,7 @@ class Recorder:
         return self._kernels[what]
 
 
-_current: list[Recorder] = []
+current: list[Recorder] = []
 
 
 @contextmanager
@@ -71,24 +71,24 @@ def recording(model: PreTrainedModel, geometry: Geometry) -> Iterator[Recorder]:
 
     Not re-entrant, and one model at a time: transformers' registry is global.
     """
-    if _current:
+    if current:
         raise RuntimeError("a model is being scored already in this process")
     recorder = Recorder(geometry)
     before = model.config._attn_implementation
     AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, _no_mask)
-    _current.append(recorder)
+    AttentionMaskInterface.register(NAME, no_mask)
+    current.append(recorder)
     try:
         model.set_attn_implementation(NAME)
         yield recorder
     finally:
-        _current.clear()
+        current.clear()
         model.set_attn_implementation(before)
         AttentionInterface._global_mapping.pop(NAME, None)
         AttentionMaskInterface._global_mapping.pop(NAME, None)
 
 
-def _no_mask(*_args: Any, **_kwargs: Any) -> None:
+def no_mask(*_args: Any, **_kwargs: Any) -> None:
     """Masks follow from positions here, so none is ever built."""
 
 
@@ -107,10 +107,10 @@ def _attention(
     """What transformers calls: query [1, H, n, D], key and value [1, G, m, D] -> output [1, n, H, D]."""
     if attention_mask is not None:
         raise InputError("the model brings its own attention mask, which kvprofile cannot score under")
-    recorder = _current[0]
+    recorder = current[0]
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     recorder.layers_seen.add(layer)
-    _check_shapes(recorder, layer, query, key, sliding_window)
+    check_shapes(recorder, layer, query, key, sliding_window)
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if layer not in recorder.profiled:
         key_start = recorder.query_start + query.shape[2] - key.shape[2]
@@ -145,7 +145,7 @@ def _full_layer(
     def part(first: int, stop: int, causal: bool = False) -> list[Part]:
         if first >= stop:
             return []
-        return [_span(recorder, query, key[:, :, first:stop], value[:, :, first:stop], scale, softcap, first, causal)]
+        return [span(recorder, query, key[:, :, first:stop], value[:, :, first:stop], scale, softcap, first, causal)]
 
     if recorder.chunk is None:
         if layer == recorder.last_layer:
@@ -162,7 +162,7 @@ def _full_layer(
     return kernels.merge(scored + rest, sinks)
 
 
-def _span(
+def span(
     recorder: Recorder,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -201,7 +201,8 @@ def chunk_scores(
     return best.exp_().clamp_(max=1.0).cpu()
 
 
-def _check_shapes(recorder: Recorder, layer: int, query: torch.Tensor, key: torch.Tensor, window: int | None) -> None:
+def check_shapes(recorder: Recorder, layer: int, query: torch.Tensor, key: torch.Tensor, window: int | None) -> None:
+    """Raise InputError where a layer is not of the shape that the config states, or slides where it should not."""
     geometry = recorder.geometry
     if (query.shape[1], key.shape[1], key.shape[-1]) != (
         geometry.attention_heads,

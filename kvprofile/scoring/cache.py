@@ -70,8 +70,7 @@ class PreallocatedLayer(CacheLayerMixin):  # type: ignore[misc]
 class SlidingLayer(PreallocatedLayer):
     """A sliding-window layer: the last window - 1 tokens before the cursor, and room for one forward pass behind them.
 
-    Room is ``step_tokens``. Tokens beyond ``kept_tokens`` (set before repeats) are never moved out, so cutting back to
-    that point loses nothing that a later token may look at.
+    Room is ``step_tokens``. Cutting back to where the last forward pass began loses nothing that a later token sees.
     """
 
     is_sliding = True

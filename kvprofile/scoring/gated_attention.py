@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from kvprofile.scoring import kernels
-from kvprofile.scoring.attention import Recorder, _span
+from kvprofile.scoring.attention import Recorder, span
 from kvprofile.scoring.cache import PreallocatedLayer, ReconstructionCache, SlidingLayer
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -105,8 +105,8 @@ class Sight:
     def _parts(self, query: torch.Tensor, recorder: Recorder) -> Iterator[kernels.Part]:
         if self.window is None:
             if self.start:
-                yield _span(recorder, query, *self._keys(0, self.start), self.scale, self.softcap, 0, False)
-            yield _span(recorder, query, *self._keys(self.start), self.scale, self.softcap, self.start, True)
+                yield span(recorder, query, *self._keys(0, self.start), self.scale, self.softcap, 0, False)
+            yield span(recorder, query, *self._keys(self.start), self.scale, self.softcap, self.start, True)
             return
         if self.sink_end:
             sinks = self._keys(0, self.sink_end)

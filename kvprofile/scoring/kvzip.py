@@ -48,7 +48,7 @@ class Scorer:
         advance: Callable[[int], None] = lambda _: None,
     ) -> None:
         self.decoder = model.base_model
-        self.device = _input_device(model)
+        self.device = input_device(model)
         self.dtype = str(model.dtype).removeprefix("torch.")
         self.recorder = recorder
         self.frame = frame
@@ -78,7 +78,7 @@ class Scorer:
         ids = (*document.prefix_ids, *document.context_ids)
         for start in range(0, len(ids), self.slice_tokens):
             self._forward(ids[start : start + self.slice_tokens], start)
-        _check_routed(self.recorder)
+        check_routed(self.recorder)
         for chunk in wanted:
             yield ChunkScores(chunk, self._repeat(chunk, len(ids)))
 
@@ -111,13 +111,14 @@ class Scorer:
         self.advance(len(ids))
 
 
-def _input_device(model: PreTrainedModel) -> torch.device:
+def input_device(model: PreTrainedModel) -> torch.device:
     """Where ids go; accelerate keeps offloaded weights on the meta device and moves inputs itself."""
     device = model.get_input_embeddings().weight.device
     return torch.device("cpu") if device.type == "meta" else device
 
 
-def _check_routed(recorder: Recorder) -> None:
+def check_routed(recorder: Recorder) -> None:
+    """Raise InputError where a profiled layer did not call the attention function."""
     missing = sorted(recorder.profiled - recorder.layers_seen)
     if missing:
         raise InputError(

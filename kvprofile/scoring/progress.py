@@ -72,6 +72,17 @@ class ChunkStore:
         write_atomically(self._file(document, chunk), safetensors.torch.save(tensors))
         self._kept.add((document, chunk))
 
+    def save_loss(self, document: int, scores: torch.Tensor) -> None:
+        """Write the loss-aware scores [L', G] of a document."""
+        write_atomically(self._loss_file(document), safetensors.torch.save({"loss": scores.contiguous()}))
+
+    def loss(self, document: int) -> torch.Tensor | None:
+        """Loss-aware scores [L', G] of a document, if they are there."""
+        try:
+            return safetensors.torch.load(self._loss_file(document).read_bytes())["loss"]
+        except (OSError, SafetensorError, KeyError):
+            return None
+
     def statistics(self, document: int) -> HeadStatistics:
         """Statistics of a whole document, its chunks added in order."""
         chunks = [self._load(document, chunk) for chunk in sorted(self.finished(document))]
@@ -89,7 +100,7 @@ class ChunkStore:
         """Remove what a run puts into the folder, and the folder."""
         for file in [
             self.folder / "run.json",
-            *self.folder.glob("document-*-chunk-*.safetensors"),
+            *self.folder.glob("document-*.safetensors"),
             *self.folder.glob(".*.partial"),
         ]:
             file.unlink(missing_ok=True)
@@ -107,6 +118,9 @@ class ChunkStore:
 
     def _file(self, document: int, chunk: int) -> Path:
         return self.folder / f"document-{document:05}-chunk-{chunk:05}.safetensors"
+
+    def _loss_file(self, document: int) -> Path:
+        return self.folder / f"document-{document:05}-loss.safetensors"
 
     def _listed(self) -> list[tuple[int, int]]:
         names = (file.stem.split("-") for file in self.folder.glob("document-*-chunk-*.safetensors"))

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from kvprofile import __version__
 from kvprofile.budget.allocate import preset_budgets
@@ -23,6 +23,7 @@ from kvprofile.checkpoint import Description, Placement, identity, load_model
 from kvprofile.corpus.sources import Corpus, cut
 from kvprofile.errors import InputError, plain
 from kvprofile.files import atomic_path, require_writable, sha256_of
+from kvprofile.scoring.methods import METHODS, loss_scores, repeats_read
 from kvprofile.scoring.prompts import PROMPTS_VERSION, Document, Frame, encode, frame_document
 
 if TYPE_CHECKING:
@@ -33,9 +34,6 @@ if TYPE_CHECKING:
 
 MOST_TOKENS = 1_000_000
 """Most sinks or recent tokens that a budget file may ask for."""
-
-METHODS = {"kvzip": "max"}
-"""Scoring methods and the statistic that ranks heads for each."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +171,9 @@ def _score_documents(
 
     chunk_tokens = plan.options.chunk_tokens
     work = [forward_tokens(d, plan.frame, chunk_tokens, store.finished(i)) for i, d in enumerate(plan.documents)]
-    model = load_model(plan.description, placement)
+    work += [_loss_tokens(plan, d) for i, d in enumerate(plan.documents) if store.loss(i) is None]
+    loss_aware = METHODS[plan.options.method].loss_aware
+    model = load_model(plan.description, placement, needs_head=loss_aware)
     progress.start(sum(work))
     with recording(model, plan.description.geometry) as recorder:
         scorer = Scorer(
@@ -187,7 +187,35 @@ def _score_documents(
         for index, document in enumerate(plan.documents):
             for scored in scorer.score(document, store.finished(index)):
                 store.save(index, scored.chunk.index, scored.token_scores, keep_token_scores)
-        return _kernel(model, recorder)
+        attention = _kernel(model, recorder)
+    if loss_aware:
+        _score_losses(plan, model, store, progress)
+    return attention
+
+
+def _score_losses(plan: Plan, model: PreTrainedModel, store: ChunkStore, progress: Progress) -> None:
+    """Loss-aware scores of every document that has none yet."""
+    from kvprofile.budget.trim import TrimRule
+    from kvprofile.scoring.gates import gating
+
+    options = plan.options
+    rule = TrimRule(options.sink_tokens, options.recent_tokens, block_tokens=1)
+    sizes: dict[str, Any] = {"document_tokens": plan.document_tokens, "chunk_tokens": options.chunk_tokens}
+    with gating(model, plan.description.geometry, rule, plan.frame, advance=progress.advance, **sizes) as gated:
+        for index, document in enumerate(plan.documents):
+            if store.loss(index) is None:
+                store.save_loss(index, loss_scores(options.method, gated, [document]))
+
+
+def _loss_tokens(plan: Plan, document: Document) -> int:
+    """Tokens that the loss-aware part of a method reads of a document."""
+    from kvprofile.scoring.prompts import chunks
+
+    times = repeats_read(plan.options.method, plan.description.geometry)
+    if not times:
+        return 0
+    repeats = sum(len(chunk.repeat_ids) - 1 for chunk in chunks(document, plan.frame, plan.options.chunk_tokens))
+    return len(document.prefix_ids) + len(document.context_ids) + times * repeats
 
 
 def _kernel(model: PreTrainedModel, recorder: Recorder) -> str:
@@ -209,15 +237,18 @@ def _assemble(plan: Plan, placement: Placement, attention: str, store: ChunkStor
     from kvprofile.scoring.aggregate import merge_documents
 
     statistics = [store.statistics(index) for index in range(len(plan.documents))]
-    scores: Scores = merge_documents(statistics, plan.description.geometry)
     options = plan.options
+    statistic = METHODS[options.method].statistic
+    losses = [store.loss(index) for index in range(len(plan.documents))]
+    tokens = [len(document.context_ids) for document in plan.documents]
+    scores: Scores = merge_documents(statistics, plan.description.geometry, losses, tokens)
     return Profile(
         schema_version=1,
         kvprofile_version=__version__,
         model=identity(plan.description, plan.tokenizer),
         scoring=Scoring(
             method=options.method,
-            statistic=METHODS[options.method],
+            statistic=statistic,
             chunk_tokens=options.chunk_tokens,
             context_tokens=options.context_tokens,
             prompts_version=PROMPTS_VERSION,
@@ -232,7 +263,7 @@ def _assemble(plan: Plan, placement: Placement, attention: str, store: ChunkStor
             imported_from=None,
         ),
         scores=scores,
-        budgets=preset_budgets(scores, METHODS[options.method]),
+        budgets=preset_budgets(scores, statistic),
         runtime=Runtime(sink_tokens=options.sink_tokens, recent_tokens=options.recent_tokens),
     )
 
@@ -282,7 +313,7 @@ def _write_token_scores(plan: Plan, store: ChunkStore, path: Path) -> None:
 def _run_key(plan: Plan, placement: Placement, keep_token_scores: bool) -> str:
     """Everything the chunks on disk depend on."""
     description = plan.description
-    facts = {
+    facts: dict[str, object] = {
         "version": __version__,
         "model": identity(description, plan.tokenizer).model_dump(mode="json"),
         "dtype": placement.dtype,
@@ -292,6 +323,8 @@ def _run_key(plan: Plan, placement: Placement, keep_token_scores: bool) -> str:
         "frame": asdict(plan.frame),
         "keep_token_scores": keep_token_scores,
     }
+    if METHODS[plan.options.method].loss_aware:
+        facts["trimmed"] = (plan.options.sink_tokens, plan.options.recent_tokens)
     ids: Sequence[object] = [(d.name, d.prefix_ids, d.context_ids) for d in plan.documents]
     return sha256_of(json.dumps(facts, sort_keys=True).encode(), json.dumps(ids).encode())
 

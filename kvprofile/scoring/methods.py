@@ -1,0 +1,56 @@
+"""The scoring methods by name: which statistic ranks heads, and what beyond the reconstruction scores it costs.
+
+Every method computes KVzip's token scores, so every profile holds max, mean and p99; loss-aware methods add ``loss``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from kvprofile.budget.profile import Geometry
+    from kvprofile.scoring.gates import GatedModel
+    from kvprofile.scoring.prompts import Document
+
+GATE_STEPS = 4
+"""Openings of all gates (1, 3/4, 1/2, 1/4) at which the slope of the loss is taken."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to rank heads: its statistic in the profile, and one line on what it is."""
+
+    statistic: str
+    summary: str
+
+    @property
+    def loss_aware(self) -> bool:
+        """Whether it differentiates or measures the reconstruction loss."""
+        return self.statistic == "loss"
+
+
+METHODS = {
+    "gate": Method("loss", "slope of the reconstruction loss along closing gates, one backward pass for each opening"),
+    "kvzip": Method("max", "largest attention that a context token gets while the context is repeated (KVzip)"),
+    "kvzip-mean": Method("mean", "the same, the mean over context tokens: it does not saturate"),
+    "ablation": Method("loss", "rise of the reconstruction loss when one head alone is trimmed: exact and slow"),
+}
+
+
+def loss_scores(method: str, gated: GatedModel, documents: Sequence[Document]) -> torch.Tensor:
+    """Loss-aware scores [L', G] of documents, nats per token. Raises KeyError for a method that is not loss-aware."""
+    from kvprofile.scoring import gates
+
+    if method == "gate":
+        return gates.gate_scores(gated, documents, GATE_STEPS)
+    return {"ablation": gates.ablation_scores}[method](gated, documents)
+
+
+def repeats_read(method: str, geometry: Geometry) -> int:
+    """How often a loss-aware method reads every repeat, for progress bars; 0 where it reads none."""
+    heads = len(geometry.profiled_layers) * geometry.kv_heads
+    return {"gate": GATE_STEPS, "ablation": heads + 1}.get(method, 0)
