@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from kvprofile import __version__
-from kvprofile.cli import diff, export, import_, plan, plot, score, show, validate
+from kvprofile.cli import diff, evaluate, export, import_, plan, plot, score, show, validate
 from kvprofile.errors import InputError
 
 app = typer.Typer(
@@ -31,6 +31,7 @@ app.command("plan")(plan.plan)
 app.command("validate")(validate.validate)
 app.command("export")(export.export)
 app.command("import")(import_.import_)
+app.command("evaluate")(evaluate.evaluate)
 
 _INTERRUPTED = 130
 

@@ -1,7 +1,7 @@
-"""Seeded text generators: endless filler of six kinds, and documents that hide facts to ask for.
+"""Seeded text generators: endless filler of six kinds.
 
-The same kind and seed give the same text on every machine. Two documents made from different seeds share
-templates, never facts. Corpora that people wrote live in ``corpora/``; this module only makes new text.
+The same kind and seed give the same text on every machine. Corpora that people wrote live in ``corpora/``; facts to ask
+for, hidden in such filler, are made by ``kvprofile.evaluate.tasks``.
 """
 
 from __future__ import annotations
@@ -9,27 +9,9 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 _CONSONANTS = "bcdfghjklmnprstvwz"
 _VOWELS = "aeiou"
-
-
-@dataclass(frozen=True)
-class Question:
-    """One question about a document and the exact answer expected."""
-
-    text: str
-    answer: str
-
-
-@dataclass(frozen=True)
-class FactDocument:
-    """A document, the questions it answers, and each fact's sentence as it stands in the text."""
-
-    text: str
-    questions: tuple[Question, ...]
-    statements: tuple[str, ...]
 
 
 def invented_word(rng: random.Random, syllables: int | None = None) -> str:
@@ -187,36 +169,3 @@ def generate_text(kind: str, seed: int, length: int, measure: Callable[[str], in
 
 def _take(source: Iterator[str], count: int) -> list[str]:
     return [next(source) for _ in range(count)]
-
-
-_NOUNS = ("code", "number", "password", "badge", "locker", "ticket")
-
-
-def _fact(rng: random.Random) -> tuple[str, Question]:
-    """A statement that holds a record such as [Kuvi=2415], and the question whose answer is that record."""
-    key, noun = invented_word(rng).capitalize(), rng.choice(_NOUNS)
-    value = "".join(rng.choice("0123456789") for _ in range(rng.choice((4, 5))))
-    record = f"{key}={value}"
-    statement = rng.choice((f"The {noun} is [{record}].", f"Use {noun} [{record}] there.", f"[{record}] is a {noun}."))
-    return statement, Question(f"What is [{key}]?", record)
-
-
-def fact_document(rng: random.Random, block_count: int, fact_share: float = 0.4, kind: str = "prose") -> FactDocument:
-    """A document of ``block_count`` blocks in which each is a fact with probability ``fact_share``.
-
-    No question occurs twice, so each has one right answer. The facts stand in the order of the text.
-    """
-    make, joint = _BLOCKS[kind]
-    parts: list[str] = []
-    statements: list[str] = []
-    questions: dict[str, Question] = {}
-    while len(parts) < block_count:
-        if rng.random() >= fact_share:
-            parts.append(make(rng))
-            continue
-        statement, question = _fact(rng)
-        if question.text not in questions:
-            questions[question.text] = question
-            parts.append(statement)
-            statements.append(statement)
-    return FactDocument(joint.join(parts), tuple(questions.values()), tuple(statements))

@@ -7,7 +7,6 @@ here.
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,23 +23,30 @@ REPEAT = "Repeat the previous context exactly."
 class Question:
     """One question: the reference answer, strings that a right answer holds, and the evidence as [start, stop) spans.
 
-    Spans count characters of the context.
+    Spans count characters of the context; none where it is not known what stands where. With ``any_of`` one of the
+    expected strings is enough.
     """
 
     text: str
     answer: str
     expected: tuple[str, ...]
     evidence: tuple[tuple[int, int], ...]
+    any_of: bool = False
 
 
 @dataclass(frozen=True)
 class Exercise:
-    """A context and its questions. In a conversation each question is asked after the answer to the one before."""
+    """A context and its questions.
+
+    In a conversation each question is asked after the answer to the one before. ``verbatim``: the whole context is
+    asked back.
+    """
 
     task: str
     context: str
     questions: tuple[Question, ...]
     conversation: bool = False
+    verbatim: bool = False
 
 
 @dataclass(frozen=True)
@@ -275,7 +281,7 @@ def _counting(rng: random.Random, length: int, questions: int, measure: Measure)
 def _repeat(rng: random.Random, length: int, _questions: int, measure: Measure) -> Exercise:
     kind = rng.choice(KINDS)
     text, _ = _weave(rng, blocks(kind, rng), separator(kind), (), length, measure)
-    return Exercise("repeat", text, (Question(REPEAT, text, (text,), ((0, len(text)),)),))
+    return Exercise("repeat", text, (Question(REPEAT, text, (text,), ((0, len(text)),)),), verbatim=True)
 
 
 _CHARACTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
@@ -287,15 +293,7 @@ def _strings(rng: random.Random, length: int, _questions: int, measure: Measure)
             yield "".join(rng.choice(_CHARACTERS) for _ in range(rng.randrange(4, 10)))
 
     text, _ = _weave(rng, words(), " ", (), length, measure)
-    return Exercise("strings", text, (Question(REPEAT, text, (text,), ((0, len(text)),)),))
-
-
-def answers_json(items: Sequence[Exercise]) -> str:
-    """Exercises as JSON lines, for people who want to read what is asked."""
-    return "".join(
-        json.dumps({"task": item.task, "context": item.context, "questions": [vars(q) for q in item.questions]}) + "\n"
-        for item in items
-    )
+    return Exercise("strings", text, (Question(REPEAT, text, (text,), ((0, len(text)),)),), verbatim=True)
 
 
 TASKS: dict[str, Callable[[random.Random, int, int, Measure], Exercise]] = {
@@ -313,3 +311,8 @@ TASKS: dict[str, Callable[[random.Random, int, int, Measure], Exercise]] = {
     "strings": _strings,
 }
 """Every task by name. ``repeat`` and ``strings`` ask for the whole context back; the others for facts in it."""
+
+DEFAULT_TASKS = (
+    "needle", "multi_key", "lookup", "variables", "functions", "prose", "persona", "multi_turn", "repeat",
+)  # fmt: skip
+"""What ``kvprofile evaluate`` asks unless told otherwise."""

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from kvprofile.errors import InputError
 from kvprofile.files import write_atomically
@@ -32,6 +32,8 @@ class Kind(StrEnum):
     scores = "scores"
     layers = "layers"
 
+
+Picture: TypeAlias = Literal["png", "svg"]
 
 SCORE_COLOURS = "cividis"
 PRESET_COLOURS = "viridis"
@@ -57,20 +59,28 @@ _STYLE: dict[Any, Any] = {
 
 def write(profiles: Sequence[Profile], output: Path, kinds: Sequence[Kind] = (), dpi: int = DEFAULT_DPI) -> None:
     """Draw profiles into a .png or .svg file, atomically. Raises InputError for another ending or too many pixels."""
+    write_atomically(output, render(profiles, picture_of(output), kinds, dpi))
+
+
+def render(profiles: Sequence[Profile], picture: Picture, kinds: Sequence[Kind] = (), dpi: int = DEFAULT_DPI) -> bytes:
+    """The bytes of a picture with the given panels (all of them unless given) of each profile, one below the other."""
+    title = f"kvprofile: {', '.join(profile.model.name for profile in profiles)}"
+    return to_bytes(lambda: _draw(profiles, list(dict.fromkeys(kinds)) or list(Kind)), title, picture, dpi)
+
+
+def picture_of(output: Path) -> Picture:
+    """The kind of picture that a file's name asks for. Raises InputError for another ending than .png and .svg."""
     ending = output.suffix.lower()
     if ending not in (".png", ".svg"):
         raise InputError(f"cannot draw {output.name or output}: its name must end in .png or .svg")
-    write_atomically(output, render(profiles, "png" if ending == ".png" else "svg", kinds, dpi))
+    return "png" if ending == ".png" else "svg"
 
 
-def render(
-    profiles: Sequence[Profile], picture: Literal["png", "svg"], kinds: Sequence[Kind] = (), dpi: int = DEFAULT_DPI
-) -> bytes:
-    """The bytes of a picture with the given panels (all of them unless given) of each profile, one below the other."""
+def to_bytes(draw: Callable[[], Figure], title: str, picture: Picture, dpi: int = DEFAULT_DPI) -> bytes:
+    """The bytes of a figure drawn in the house's style, whatever the caller's settings are."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    title = f"kvprofile: {', '.join(profile.model.name for profile in profiles)}"
     metadata = (
         {"Title": title, "Software": None} if picture == "png" else {"Title": title, "Creator": None, "Date": None}
     )
@@ -79,7 +89,7 @@ def render(
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_STYLE)
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure = _draw(profiles, list(dict.fromkeys(kinds)) or list(Kind))
+        figure = draw()
         width, height = figure.get_size_inches()
         if picture == "png" and max(width, height) * dpi > _MAX_PIXELS:
             raise InputError(

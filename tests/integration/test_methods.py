@@ -15,7 +15,18 @@ from kvprofile.scoring import gates
 from kvprofile.scoring.methods import METHODS, repeats_read
 
 ASKED = ["--corpus", "generate:prose:1:6000", "--corpus", "generate:code:2:6000", "--context-tokens", "120"]
-ASKED += ["--chunk-tokens", "70", "--sink-tokens", "4", "--recent-tokens", "16", "--dtype", "float32", "--device", "cpu"]
+ASKED += [
+    "--chunk-tokens",
+    "70",
+    "--sink-tokens",
+    "4",
+    "--recent-tokens",
+    "16",
+    "--dtype",
+    "float32",
+    "--device",
+    "cpu",
+]
 
 
 def score(checkpoint, output, method):
@@ -105,7 +116,9 @@ def test_a_loss_ranked_profile_travels_through_foreign_forms(tiny_checkpoint, tm
     order = ranking(found.scores.loss)
     for form, name in (("kvzip", "a.pt"), ("csv", "a.csv"), ("duo-attention", "duo")):
         target = tmp_path / name
-        assert run_here(["export", str(profile), "--format", form, "--output", str(target)]) == 0, capsys.readouterr().err
+        assert run_here(["export", str(profile), "--format", form, "--output", str(target)]) == 0, (
+            capsys.readouterr().err
+        )
         back = tmp_path / f"{form}.json"
         asked = ["import", str(target), "--format", form, "--model", str(tiny_checkpoint), "--output", str(back)]
         assert run_here(asked) == 0, capsys.readouterr().err

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import random
 import sys
 
 import pytest
@@ -13,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvprofile.corpus import generate
-from kvprofile.corpus.generate import KINDS, fact_document, generate_text
+from kvprofile.corpus.generate import KINDS, generate_text
 from kvprofile.corpus.sources import bundled_names, corpora_folder, cut, load_corpus
 from kvprofile.errors import InputError
 
@@ -35,18 +34,6 @@ def test_generated_text_is_seeded_and_long_enough(kind, seed, length):
 def test_generated_text_of_a_number_of_words():
     text = generate_text("prose", 3, 500, lambda t: len(t.split()))
     assert 500 <= len(text.split()) < 540
-
-
-@given(seed=st.integers(), blocks=st.integers(1, 60), share=st.floats(0, 1))
-def test_fact_documents_answer_their_questions(seed, blocks, share):
-    document = fact_document(random.Random(seed), blocks, share)
-    assert len(document.questions) == len(document.statements) == len({q.text for q in document.questions})
-    for question, statement in zip(document.questions, document.statements, strict=True):
-        assert statement in document.text
-        assert question.answer in statement
-        key = question.text.removeprefix("What is [").removesuffix("]?")
-        assert question.answer.startswith(f"{key}=")
-        assert document.text.count(f"[{key}=") == 1
 
 
 def test_generators_refuse_nothing_to_do():

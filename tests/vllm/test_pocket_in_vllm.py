@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import subprocess
 import sys
 
@@ -12,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kvprofile.corpus.generate import fact_document
+from kvprofile.evaluate.tasks import exercise
 from kvprofile.scoring.prompts import chat_frame, encode
 from tests.models import POCKET
 
@@ -32,9 +31,9 @@ print("TOKENS", json.dumps([list(f.outputs[0].token_ids) for f in found]))
 def questions(tokenizer, count):
     frame = chat_frame(tokenizer)
     for seed in range(count):
-        document = fact_document(random.Random(f"vllm:{seed}"), 14)
-        asked = "\n\n" + document.questions[0].text
-        yield [*frame.prefix_ids, *encode(tokenizer, document.text), *encode(tokenizer, asked), *frame.suffix_ids]
+        made = exercise("needle", "vllm", seed, 700, 1)
+        asked = "\n\n" + made.questions[0].text
+        yield [*frame.prefix_ids, *encode(tokenizer, made.context), *encode(tokenizer, asked), *frame.suffix_ids]
 
 
 def test_greedy_tokens_equal_transformers():

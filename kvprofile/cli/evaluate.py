@@ -1,0 +1,179 @@
+"""``kvprofile evaluate``: how much of a model's answers a budget keeps, beside controls."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kvprofile.cli.output import load_profile, print_json, resolve_profile, say, stdout_console
+from kvprofile.cli.progress import TokenProgress
+from kvprofile.evaluate.tasks import DEFAULT_TASKS, TASKS
+
+if TYPE_CHECKING:
+    from kvprofile.evaluate.run import Plan
+    from kvprofile.evaluate.variants import Contender
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A checkpoint folder or a hub id.")],
+    profile: Annotated[
+        list[str] | None,
+        typer.Option(help="Budget file under test; repeatable; models/kv_budget/<model>.json unless given."),
+    ] = None,
+    retention: Annotated[
+        list[float] | None,
+        typer.Option(help="Retention to measure; repeatable; 0.9, 0.7, 0.5 and 0.3 unless given.", min=0, max=1),
+    ] = None,
+    statistic: Annotated[str | None, typer.Option(help="Rank heads by this statistic of the files.")] = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"One of {', '.join(TASKS)}, a .jsonl file of exercises, or datasets:ID_OR_FOLDER; repeatable; "
+            f"{len(DEFAULT_TASKS)} of them unless given."
+        ),
+    ] = None,
+    context_tokens: Annotated[
+        list[int] | None, typer.Option(help="Tokens of a context; repeatable; 1000 unless given.")
+    ] = None,
+    contexts: Annotated[int, typer.Option(help="Contexts of each task and length.")] = 20,
+    questions: Annotated[int, typer.Option(help="Most questions asked about a context.")] = 8,
+    sink_tokens: Annotated[
+        int | None, typer.Option(help="First tokens that a trimmed head keeps; the profile's unless given.")
+    ] = None,
+    recent_tokens: Annotated[
+        int | None, typer.Option(help="Last tokens that a trimmed head keeps; the profile's unless given.")
+    ] = None,
+    block_tokens: Annotated[int, typer.Option(help="Tokens of a block, to which sinks and window are rounded.")] = 16,
+    only_outside: Annotated[
+        bool,
+        typer.Option(
+            "--only-outside/--all-positions", help="Ask only for what lies outside of sinks and window, or for all."
+        ),
+    ] = False,
+    random_seeds: Annotated[int, typer.Option(help="Random choices of heads at each retention.")] = 3,
+    controls: Annotated[
+        bool, typer.Option("--controls/--no-controls", help="Measure random, inverted, uniform and no full heads too.")
+    ] = True,
+    seed: Annotated[int, typer.Option(help="Seed of contexts and random heads.")] = 0,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that the checkpoint brings.")
+    ] = False,
+    batch: Annotated[int, typer.Option(help="Most questions read side by side.")] = 16,
+    generate: Annotated[
+        bool,
+        typer.Option(
+            "--generate/--exact-only",
+            help="Write greedy answers and look for what is expected, or count only the reference word for word.",
+        ),
+    ] = True,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of the records; runs/evaluate/<model>/<settings> unless given.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an evaluation with other settings.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Also draw the result into this .png or .svg.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+) -> None:
+    """Measure how much of a model's answers each retention keeps. Run it again after an interruption to continue."""
+    from kvprofile import checkpoint
+    from kvprofile.budget.profile import PRESETS
+    from kvprofile.evaluate import run
+    from kvprofile.evaluate.options import Options
+    from kvprofile.files import require_writable
+    from kvprofile.report import plots, quality_plot
+
+    options = Options(
+        retentions=tuple(retention or PRESETS),
+        tasks=tuple(tasks or DEFAULT_TASKS),
+        context_tokens=tuple(context_tokens or (1000,)),
+        contexts=contexts,
+        questions=questions,
+        sink_tokens=sink_tokens,
+        recent_tokens=recent_tokens,
+        block_tokens=block_tokens,
+        random_seeds=random_seeds,
+        controls=controls,
+        only_outside=only_outside,
+        seed=seed,
+        batch=batch,
+        generate=generate,
+    )
+    if plot is not None:
+        plots.picture_of(plot)
+        require_writable(plot)
+    source = checkpoint.locate(model, revision, trust_remote_code)
+    under_test = _contenders(profile or [_default_profile(source.name, model)], statistic)
+    description = checkpoint.describe(source, trust_remote_code)
+    tokenizer = checkpoint.load_tokenizer(source, trust_remote_code)
+    planned = run.plan(description, tokenizer, under_test, options)
+    placement = checkpoint.place(description, dtype, device, planned.cache_tokens)
+    folder = output or run.default_folder(planned, placement)
+
+    _announce(planned, placement.reasons)
+    started = time.monotonic()
+    with TokenProgress("evaluating") as progress:
+        summary = run.evaluate(planned, placement, folder, progress, force)
+    say(f"wrote {folder} in {time.monotonic() - started:.0f} s")
+    if plot is not None:
+        quality_plot.write(summary, plot)
+        say(f"wrote {plot}")
+    if as_json:
+        print_json(summary)
+    else:
+        render(summary)
+
+
+def _default_profile(name: str, model: str) -> str:
+    """The budget file of a model. Raises InputError where there is none."""
+    from kvprofile.budget import store
+    from kvprofile.errors import InputError
+
+    path = store.BUDGET_DIR / store.file_name(name)
+    if not store.is_file(path):
+        raise InputError(f"no budget file {path}; run 'kvprofile score {model}' first or give --profile")
+    return str(path)
+
+
+def _contenders(references: list[str], statistic: str | None) -> list[Contender]:
+    from kvprofile.evaluate.variants import contenders
+
+    return contenders([(resolve_profile(each), load_profile(each)) for each in references], statistic)
+
+
+def _announce(planned: Plan, reasons: tuple[str, ...]) -> None:
+    """What is about to be done, on stderr."""
+    description, rule = planned.description, planned.rule
+    say(f"{description.source.name}: {description.geometry.describe()}, {description.architecture}")
+    for reason in reasons:
+        say(f"  {reason}")
+    budgets = len({variant.budget for variant in planned.variants})
+    say(f"  {planned.questions:,} questions on {len(planned.asked):,} contexts, {budgets} budgets each")
+    blocks = f"in blocks of {rule.block_tokens}"
+    say(f"  trimmed heads keep {rule.sink_tokens} sinks and the last {rule.recent_tokens} tokens, {blocks}")
+    for warning in planned.warnings:
+        say(f"  warning: {warning}")
+
+
+def render(summary: dict[str, Any]) -> None:
+    """The tables and the verdict on stdout; every line fits 80 columns."""
+    from rich.text import Text
+
+    from kvprofile.cli import quality_table
+
+    console = stdout_console()
+    for line in quality_table.heading(summary):
+        console.print(Text(line))
+    console.print(quality_table.main_table(summary))
+    for line in quality_table.LEGEND:
+        console.print(Text(line, style="dim"))
+    for table in quality_table.task_tables(summary, console.width):
+        console.print()
+        console.print(table)
+    console.print()
+    for line in quality_table.verdicts(summary):
+        console.print(Text(line, style="bold"))

@@ -1,0 +1,89 @@
+"""From names of tasks to exercises as ids: generated ones, those that people bring, and which questions are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from kvprofile.budget.trim import TrimRule
+from kvprofile.checkpoint import Description
+from kvprofile.errors import InputError
+from kvprofile.evaluate import sources
+from kvprofile.evaluate.asking import Asked, Wording, ask
+from kvprofile.evaluate.options import Options
+from kvprofile.evaluate.tasks import TASKS, exercise
+from kvprofile.scoring.prompts import encode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PURPOSE = "evaluate"
+"""Exercises made for this purpose are never used in training or scoring."""
+
+_EVERY_QUESTION = 1_000_000
+
+
+def make(
+    task: str,
+    description: Description,
+    tokenizer: PreTrainedTokenizerBase,
+    words: Wording,
+    rule: TrimRule,
+    options: Options,
+) -> tuple[list[Asked], list[str]]:
+    """The exercises of a task that can be asked, and a line for each reason why others are left out."""
+    warnings = []
+    if task in TASKS:
+        found = list(_generated(task, tokenizer, words, rule, options))
+        for each in found:
+            _check_positions(each, description)
+    else:
+        brought = _brought(task, tokenizer, words, rule, options)
+        found = [each for each in brought if each.positions <= description.max_positions]
+        if len(found) < len(brought):
+            left_out = f"{len(brought) - len(found)} of {len(brought)} documents are left out"
+            warnings.append(f"{brought[0].exercise.task}: {left_out}, {description.position_reason}")
+    kept = [each for each in found if each.exercise.questions]
+    if len(kept) < len(found):
+        left_out = f"{len(found) - len(kept)} of {len(found)} contexts are left out"
+        warnings.append(f"{found[0].exercise.task}: {left_out}, no question has its evidence outside sinks and window")
+    return kept, warnings
+
+
+def _generated(
+    task: str, tokenizer: PreTrainedTokenizerBase, words: Wording, rule: TrimRule, options: Options
+) -> Iterator[Asked]:
+    wanted = _EVERY_QUESTION if options.only_outside else options.questions
+    for length in dict.fromkeys(options.context_tokens):
+        for number in range(options.contexts):
+            seed = (options.seed * 10**7 + length) * 10**7 + number
+            made = exercise(task, PURPOSE, seed, length, wanted, lambda text: len(encode(tokenizer, text)))
+            asked = ask(f"{task}/{length}/{number}", made, length, tokenizer, words, rule)
+            yield _only_outside(asked, tokenizer, words, rule, options) if options.only_outside else asked
+
+
+def _brought(
+    reference: str, tokenizer: PreTrainedTokenizerBase, words: Wording, rule: TrimRule, options: Options
+) -> list[Asked]:
+    wanted = _EVERY_QUESTION if options.only_outside else options.questions
+    name, found = sources.load(reference, options.contexts, wanted)
+    asked = [ask(f"{name}/{number}", each, None, tokenizer, words, rule) for number, each in enumerate(found)]
+    return [_only_outside(each, tokenizer, words, rule, options) for each in asked] if options.only_outside else asked
+
+
+def _only_outside(
+    asked: Asked, tokenizer: PreTrainedTokenizerBase, words: Wording, rule: TrimRule, options: Options
+) -> Asked:
+    """The exercise without questions whose evidence a trimmed head sees; what has no known place stays."""
+    chosen = [number for number, outside in enumerate(asked.outside) if outside is not False][: options.questions]
+    kept = replace(asked.exercise, questions=tuple(asked.exercise.questions[number] for number in chosen))
+    return ask(asked.name, kept, asked.length, tokenizer, words, rule)
+
+
+def _check_positions(asked: Asked, description: Description) -> None:
+    if asked.positions > description.max_positions:
+        raise InputError(
+            f"{asked.name} needs {asked.positions:,} positions with its questions and answers, but "
+            f"{description.position_reason}; pass fewer --context-tokens or other --tasks"
+        )

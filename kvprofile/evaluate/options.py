@@ -1,0 +1,52 @@
+"""What a user may choose about an evaluation, checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvprofile.budget.allocate import require_retention
+from kvprofile.budget.profile import PRESETS
+from kvprofile.budget.trim import DEFAULT_BLOCK_TOKENS
+from kvprofile.errors import InputError
+from kvprofile.evaluate.tasks import DEFAULT_TASKS
+
+MOST = 1_000_000
+"""Most of anything that is counted."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user may choose about an evaluation. Sinks and window are the first profile's unless given.
+
+    Without ``generate`` an answer is right only where greedy decoding writes the reference, so nothing is written.
+    """
+
+    retentions: tuple[float, ...] = PRESETS
+    tasks: tuple[str, ...] = DEFAULT_TASKS
+    context_tokens: tuple[int, ...] = (1000,)
+    contexts: int = 20
+    questions: int = 8
+    sink_tokens: int | None = None
+    recent_tokens: int | None = None
+    block_tokens: int = DEFAULT_BLOCK_TOKENS
+    random_seeds: int = 3
+    controls: bool = True
+    only_outside: bool = False
+    seed: int = 0
+    batch: int = 16
+    generate: bool = True
+
+    def __post_init__(self) -> None:
+        for retention in self.retentions:
+            require_retention(retention)
+        least = {"contexts": 1, "questions": 1, "block_tokens": 1, "batch": 1, "sink_tokens": 0, "recent_tokens": 1}
+        for name, bound in {**least, "random_seeds": 0, "seed": 0}.items():
+            value = getattr(self, name)
+            if value is not None and not bound <= value <= MOST:
+                flag = f"--{name.replace('_', '-')}"
+                raise InputError(f"{flag} must lie between {bound} and {MOST:,}, not {value}")
+        for tokens in self.context_tokens:
+            if not 1 <= tokens <= MOST:
+                raise InputError(f"--context-tokens must lie between 1 and {MOST:,}, not {tokens}")
+        if not (self.retentions and self.tasks and self.context_tokens):
+            raise InputError("give at least one retention, task and number of context tokens")

@@ -1,0 +1,113 @@
+"""What attention backends need beside their own code: the block-outermost layout, and the trimmed view of a request.
+
+The view is made where a backend's metadata is built: from each row that decodes, the block table drops the blocks
+between sinks and window, and the sequence gets shorter by as many tokens. Kernels never know. Nothing here waits for
+the device, and what CUDA graphs capture lives in buffers that stay where they are.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from vllm.utils.torch_utils import async_tensor_h2d
+from vllm.v1.attention.backend import subclass_attention_backend_with_overrides
+from vllm.v1.kv_cache_interface import KVCacheLayout
+
+LAYOUT = KVCacheLayout.BLHNC
+"""Blocks outermost: halves of a layer have pages of different size, which share blocks of one width."""
+
+KERNELS_TAKE_STRIDES = frozenset({"CPU_ATTN"})
+"""Backends that do not declare LAYOUT but read caches by their strides, as tests on the real engine show."""
+
+
+@cache
+def with_layout(backend: Any) -> Any:
+    """``backend`` in LAYOUT, otherwise as it is. Raises ValueError where its kernels cannot read that."""
+    declared = backend.supported_kv_cache_layouts()
+    if declared is not None and LAYOUT not in declared and backend.get_name() not in KERNELS_TAKE_STRIDES:
+        raise ValueError(
+            f"attention backend {backend.get_name()} cannot read the {LAYOUT.name} layout, which kvprofile needs"
+        )
+    return _override("Budgeted", backend, {"supported_kv_cache_layouts": classmethod(lambda _: (LAYOUT,))})
+
+
+@cache
+def with_trimming(backend: Any) -> Any:
+    """``backend``, which is in LAYOUT already, where rows that decode see sinks and window only."""
+    builder = _trimming(backend.get_builder_cls())
+    return _override("Trimming", backend, {"get_builder_cls": staticmethod(lambda: builder)})
+
+
+def _override(prefix: str, backend: Any, overrides: dict[str, Any]) -> Any:
+    return subclass_attention_backend_with_overrides(prefix, backend, overrides)
+
+
+def _trimming(base: Any) -> Any:
+    class TrimmingBuilder(base):  # type: ignore[misc]
+        """The backend's metadata builder, fed with trimmed rows."""
+
+        supports_update_block_table = False  # the shortcut would hand the raw block table to the kernel
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            rows = self.vllm_config.scheduler_config.max_num_seqs
+            self._view = TrimmedView(self.kv_cache_spec.trim, rows, self.device)
+
+        def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
+            return super().build(common_prefix_len, self._view.of(common_attn_metadata), fast_build)
+
+    return TrimmingBuilder
+
+
+class TrimmedView:
+    """Rewrites batch metadata of up to ``rows`` requests; its results live until the next call."""
+
+    def __init__(self, trim: Any, rows: int, device: torch.device) -> None:
+        self.trim, self.device = trim, device
+        self.lengths = torch.zeros(rows, dtype=torch.int32, device=device)
+        self.table = torch.empty(rows, 0, dtype=torch.int32, device=device)
+        self.columns = torch.empty(0, dtype=torch.int64, device=device)
+
+    def of(self, metadata: Any) -> Any:
+        """``metadata`` (CommonAttentionMetadata) as a trimmed head sees it; longest lengths stay upper bounds."""
+        count, table = metadata.num_reqs, metadata.block_table_tensor
+        if self.table.shape[1] != table.shape[1]:
+            self._allocate(table.shape[1])
+        skipped = self.skipped_blocks(metadata)
+        skip = async_tensor_h2d(skipped, device=self.device)
+        behind_sinks = self.columns >= self.trim.sink_blocks
+        source = (self.columns + skip[:, None] * behind_sinks).clamp_(max=table.shape[1] - 1)
+        torch.gather(table[:count], 1, source, out=self.table[:count])
+        skipped_tokens = skipped.to(torch.int32) * self.trim.block_tokens
+        lengths = self.lengths[:count]
+        torch.sub(metadata.seq_lens[:count], (skip * self.trim.block_tokens).to(lengths.dtype), out=lengths)
+        return metadata.replace(
+            block_table_tensor=self.table[:count],
+            seq_lens=lengths,
+            seq_lens_cpu_upper_bound=metadata.seq_lens_cpu_upper_bound[:count] - skipped_tokens,
+            _num_computed_tokens_cache=None,
+        )
+
+    def skipped_blocks(self, metadata: Any) -> torch.Tensor:
+        """Blocks that each row leaves out, [num_reqs], on the CPU.
+
+        Trimmed are rows that bring one token and are not flagged as prefilling. Flags may cover fewer rows than a
+        padded batch has; padding brings no token.
+        """
+        count = metadata.num_reqs
+        starts = metadata.query_start_loc_cpu[: count + 1]
+        queries = starts[1:] - starts[:-1]
+        decodes = queries == 1
+        flagged = metadata.is_prefilling[:count]
+        decodes[: len(flagged)] &= ~flagged
+        decodes[len(flagged) :] = False
+        position = metadata.seq_lens_cpu_upper_bound[:count].to(torch.int64) - 1
+        first_recent = (position + 1 - self.trim.recent_tokens).div(self.trim.block_tokens, rounding_mode="floor")
+        skipped: torch.Tensor = (first_recent - self.trim.sink_blocks).clamp_(min=0) * decodes
+        return skipped
+
+    def _allocate(self, width: int) -> None:
+        self.table = torch.zeros(len(self.lengths), width, dtype=torch.int32, device=self.device)
+        self.columns = torch.arange(width, device=self.device)

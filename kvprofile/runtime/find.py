@@ -1,0 +1,131 @@
+"""The budget of the served model: which file, whether it is this model's, and which heads it keeps.
+
+Runs once, in the process that configures the engine. Files are found by the model identity inside them, never by their
+names. Knows nothing of vLLM; what vLLM is about to serve comes in as ``Served``.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from kvprofile.budget import runtime_file, store
+from kvprofile.budget.allocate import Constraints
+from kvprofile.budget.formats.base import Export
+from kvprofile.budget.formats.vllm import runtime
+from kvprofile.budget.profile import Profile
+from kvprofile.budget.runtime_file import RuntimeFile, RuntimeModel
+from kvprofile.runtime.budget import Budget
+from kvprofile.runtime.settings import PREFIX, Settings
+
+
+@dataclass(frozen=True)
+class Served:
+    """What vLLM is about to serve. ``names``: hub id, folder and the names it is served under."""
+
+    names: tuple[str, ...]
+    layers: int
+    attention_heads: int
+    kv_heads: int
+    head_size: int
+    tensor_parallel_size: int
+
+    def is_called(self, name: str) -> bool:
+        """Whether ``name`` is a name of this model; of a local folder its last part counts, of a hub id the whole."""
+        last = name.rpartition("/")[2]
+        return any(own == name or (store.is_dir(Path(own)) and Path(own).resolve().name == last) for own in self.names)
+
+
+def find(settings: Settings, served: Served) -> tuple[Budget, str]:
+    """The budget to serve with, and a phrase on where it comes from.
+
+    Raises ValueError or kvprofile's InputError, one line each, where there is no file for the model, more than one, or
+    one of another model.
+    """
+    path = settings.budget if settings.budget is not None else _search(settings.budget_dir, served)
+    found = _read(path)
+    if isinstance(found, Profile):
+        if settings.retention is None:
+            stated = ", ".join(sorted(found.budgets, reverse=True))
+            raise ValueError(
+                f"{path} holds budgets for several retentions; set {PREFIX}RETENTION, for example {stated}"
+            )
+        constraints = Constraints(tensor_parallel_size=served.tensor_parallel_size)
+        found = runtime(Export(found, constraints, settings.retention))
+    elif settings.retention not in (None, found.provenance.retention_asked):
+        raise ValueError(
+            f"{path} is for retention {found.provenance.retention_asked:g}, {PREFIX}RETENTION asks for "
+            f"{settings.retention:g}; unset it, or point {PREFIX}BUDGET to a profile"
+        )
+    _require_same_model(path, found.model, served)
+    budget = _budget(found, settings)
+    if not budget.heads:
+        raise ValueError(f"{path}: every layer of {found.model.name} slides, there is nothing to trim")
+    if found.kv_head_order is not None:
+        raise ValueError(f"{path} deals KV heads to ranks in another order, which the runtime cannot do yet")
+    layer = budget.uneven_layer(served.tensor_parallel_size)
+    if layer is not None:
+        raise ValueError(
+            f"{path}: the full heads of layer {layer} are not dealt evenly to {served.tensor_parallel_size} ranks; "
+            f"export it with --tensor-parallel-size {served.tensor_parallel_size}"
+        )
+    origin = f"{path} (retention {found.provenance.retention_asked:g} asked, {budget.full / budget.heads:.4f} realised)"
+    return budget, origin
+
+
+def _budget(found: RuntimeFile, settings: Settings) -> Budget:
+    sinks, recent = settings.sink_tokens, settings.recent_tokens
+    budget = Budget(found.full_heads, found.model.kv_heads, found.sink_tokens, found.recent_tokens)
+    if sinks is not None:
+        budget = replace(budget, sink_tokens=sinks)
+    if recent is not None:
+        budget = replace(budget, recent_tokens=recent)
+    return budget
+
+
+def _search(folder: Path, served: Served) -> Path:
+    """The one file in ``folder`` whose model is the served one."""
+    wanted = " or ".join(served.names)
+    if not store.is_dir(folder):
+        raise ValueError(f"no budget for {wanted}: {folder} is no folder; set {PREFIX}BUDGET or {PREFIX}BUDGET_DIR")
+    matches = [path for path in sorted(folder.glob("*.json")) if served.is_called(_model_name(path) or "")]
+    if not matches:
+        raise ValueError(f"no budget for {wanted} in {folder}; set {PREFIX}BUDGET to a file, or score the model")
+    if len(matches) > 1:
+        listed = ", ".join(str(path) for path in matches)
+        raise ValueError(f"{len(matches)} budgets for {wanted}: {listed}; set {PREFIX}BUDGET to one of them")
+    return matches[0]
+
+
+def _model_name(path: Path) -> str | None:
+    """The model that a file names; None for what is no budget."""
+    try:
+        raw = json.loads(path.read_bytes())
+        return str(raw["model"]["name"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def _read(path: Path) -> Profile | RuntimeFile:
+    """A profile or a runtime file. Raises InputError with everything wrong with it in one line."""
+    try:
+        raw = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        raw = None  # both readers say what is wrong, and the profile's says it in general words
+    if isinstance(raw, dict) and "format" in raw:
+        return runtime_file.load(path)
+    return store.load(path)
+
+
+def _require_same_model(path: Path, model: RuntimeModel, served: Served) -> None:
+    if not served.is_called(model.name):
+        raise ValueError(
+            f"{path} is for {model.name}, vLLM serves {' or '.join(served.names)}; if that is the same model, "
+            f"say so with --served-model-name {model.name}"
+        )
+    for name in ("layers", "attention_heads", "kv_heads", "head_size"):
+        stated, actual = getattr(model, name), getattr(served, name)
+        if stated != actual:
+            words = name.replace("_", " ")
+            raise ValueError(f"{path} is for another model: {stated} {words}, vLLM serves one with {actual}")

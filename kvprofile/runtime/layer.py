@@ -1,0 +1,173 @@
+"""One attention layer as two: its full heads and its trimmed heads, each with its own cache.
+
+vLLM's block tables are per cache group and a block holds all heads of a layer, so heads that free their blocks need a
+layer name, a cache and a group of their own. A split layer is still vLLM's ``Attention`` to the model around it; its
+halves take its place among the layers that have caches.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.attention.backend import AttentionType
+from vllm.v1.kv_cache_interface import replace_as
+
+from kvprofile.runtime.backend import with_layout, with_trimming
+from kvprofile.runtime.budget import Budget, Heads
+from kvprofile.runtime.cache import StreamSpec
+
+_FULL_ATTENTION_ONLY = ("sliding_window", "attention_chunk_size", "non_causal")
+"""Fields of FullAttentionSpec that a StreamSpec lacks; none is set where layers are split."""
+
+
+class FullHalf(Attention):  # type: ignore[misc]
+    """The heads of a layer that keep the whole context."""
+
+
+class StreamHalf(Attention):  # type: ignore[misc]
+    """The heads of a layer that keep sinks and window."""
+
+    def __init__(self, *args: Any, budget: Budget, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.budget = budget
+
+    def get_kv_cache_spec(self, vllm_config: Any) -> StreamSpec:
+        """As the whole layer's, but a cache that is trimmed."""
+        return replace_as(  # type: ignore[no-any-return]
+            super().get_kv_cache_spec(vllm_config),
+            StreamSpec,
+            drop=_FULL_ATTENTION_ONLY,
+            sink_tokens=self.budget.sink_tokens,
+            recent_tokens=self.budget.recent_tokens,
+        )
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Heads of one half: their names as buffers where they are gathered, slices where they lie side by side."""
+
+    name: str
+    query: slice | str
+    key: slice | str
+
+
+class SplitAttention(Attention):  # type: ignore[misc]
+    """An ``Attention`` whose heads are computed by its halves; its own cache and kernel are never used."""
+
+    selections: tuple[Selection, ...]
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        output_shape: torch.Size | None = None,
+        output_dtype: torch.dtype | None = None,
+    ) -> torch.Tensor:
+        """Query [n, H*D] or [n, H, D], key and value likewise with KV heads -> [n, H*Dv], as ``Attention.forward``."""
+        tokens = query.shape[0]
+        query = query.view(tokens, self.num_heads, self.head_size)
+        key = key.view(tokens, self.num_kv_heads, self.head_size)
+        value = value.view(tokens, self.num_kv_heads, self.head_size_v)
+        output = query.new_empty((tokens, self.num_heads, self.head_size_v), dtype=output_dtype or query.dtype)
+        for heads in self.selections:
+            half = getattr(self, heads.name)
+            found = half(
+                self._pick(query, heads.query),
+                self._pick(key, heads.key),
+                self._pick(value, heads.key),
+                None,
+                output_dtype,
+            ).view(tokens, half.num_heads, self.head_size_v)
+            if isinstance(heads.query, slice):
+                output[:, heads.query] = found
+            else:
+                output.index_copy_(1, getattr(self, heads.query), found)
+        return output.view(output_shape or (tokens, -1))
+
+    def _pick(self, states: torch.Tensor, heads: slice | str) -> torch.Tensor:
+        return states[:, heads] if isinstance(heads, slice) else states.index_select(1, getattr(self, heads))
+
+
+def splitting(construct: Callable[..., None]) -> Callable[..., None]:
+    """``Attention.__init__`` that splits the layer it has built, where the budget trims some of its heads.
+
+    Raises ValueError for layers that no budget can apply to.
+    """
+    signature = inspect.signature(construct)
+
+    def construct_and_split(self: Any, *args: Any, **kwargs: Any) -> None:
+        construct(self, *args, **kwargs)
+        config = get_current_vllm_config()
+        budget = Budget.of(config.additional_config)
+        if type(self) is not Attention or self.attn_type != AttentionType.DECODER or budget.full == budget.heads:
+            return
+        self.attn_backend = with_layout(self.attn_backend)  # every layer shares the pool, hence its layout
+        rank, size = get_tensor_model_parallel_rank(), config.parallel_config.tensor_parallel_size
+        heads = budget.on_rank(extract_layer_index(self.layer_name), rank, size)
+        if heads is None:
+            return
+        _require_plain(self, len(heads.full) + len(heads.stream))
+        if heads.stream:
+            given = signature.bind(self, *args, **kwargs)
+            given.apply_defaults()
+            del config.compilation_config.static_forward_context[self.layer_name]
+            _split(self, dict(given.arguments), heads, budget)
+
+    return construct_and_split
+
+
+def _require_plain(layer: Any, kv_heads: int) -> None:
+    """Refuse what a budgeted layer cannot have: state kept per head on the layer, or a window of its own."""
+    reasons = {
+        "its KV heads are not those of the budget": layer.num_kv_heads != kv_heads,
+        "it slides, the budget says it does not": layer.sliding_window is not None,
+        "it has learned sinks": layer.has_sink,
+        "it shares another layer's cache": layer.kv_sharing_target_layer_name is not None,
+        "it has ALiBi slopes": getattr(layer.impl, "alibi_slopes", None) is not None,
+        "it quantises its cache": layer.kv_cache_dtype not in ("auto", "float16", "bfloat16", "float32"),
+    }
+    found = [reason for reason, holds in reasons.items() if holds]
+    if found:
+        raise ValueError(f"kvprofile cannot trim heads of {layer.layer_name}: {', '.join(found)}")
+
+
+def _split(layer: Any, given: dict[str, Any], heads: Heads, budget: Budget) -> None:
+    """Make ``layer``, built with the arguments ``given``, a SplitAttention with one half or two."""
+    common = {**given.pop("extra_impl_args"), **given}
+    for name in ("self", "num_heads", "num_kv_heads", "prefix", "attn_backend"):
+        del common[name]
+    halves = {
+        "full": (heads.full, FullHalf, {"attn_backend": layer.attn_backend}),
+        "stream": (heads.stream, StreamHalf, {"attn_backend": with_trimming(layer.attn_backend), "budget": budget}),
+    }
+    group = layer.num_heads // layer.num_kv_heads
+    selections = []
+    for name, (mine, kind, own) in halves.items():
+        if not mine:
+            continue
+        prefix = f"{layer.layer_name}.{name}"
+        half = kind(num_heads=len(mine) * group, num_kv_heads=len(mine), prefix=prefix, **common, **own)
+        setattr(layer, name, half)
+        queries = tuple(head * group + member for head in mine for member in range(group))
+        selections.append(
+            Selection(name, _select(layer, f"{name}_queries", queries), _select(layer, f"{name}_keys", mine))
+        )
+    layer.__class__ = SplitAttention
+    layer.selections = tuple(selections)
+
+
+def _select(layer: Any, name: str, heads: tuple[int, ...]) -> slice | str:
+    """A slice for heads side by side, else the name of a new buffer that holds their numbers."""
+    if heads == tuple(range(heads[0], heads[-1] + 1)):
+        return slice(heads[0], heads[-1] + 1)
+    layer.register_buffer(name, torch.tensor(heads), persistent=False)
+    return name

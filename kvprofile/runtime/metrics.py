@@ -1,0 +1,43 @@
+"""The runtime on vLLM's ``/metrics``: what is in force, and what the scheduler has counted (``stats``)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client import REGISTRY
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from kvprofile.runtime import stats
+from kvprofile.runtime.budget import Budget
+
+
+class BudgetCollector(Collector):
+    """Reads the shared counters whenever Prometheus asks. One for each process, for the engine configured last."""
+
+    budget: Budget | None = None
+
+    def collect(self) -> Iterator[Metric]:
+        """All of the runtime's metrics; none before an engine is configured."""
+        if self.budget is None:
+            return
+        yield GaugeMetricFamily("kvprofile_enabled", "1 where per-head budgets are in force.", 1)
+        ratio = self.budget.full / self.budget.heads
+        yield GaugeMetricFamily("kvprofile_retention_ratio", "Share of KV heads that keep the whole context.", ratio)
+        yield GaugeMetricFamily("kvprofile_full_heads", "KV heads that keep the whole context.", self.budget.full)
+        found = stats.read()
+        blocks, kv_bytes = found["kv_blocks_reclaimed_total"], found["kv_bytes_reclaimed_total"]
+        yield CounterMetricFamily("kvprofile_kv_blocks_reclaimed", "Blocks freed while their request went on.", blocks)
+        yield CounterMetricFamily("kvprofile_kv_bytes_reclaimed", "Bytes of those blocks.", kv_bytes)
+        held = found["kv_bytes_in_use"]
+        yield GaugeMetricFamily("kvprofile_kv_bytes_in_use", "Bytes of the pool that requests hold.", held)
+
+
+_collector = BudgetCollector()
+
+
+def show(budget: Budget) -> None:
+    """Put the metrics of an engine with this budget on the registry that vLLM exposes."""
+    if _collector.budget is None:
+        REGISTRY.register(_collector)
+    _collector.budget = budget

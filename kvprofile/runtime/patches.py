@@ -1,0 +1,35 @@
+"""Every vLLM function that is replaced, in one list; PATCHES.md says why. Nothing is replaced before ``install``."""
+
+from __future__ import annotations
+
+from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.core import kv_cache_utils
+from vllm.v1.engine.input_processor import InputProcessor
+
+from kvprofile.runtime import cache, configure, grouping, layer
+from kvprofile.runtime.patching import Patch
+
+PATCHES = (
+    Patch(EngineArgs, "create_engine_config", configure.configuring),
+    Patch(InputProcessor, "process_inputs", configure.refusing_streams),
+    Patch(Attention, "__init__", layer.splitting),
+    Patch(kv_cache_utils, "get_kv_cache_groups", grouping.budgeted),
+)
+
+_installed: list[Patch] = []
+
+
+def install(*, poison: bool) -> None:
+    """Register the cache spec and apply all patches, once in this process; ``poison`` adds those for debugging."""
+    if _installed:
+        return
+    cache.register()
+    wanted = list(PATCHES)
+    if poison:
+        from kvprofile.runtime import poison as debugging
+
+        wanted += debugging.PATCHES
+    for patch in wanted:
+        patch.apply()
+        _installed.append(patch)

@@ -1,0 +1,111 @@
+"""The runtime's configuration: environment variables, read in one place. Standard library only."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from kvprofile.runtime.gate import ENABLED
+
+PREFIX = "LLM_KVZIP_"
+SHARED = PREFIX + "SHARED"
+"""Set by the runtime itself, for its child processes: the file of ``stats``."""
+
+TESTED_VERSIONS = ("0.32.0",)
+"""vLLM releases, without build tags."""
+
+_FLAGS = {
+    "ALLOW_UNTESTED": "serve with vLLM versions, platforms and features that are not in the tested list",
+    "POISON": "debugging: fill freed blocks with NaN, so that reading one shows",
+}
+_VALUES = {
+    "BUDGET": "a budget or runtime file",
+    "BUDGET_DIR": "the folder where the file of the served model is looked for",
+    "RETENTION": "the share of KV heads that keep the whole context",
+    "SINK": "sink tokens, instead of those in the file",
+    "RECENT": "window tokens, instead of those in the file",
+    "STATS": "file to append statistics to, as JSON lines",
+}
+
+logger = logging.getLogger("vllm.kvprofile")
+"""A child of vLLM's logger, so that it is formatted and filtered as vLLM's own lines are."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the environment asks for; None where it leaves the choice to the budget file."""
+
+    budget: Path | None
+    budget_dir: Path
+    retention: float | None
+    sink_tokens: int | None
+    recent_tokens: int | None
+    stats: Path | None
+    allow_untested: bool
+    poison: bool
+
+
+def from_environment(environ: Mapping[str, str]) -> Settings:
+    """The settings in ``environ``; unknown names are warned about. Raises ValueError for values that make no sense."""
+    known = {ENABLED, SHARED, *(PREFIX + name for name in (*_FLAGS, *_VALUES))}
+    for name in sorted(environ):
+        if name.startswith(PREFIX) and name not in known:
+            logger.warning("%s is not known to kvprofile; known are %s", name, ", ".join(sorted(known - {SHARED})))
+    _flag(environ, "ENABLED")
+    given = {name: environ.get(PREFIX + name) or None for name in _VALUES}
+    return Settings(
+        budget=_path(given["BUDGET"]),
+        budget_dir=_path(given["BUDGET_DIR"]) or Path("models/kv_budget"),
+        retention=_share("RETENTION", given["RETENTION"]),
+        sink_tokens=_tokens("SINK", given["SINK"], least=0),
+        recent_tokens=_tokens("RECENT", given["RECENT"], least=1),
+        stats=_path(given["STATS"]),
+        allow_untested=_flag(environ, "ALLOW_UNTESTED"),
+        poison=_flag(environ, "POISON"),
+    )
+
+
+def is_tested(version: str) -> bool:
+    """Whether this runtime was tested with a release of vLLM; builds of one release ('0.32.0+cpu') are one release."""
+    return version.partition("+")[0] in TESTED_VERSIONS
+
+
+def require_tested(version: str, asked: Settings) -> None:
+    """Raise ValueError for a release of vLLM that was not tested, unless that is asked for."""
+    if not is_tested(version) and not asked.allow_untested:
+        raise ValueError(
+            f"kvprofile was tested with vLLM {', '.join(TESTED_VERSIONS)}, this is {version}; "
+            f"{PREFIX}ALLOW_UNTESTED=1 serves with it all the same"
+        )
+
+
+def _path(text: str | None) -> Path | None:
+    return None if text is None else Path(text)
+
+
+def _flag(environ: Mapping[str, str], name: str) -> bool:
+    text = environ.get(PREFIX + name, "0")
+    if text not in ("", "0", "1"):
+        raise ValueError(f"{PREFIX}{name} is {text!r}; give 1 or 0")
+    return text == "1"
+
+
+def _share(name: str, text: str | None) -> float | None:
+    try:
+        value = None if text is None else float(text)
+    except ValueError:
+        value = math.nan
+    if value is not None and not 0.0 < value <= 1.0:
+        raise ValueError(f"{PREFIX}{name} is {text!r}; give a share above 0 and up to 1, like 0.5")
+    return value
+
+
+def _tokens(name: str, text: str | None, least: int) -> int | None:
+    if text is None:
+        return None
+    if not text.isdecimal() or not least <= int(text) <= 10_000_000:
+        raise ValueError(f"{PREFIX}{name} is {text!r}; give a whole number of tokens, at least {least}")
+    return int(text)

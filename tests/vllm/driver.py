@@ -1,0 +1,120 @@
+"""Runs in a process of its own: one engine in this process, several batches, and what its scheduler did meanwhile.
+
+Reads a job as JSON from stdin, prints ``RESULT`` and JSON. The engine is whatever the environment makes it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+
+class Recorder:
+    """Watches a scheduler: admissions of each request, and blocks held by each cache group after each step."""
+
+    def __init__(self, scheduler, every_step):
+        self.scheduler, self.every_step = scheduler, every_step
+        self.admissions, self.chunks, self.held, self.preemptions, self.hits = {}, {}, [], 0, {}
+        self.stock = scheduler.schedule
+        scheduler.schedule = self.schedule
+
+    def schedule(self, *args):
+        output = self.stock(*args)
+        admitted = {new.req_id for new in output.scheduled_new_reqs} | output.scheduled_cached_reqs.resumed_req_ids
+        self.preemptions += len(output.preempted_req_ids or ())
+        for name, count in output.num_scheduled_tokens.items():
+            request = self.scheduler.requests[name]
+            start = request.num_computed_tokens - count
+            if name in admitted:
+                self.admissions.setdefault(name, []).append(request.num_tokens)
+                self.chunks.setdefault(name, []).append([])
+                self.hits.setdefault(name, []).append(start)
+            self.chunks[name][-1].append((start, count))
+        if self.every_step:
+            managers = self.scheduler.kv_cache_manager.coordinator.single_type_managers
+            self.held.append(
+                {
+                    name: [
+                        sum(not block.is_null for block in manager.req_to_blocks.get(name, ())) for manager in managers
+                    ]
+                    for name in output.num_scheduled_tokens
+                }
+            )
+        return output
+
+    def take(self):
+        found = {
+            "admissions": self.admissions,
+            "chunks": self.chunks,
+            "hits": self.hits,
+            "held": self.held,
+            "preemptions": self.preemptions,
+        }
+        self.admissions, self.chunks, self.hits, self.held, self.preemptions = {}, {}, {}, [], 0
+        return found
+
+
+def sabotage():
+    """Let workers see every block, freed or not: what a broken runtime would do."""
+    from kvprofile.runtime.backend import TrimmedView
+
+    stock = TrimmedView.skipped_blocks
+    TrimmedView.skipped_blocks = lambda self, metadata: stock(self, metadata) * 0
+
+
+def patched():
+    """Functions that kvprofile has replaced, by name."""
+    patching = sys.modules.get("kvprofile.runtime.patching")
+    return [f"{owner.__name__}.{name}" for owner, name in patching._originals] if patching else []
+
+
+def main():
+    job = json.load(sys.stdin)
+    from vllm import LLM, SamplingParams
+
+    if os.environ.get("SABOTAGE_TRIMMED_VIEW"):
+        sabotage()
+    llm = LLM(**job["engine"])
+    core = llm.llm_engine.engine_core.engine_core
+    recorder = Recorder(core.scheduler, job["every_step"])
+    batches = []
+    for batch in job["batches"]:
+        options = [
+            SamplingParams(temperature=0, max_tokens=r["max_tokens"], detokenize=False, ignore_eos=True, logprobs=0)
+            for r in batch
+        ]
+        found = llm.generate([{"prompt_token_ids": r["prompt"]} for r in batch], options, use_tqdm=False)
+        schedule = recorder.take()
+        outputs = []
+        for output in found:
+            (name,) = [n for n in schedule["admissions"] if n.split("-")[0] == output.request_id.split("-")[0]]
+            outputs.append(
+                {
+                    "tokens": list(output.outputs[0].token_ids),
+                    "logprobs": [next(iter(step.values())).logprob for step in output.outputs[0].logprobs],
+                    "admissions": schedule["admissions"][name],
+                    "chunks": schedule["chunks"][name],
+                    "hits": schedule["hits"][name],
+                    "held": [step[name] for step in schedule["held"] if name in step],
+                }
+            )
+        batches.append({"outputs": outputs, "preemptions": schedule["preemptions"]})
+    pool = core.scheduler.kv_cache_manager.block_pool
+    groups = [
+        [type(manager.kv_cache_spec).__name__, len(group.layer_names)]
+        for manager, group in zip(
+            core.scheduler.kv_cache_manager.coordinator.single_type_managers,
+            core.scheduler.kv_cache_config.kv_cache_groups,
+            strict=True,
+        )
+    ]
+    runner = llm.llm_engine.vllm_config.use_v2_model_runner
+    result = {"batches": batches, "groups": groups, "free_blocks": pool.get_num_free_blocks(), "v2": runner}
+    result |= {"blocks": pool.num_gpu_blocks, "patched": patched()}
+    result["runtime_modules"] = sorted(name for name in sys.modules if name.startswith("kvprofile.runtime"))
+    print("RESULT", json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

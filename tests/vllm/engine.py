@@ -1,0 +1,152 @@
+"""Starting a real engine in a process of its own, and comparing what it says with the simulation."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+
+from kvprofile.budget.runtime_file import RuntimeFile, RuntimeModel, RuntimeProvenance
+from kvprofile.checkpoint import Source, describe
+from kvprofile.evaluate.simulate import simulating
+from tests.models import ROOT, random_model
+
+NEAR_TIE = 1e-3
+"""Logits closer than this may be ranked either way by another order of summation."""
+
+
+@dataclass
+class Subject:
+    """A random float32 model on disk and its description."""
+
+    model: object
+    folder: object
+    geometry: object
+
+
+def make_subject(folder, family="llama", **changes):
+    shape = {"head_dim": 32, "num_attention_heads": 8, "num_key_value_heads": 4, "num_hidden_layers": 4, **changes}
+    model = random_model(family, **shape)
+    model.save_pretrained(folder)
+    model.set_attn_implementation("sdpa")
+    return Subject(model, folder, describe(Source(folder.name, folder, None)).geometry)
+
+
+def write_budget(path, subject, heads, rule, name=None):
+    """A runtime file that keeps the heads of value 1.0."""
+    geometry = subject.geometry
+    model = RuntimeModel(
+        name=name or subject.folder.name,
+        revision=None,
+        architecture="test",
+        layers=geometry.layers,
+        attention_heads=geometry.attention_heads,
+        kv_heads=geometry.kv_heads,
+        head_size=geometry.head_size,
+        layer_types=tuple(geometry.layer_types),
+        geometry_sha256=geometry.sha256(),
+        tokenizer_sha256=None,
+        weights_sha256=None,
+    )
+    flat = [value for row in heads for value in row if value is not None]
+    provenance = RuntimeProvenance("test", "none", "test", "test", None, 0.5, sum(flat) / len(flat), None, 0, 1, ())
+    rows = tuple(None if row[0] is None else tuple(h for h, v in enumerate(row) if v == 1.0) for row in heads)
+    found = RuntimeFile(model, rows, None, rule.sink_tokens, rule.recent_tokens, provenance)
+    path.write_bytes(found.to_bytes())
+    return path
+
+
+def environment(budget=None, **settings):
+    """The environment of an engine in one process; with a budget it serves with that."""
+    found = {name: value for name, value in os.environ.items() if not name.startswith("LLM_KVZIP_")}
+    found |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    found |= {"VLLM_LOGGING_LEVEL": "INFO", "TOKENIZERS_PARALLELISM": "false"}
+    if budget is not None:
+        found |= {"LLM_KVZIP_ENABLED": "1", "LLM_KVZIP_BUDGET": str(budget)}
+    return found | settings
+
+
+def start(job, env):
+    """Run the driver on a job. Gives the finished process."""
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.vllm.driver"],
+        input=json.dumps(job),
+        env=env,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=1500,
+        check=False,
+    )
+    assert run.returncode == 0, (run.stdout + run.stderr)[-6000:]
+    return run
+
+
+def serve(subject, batches, env, every_step=False, **engine):
+    """Outputs of batches of (prompt, max_tokens) from one engine, with the log of its process."""
+    options = {
+        "model": str(subject.folder),
+        "skip_tokenizer_init": True,
+        "dtype": "float32",
+        "max_model_len": 1024,
+        "enforce_eager": True,
+        "block_size": 32,
+        **engine,
+    }
+    requests = [[{"prompt": prompt, "max_tokens": most} for prompt, most in batch] for batch in batches]
+    run = start({"engine": options, "batches": requests, "every_step": every_step}, env)
+    line = next(line for line in run.stdout.splitlines() if line.startswith("RESULT"))
+    result = json.loads(line.removeprefix("RESULT"))
+    result["log"] = run.stdout + run.stderr
+    return result
+
+
+def expected_lives(prompt, output, v2):
+    """[(where prefill ends, where its tokens end)] for each time the request was admitted.
+
+    On model runner V1 the last generated tokens of a resumed request count as decoded where they came one by one.
+    """
+    ends = [*output["admissions"][1:], len(prompt) + len(output["tokens"])]
+    lives = []
+    for start_at, end, chunks in zip(output["admissions"], ends, output["chunks"], strict=True):
+        prefill_end = start_at
+        if not v2:
+            singles = [start for start, count in chunks if count == 1 and len(prompt) <= start < start_at]
+            if singles:
+                prefill_end = singles[0]
+                after = [count for start, count in chunks if prefill_end <= start < start_at]
+                assert set(after) == {1}, "a chunk behind single tokens is beyond this replay"
+        lives.append((prefill_end, start_at, end))
+    return lives
+
+
+def compare(simulation, prompt, output, v2):
+    """Assert that an engine's tokens are the simulation's, life by life. Gives (tokens, near ties)."""
+    tokens = [*prompt, *output["tokens"]]
+    count = ties = 0
+    for prefill_end, first, end in expected_lives(prompt, output, v2):
+        logits = [simulation.prefill(tokens[:prefill_end])]
+        simulation.trim()
+        simulation.forget_context()
+        if end - 1 > prefill_end:
+            logits += simulation.start().read([tokens[prefill_end : end - 1]])[0]
+        for position in range(first, end):
+            row = logits[position - prefill_end]
+            gap = float(row.max() - row[tokens[position]])
+            assert gap < NEAR_TIE, f"token {position} of a prompt of {len(prompt)}: {gap:.4f} below the best"
+            ties += gap > 0
+            count += 1
+    return count, ties
+
+
+def compare_all(subject, heads, rule, batches, result):
+    """Assert that every output of every batch is the simulation's. Gives (tokens, near ties)."""
+    count = ties = 0
+    with simulating(subject.model, subject.geometry, heads, rule) as simulation:
+        for batch, found in zip(batches, result["batches"], strict=True):
+            for (prompt, _), output in zip(batch, found["outputs"], strict=True):
+                more, tied = compare(simulation, prompt, output, result["v2"])
+                count, ties = count + more, ties + tied
+    return count, ties

@@ -1,0 +1,235 @@
+"""Per-head budgets in a real engine: greedy tokens are the simulation's, in float32, whatever the scheduler does."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import subprocess
+import sys
+
+import pytest
+
+from kvprofile.budget.trim import TrimRule
+from tests.vllm.engine import compare_all, environment, make_subject, serve, write_budget
+
+pytest.importorskip("vllm")
+pytestmark = pytest.mark.vllm
+
+UNEVEN = [[1.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0], [0.0, 1.0, 1.0, 0.0]]
+"""Heads apart and side by side, a layer without full heads, one with nothing else."""
+SPARSE = [[0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]]
+FULL = [[1.0] * 4] * 4
+
+
+@pytest.fixture(scope="module")
+def subject(tmp_path_factory):
+    return make_subject(tmp_path_factory.mktemp("engine") / "tiny")
+
+
+def draw(rng, count):
+    return [rng.randrange(4, 1000) for _ in range(count)]
+
+
+def draw_batch(rng, count, longest=400, shared=()):
+    """Prompts with shared beginnings, around block borders and shorter than sinks and window; outputs of 1 and more."""
+    lengths = [n for n in (1, 5, 31, 32, 33, 64, 97, 150, 260, 400) if n <= longest]
+    return [
+        (
+            list(shared[: rng.choice((0, 32, 64, 100, 192))]) + draw(rng, rng.choice(lengths)),
+            rng.choice((1, 2, 8, 30, 60, 100)),
+        )
+        for _ in range(count)
+    ]
+
+
+def finite(result):
+    return all(
+        math.isfinite(value) for batch in result["batches"] for found in batch["outputs"] for value in found["logprobs"]
+    )
+
+
+def test_pressure_chunks_and_prefix_hits(subject, tmp_path):
+    """A pool for one and a half requests, prompts in chunks of at most 70 tokens, blocks poisoned when freed."""
+    rng, rule = random.Random("pressure"), TrimRule(16, 64, 32)
+    shared = draw(rng, 200)
+    batches = [draw_batch(rng, 20, shared=shared) for _ in range(3)]
+    turns = [draw(rng, 150)]
+    for _ in range(3):  # a conversation that comes back with its own answer, here as any other tokens
+        turns.append(turns[-1] + draw(rng, 70))
+    batches += [[(turn, 40)] for turn in turns]
+    found = serve(
+        subject,
+        batches,
+        environment(write_budget(tmp_path / "b.json", subject, UNEVEN, rule), LLM_KVZIP_POISON="1"),
+        num_gpu_blocks_override=52,
+        max_num_batched_tokens=70,
+        max_num_seqs=12,
+        max_model_len=768,
+    )
+    assert sum(batch["preemptions"] for batch in found["batches"]) > 0
+    hits = [hit for batch in found["batches"] for output in batch["outputs"] for hit in output["hits"]]
+    assert sum(hit > 0 for hit in hits) > 10
+    assert found["batches"][-1]["outputs"][0]["hits"][0] > 250  # the prompt of the turn before, after its trim
+    assert found["free_blocks"] == found["blocks"] - 1  # all but the null block
+    assert finite(found)
+    count, ties = compare_all(subject, UNEVEN, rule, batches, found)
+    assert count > 1500
+    print(f"{count} tokens equal the simulation's, {ties} of them near ties")
+
+
+@pytest.mark.parametrize(
+    ("heads", "rule", "prefix_caching"),
+    [(SPARSE, TrimRule(40, 100, 64), False), (UNEVEN, TrimRule(0, 1, 64), True), (UNEVEN, TrimRule(1, 33, 96), True)],
+    ids=["sparse-64", "no-sinks-64", "odd-96"],
+)
+def test_block_sizes_and_memory(subject, tmp_path, heads, rule, prefix_caching):
+    """Requests hold what the rule says, block by block, in every step; the same tokens as the simulation's."""
+    rng = random.Random(f"blocks:{rule}")
+    batches = [draw_batch(rng, 10), [(draw(rng, 500), 90)]]
+    found = serve(
+        subject,
+        batches,
+        environment(write_budget(tmp_path / "b.json", subject, heads, rule), LLM_KVZIP_POISON="1"),
+        every_step=True,
+        block_size=rule.block_tokens,
+        enable_prefix_caching=prefix_caching,
+    )
+    assert {kind for kind, _ in found["groups"]} == {"StreamSpec", "FullAttentionSpec"}
+    for batch, results in zip(batches, found["batches"], strict=True):
+        for (prompt, _), output in zip(batch, results["outputs"], strict=True):
+            for (start_at, tokens), held in zip(output["chunks"][0], output["held"], strict=True):
+                processed = start_at + tokens
+                whole = -(-processed // rule.block_tokens)
+                freed = rule.first_recent_block(start_at) - rule.sink_blocks if start_at >= len(prompt) else 0
+                expected = {"FullAttentionSpec": whole, "StreamSpec": whole - freed}
+                assert held == [expected[kind] for kind, _ in found["groups"]]
+    assert finite(found)
+    compare_all(subject, heads, rule, batches, found)
+
+
+def test_sliding_layers_stay_as_they_are(tmp_path):
+    """A Gemma-like model: only its full-attention layer is split, and the others' caches share the pool."""
+    subject = make_subject(tmp_path / "gemma", "gemma3", num_hidden_layers=7)
+    slides = [kind == "sliding_attention" for kind in subject.geometry.layer_types]
+    heads = [[None] * 4 if sliding else [1.0, 0.0, 1.0, 0.0] for sliding in slides]
+    rng, rule = random.Random("sliding"), TrimRule(16, 40, 32)
+    batches = [draw_batch(rng, 8), [(draw(rng, 300), 40)]]
+    batches.append([(batches[1][0][0] + draw(rng, 5), 20)])
+    found = serve(
+        subject,
+        batches,
+        environment(write_budget(tmp_path / "b.json", subject, heads, rule)),
+        max_num_batched_tokens=128,
+    )
+    assert {kind for kind, _ in found["groups"]} == {"StreamSpec", "FullAttentionSpec", "SlidingWindowSpec"}
+    assert found["batches"][2]["outputs"][0]["hits"] == [288]
+    compare_all(subject, heads, rule, batches, found)
+
+
+def test_poison_shows_a_view_that_is_not_trimmed(subject, tmp_path):
+    """The other tests' poison is not harmless: a worker that reads what the scheduler freed says NaN."""
+    rule = TrimRule(16, 64, 32)
+    env = environment(write_budget(tmp_path / "b.json", subject, UNEVEN, rule), LLM_KVZIP_POISON="1")
+    env |= {"SABOTAGE_TRIMMED_VIEW": "1"}
+    prompt = draw(random.Random("sabotage"), 400)
+    found = serve(subject, [[(prompt, 8)]], env, enable_prefix_caching=False)
+    assert not finite(found)
+
+
+def test_off_and_retention_one_are_stock(subject, tmp_path):
+    """Without the toggle vLLM's functions are the originals; with every head full no layer is split."""
+    rng = random.Random("stock")
+    batches = [draw_batch(rng, 12)]
+    stock = serve(subject, batches, environment())
+    budget = write_budget(tmp_path / "b.json", subject, FULL, TrimRule(16, 64, 32))
+    whole = serve(subject, batches, environment(budget))
+    assert stock["batches"] == whole["batches"]
+    assert stock["groups"] == whole["groups"] == [["FullAttentionSpec", 4]]
+    assert stock["patched"] == []
+    assert stock["runtime_modules"] == ["kvprofile.runtime", "kvprofile.runtime.gate"]
+    assert sorted(whole["patched"]) == [
+        "Attention.__init__",
+        "EngineArgs.create_engine_config",
+        "InputProcessor.process_inputs",
+        "vllm.v1.core.kv_cache_utils.get_kv_cache_groups",
+    ]
+
+
+def test_budgets_do_not_share_compiled_graphs(subject, tmp_path):
+    """Off, one budget, another, and the first again, with torch.compile and one cache folder."""
+    rule = TrimRule(16, 64, 32)
+    batches = [draw_batch(random.Random("compiled"), 6)]
+    first = write_budget(tmp_path / "first.json", subject, UNEVEN, rule)
+    second = write_budget(tmp_path / "second.json", subject, [row[::-1] for row in SPARSE], rule)
+    for heads, budget in (
+        (FULL, None),
+        (UNEVEN, first),
+        ([row[::-1] for row in SPARSE], second),
+        (UNEVEN, first),
+    ):
+        env = environment(budget, VLLM_CACHE_ROOT=str(tmp_path / "cache"))
+        found = serve(subject, batches, env, enforce_eager=False)
+        compare_all(subject, heads, rule, batches, found)
+
+
+REFUSALS = """
+import json, os, sys
+model, cases = json.loads(sys.stdin.read())
+from vllm.engine.arg_utils import EngineArgs
+for settings, arguments in cases:
+    for name in [name for name in os.environ if name.startswith("LLM_KVZIP_")]:
+        del os.environ[name]
+    os.environ.update(LLM_KVZIP_ENABLED="1", **settings)
+    try:
+        EngineArgs(model, max_model_len=512, skip_tokenizer_init=True, **arguments).create_engine_config()
+    except Exception as error:
+        print("REFUSED", json.dumps([type(error).__name__, str(error)]))
+    else:
+        print("REFUSED", json.dumps(None))
+"""
+"""Every refusal happens where vLLM makes its configuration: in the parent, before any engine is built."""
+
+
+def test_refusals_name_the_reason(subject, tmp_path):
+    rule = TrimRule(16, 64, 32)
+    good = str(write_budget(tmp_path / "good.json", subject, UNEVEN, rule))
+    other = str(write_budget(tmp_path / "other.json", subject, UNEVEN, rule, name="somebody/else"))
+    broken = tmp_path / "broken.json"
+    broken.write_text(json.dumps({"format": "kvprofile-runtime", "version": 1}))
+    (tmp_path / "empty").mkdir()
+    cases = [
+        ({"LLM_KVZIP_BUDGET": other}, {}, "is for somebody/else"),
+        ({"LLM_KVZIP_BUDGET": str(broken)}, {}, "full_heads is missing"),
+        ({"LLM_KVZIP_BUDGET_DIR": str(tmp_path / "empty")}, {}, "no budget for"),
+        ({"LLM_KVZIP_BUDGET": good, "LLM_KVZIP_RETENTION": "2"}, {}, "LLM_KVZIP_RETENTION is '2'"),
+        ({"LLM_KVZIP_BUDGET": good}, {"kv_cache_dtype": "fp8_e4m3"}, "quantised KV cache fp8_e4m3"),
+        ({"LLM_KVZIP_BUDGET": good}, {"scheduler_reserve_full_isl": False}, "scheduler_reserve_full_isl off"),
+        (
+            {"LLM_KVZIP_BUDGET": good},
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}},
+            "speculative decoding",
+        ),
+        ({"LLM_KVZIP_BUDGET": good}, {"pipeline_parallel_size": 2}, "pipeline parallelism"),
+        ({"LLM_KVZIP_BUDGET": good}, {}, None),
+    ]
+    run = subprocess.run(
+        [sys.executable, "-c", REFUSALS],
+        input=json.dumps([str(subject.folder), [case[:2] for case in cases]]),
+        env=environment(good),
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    lines = [line.removeprefix("REFUSED") for line in run.stdout.splitlines() if line.startswith("REFUSED")]
+    for (_, _, expected), line in zip(cases, lines, strict=True):
+        found = json.loads(line)
+        if expected is None:
+            assert found is None
+            continue
+        kind, message = found
+        assert kind in ("ValueError", "InputError"), found
+        assert expected in message
+        assert "\n" not in message

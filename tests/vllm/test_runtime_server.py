@@ -1,0 +1,114 @@
+"""The runtime across processes: tensor parallelism, and ``vllm serve`` with its metrics, as the doctor sees them."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from kvprofile.budget.trim import TrimRule
+from kvprofile.evaluate.simulate import simulating
+from kvprofile.runtime import doctor
+from tests.vllm.engine import NEAR_TIE, compare_all, environment, make_subject, serve, write_budget
+
+pytest.importorskip("vllm")
+pytestmark = pytest.mark.vllm
+
+HEADS = [[1.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0], [0.0, 1.0, 1.0, 0.0]]
+RULE = TrimRule(16, 64, 32)
+
+
+def draw(rng, count):
+    return [rng.randrange(4, 1000) for _ in range(count)]
+
+
+def test_tensor_parallel_ranks_hold_their_heads(tmp_path):
+    subject = make_subject(tmp_path / "tiny")
+    rng = random.Random("ranks")
+    batches = [[(draw(rng, count), most) for count, most in ((300, 40), (20, 100), (64, 1), (130, 30))]]
+    env = environment(write_budget(tmp_path / "b.json", subject, HEADS, RULE), VLLM_CPU_OMP_THREADS_BIND="nobind")
+    found = serve(subject, batches, env, tensor_parallel_size=2)
+    compare_all(subject, HEADS, RULE, batches, found)
+
+
+@pytest.fixture
+def server(tmp_path, tokenizer):
+    """A served model. Gives its address, the model and the statistics file."""
+    subject = make_subject(tmp_path / "tiny")
+    tokenizer.save_pretrained(subject.folder)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    stats = tmp_path / "stats.jsonl"
+    env = environment(write_budget(tmp_path / "b.json", subject, HEADS, RULE), LLM_KVZIP_STATS=str(stats))
+    del env["VLLM_ENABLE_V1_MULTIPROCESSING"]
+    # what `vllm serve` runs; the command itself looks for a distribution called vllm, and here it is vllm-cpu
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(subject.folder)]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    command += ["--dtype", "float32", "--max-model-len", "1024", "--block-size", "32", "--enforce-eager"]
+    log = tmp_path / "server.log"
+    with log.open("w") as out:
+        process = subprocess.Popen(command, env=env, stdout=out, stderr=out)
+    try:
+        deadline = time.monotonic() + 400
+        while not _answers(f"http://127.0.0.1:{port}/health"):
+            assert process.poll() is None, log.read_text()[-4000:]
+            assert time.monotonic() < deadline, log.read_text()[-4000:]
+            time.sleep(1)
+        yield f"http://127.0.0.1:{port}", subject, stats
+    finally:
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+
+def fetch(url, body=None):
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})  # noqa: S310 - our own server
+    with urllib.request.urlopen(request, timeout=120) as answer:  # noqa: S310
+        return answer.read().decode()
+
+
+def _answers(url):
+    try:
+        fetch(url)
+    except OSError:
+        return False
+    return True
+
+
+def test_vllm_serve_applies_budgets_and_says_so(server):
+    address, subject, stats = server
+    prompt, asked = draw(random.Random("serve"), 400), 40
+    body = {"model": str(subject.folder), "prompt": prompt, "max_tokens": asked, "temperature": 0, "ignore_eos": True}
+    body |= {"return_token_ids": True}
+    tokens = json.loads(fetch(f"{address}/v1/completions", body))["choices"][0]["token_ids"]
+    assert len(tokens) == asked
+    with simulating(subject.model, subject.geometry, HEADS, RULE) as simulation:
+        logits = [simulation.prefill(prompt)]
+        logits += simulation.start().read([tokens[:-1]])[0]
+    for row, token in zip(logits, tokens, strict=True):
+        assert float(row.max() - row[token]) < NEAR_TIE
+
+    check = doctor.server(address)
+    assert check.good, check.detail
+    text = fetch(f"{address}/metrics")
+    values = dict(line.split(maxsplit=1) for line in text.splitlines() if line.startswith("kvprofile_"))
+    assert float(values["kvprofile_full_heads"]) == 8
+    first_freed, last_freed = RULE.sink_blocks, RULE.first_recent_block(len(prompt) + asked - 1)
+    groups = float(values["kvprofile_kv_blocks_reclaimed_total"]) / (last_freed - first_freed)
+    assert groups == int(groups) >= 1  # each streaming group gave back the same blocks
+    assert float(values["kvprofile_kv_bytes_reclaimed_total"]) > 0
+    lines = [json.loads(line) for line in Path(stats).read_text().splitlines()]
+    assert lines[-1]["kv_blocks_reclaimed_total"] >= 0
+    assert "kv_bytes_in_use" in lines[-1]
