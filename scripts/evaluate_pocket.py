@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,8 +190,24 @@ def card(result: dict[str, Any]) -> str:
         fact_tasks=FACTS,
         other_tasks=OTHERS,
         pairs=list(itertools.combinations(range(result["training"]["shape"]["kv_heads"]), 2)),
-        percent=lambda part, digits=1: f"{part:.{digits}%}",
+        matters=list(matters(result["ablation"])),
+        percent=rounded_down,
     )
+
+
+def matters(ablation: dict[str, Any]) -> Iterator[str]:
+    """The single heads whose ablation costs a point or more of answers or of repeated tokens, as 'KV 0 of layer 2'."""
+    none = ablation["none"]
+    for layer, row in enumerate(ablation["singles"]):
+        for head, cell in enumerate(row):
+            if max(none["exact"] - cell["exact"], none["repeat"] - cell["repeat"]) >= 0.01:
+                yield f"KV {head} of layer {layer}"
+
+
+def rounded_down(share: float, digits: int = 1) -> str:
+    """A share as a percentage that never looks better than it is."""
+    scale = 10**digits
+    return f"{math.floor(round(share * 100 * scale, 6)) / scale:.{digits}f}%"
 
 
 def main() -> None:

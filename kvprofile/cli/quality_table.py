@@ -100,11 +100,13 @@ def verdicts(summary: Mapping[str, Any]) -> Iterator[str]:
         if against is None:
             yield f"{told}."
         elif (against["low"] or 0) > 0:
-            yield f"{told}; random heads there do worse by {_points(against)}."
+            yield f"{told}; random heads there do worse by {_points(against)}, over {found['random_seeds']} draws."
         else:
             others = ", ".join(f"{retention:g}" for retention in found["beats_random_at"])
-            yield f"{told}; not surely better than random heads there ({_points(against)})" + (
-                f", but at {others}." if others else ", nor at another retention."
+            where = f"but at {others}" if others else "nor at another retention"
+            yield (
+                f"{told}; not surely better than random heads there ({_points(against)}, over {found['random_seeds']} "
+                f"draws), {where}. More --random-seeds tell more."
             )
 
 

@@ -55,12 +55,17 @@ class Growing:
         self.keys[rows, :, slots] = keys.transpose(1, 2)
         self.values[rows, :, slots] = values.transpose(1, 2)
 
-    def span(self, stop: int) -> Span:
-        """What is held below position ``stop``."""
+    def spans(self, start: int, stop: int) -> list[Span]:
+        """Views of what is held below position ``start``, if anything is, and from there to ``stop``."""
         if self.keys is None or self.values is None:
             raise ValueError("nothing was written yet")
-        held = stop - self.first - self.dropped
-        return Span(self.keys[:, :, :held], self.values[:, :, :held], self.first + self.dropped)
+        first = self.first + self.dropped
+        middle = max(0, start - first)
+        return [
+            Span(self.keys[:, :, a:b], self.values[:, :, a:b], first + a)
+            for a, b in ((0, middle), (middle, stop - first))
+            if b > a
+        ]
 
     def nbytes(self) -> int:
         """Bytes allocated."""

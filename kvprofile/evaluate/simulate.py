@@ -90,6 +90,7 @@ class Simulation:
         self.cache = Cache(layers=[_Collecting(self) for _ in range(geometry.layers)])
         self.length = 0
         self.branch: Branch | None = None
+        self.fused: dict[tuple[torch.device, torch.dtype, int, int], kernels.Fused | None] = {}
         self.prefilled: list[list[Span]] = []
         self.layers: list[list[Heads]] = []
         self.set_heads(heads)
@@ -205,7 +206,7 @@ class Simulation:
             sees = self._sliding if self._slides(layer) and self.window else None
             if _is_plain(sees, options):
                 return self._attend_plainly(module, query, joined(spans), options.scale)
-            return _attend(query, spans, self.positions, self.lowest, sees, options, options.sinks)
+            return self._merged(query, spans, sees, options, options.sinks)
         output: torch.Tensor | None = None
         group = query.shape[1] // key.shape[1]
         for heads, own in zip(self.layers[layer], self.branch.own[layer], strict=True):
@@ -214,11 +215,11 @@ class Simulation:
             rows = slice(None) if every else mine.flatten().to(query.device)
             picked = slice(None) if every else heads.index.to(query.device)
             own.write(key[:, picked], value[:, picked], self.positions, self.stop)
-            spans = [*heads.context, own.span(self.stop)]
+            spans = [*heads.context, *own.spans(self.lowest, self.stop)]
             if every and self.branch.count == 1 and _is_plain(heads.sees, options):
                 return self._attend_plainly(module, query, joined(spans), options.scale)
             sinks = options.sinks[rows] if options.sinks is not None else None
-            found = _attend(query[:, rows], spans, self.positions, self.lowest, heads.sees, options, sinks)
+            found = self._merged(query[:, rows], spans, heads.sees, options, sinks)
             if every:
                 return found
             output = torch.empty_like(query) if output is None else output
@@ -226,6 +227,41 @@ class Simulation:
         if output is None:
             raise ValueError(f"layer {layer} has no heads")
         return output
+
+    def _merged(
+        self,
+        query: torch.Tensor,
+        spans: Sequence[Span],
+        sees: Visible | None,
+        options: _Options,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Attention of query [B, H, n, D] to spans of keys, merged by log-sum-exp, -> [B, H, n, D].
+
+        Shared spans that every row sees whole go through torch's fused kernel where there is one.
+        """
+        parts = []
+        for span in spans:
+            past = sees is None and span.first + span.count <= self.lowest and span.keys.shape[0] == 1
+            fused = self._fused(query, span) if past and options.softcap is None else None
+            if fused is not None:
+                parts.append(_side_by_side(fused, query, span, options.scale))
+                continue
+            parts += kernels.over_keys(
+                query, span.keys, span.values, options.scale, self.positions, span.first, self.lowest, sees,
+                options.softcap,
+            )  # fmt: skip
+        return kernels.merge(parts, sinks).output
+
+    def _fused(self, query: torch.Tensor, span: Span) -> kernels.Fused | None:
+        """The fused kernel for such tensors, chosen once for each kind."""
+        group, size = query.shape[1] // span.keys.shape[1], query.shape[-1]
+        what = (query.device, query.dtype, size, group)
+        if span.values.shape[-1] != size:
+            return None
+        if what not in self.fused:
+            self.fused[what] = kernels.choose_fused(*what)[0]
+        return self.fused[what]
 
     def _attend_plainly(self, module: torch.nn.Module, query: torch.Tensor, whole: Span, scale: float) -> torch.Tensor:
         """What transformers computes for one conversation whose heads hold everything, bit for bit."""
@@ -357,21 +393,10 @@ def _is_plain(sees: Visible | None, options: _Options) -> bool:
     return sees is None and options.softcap is None and options.sinks is None
 
 
-def _attend(
-    query: torch.Tensor,
-    spans: Sequence[Span],
-    positions: torch.Tensor,
-    lowest: int,
-    sees: Visible | None,
-    options: _Options,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
-    """Attention of query [B, H, n, D] at positions [B, n] >= lowest to spans of keys, merged, -> [B, H, n, D]."""
-    parts = [
-        part
-        for span in spans
-        for part in kernels.over_keys(
-            query, span.keys, span.values, options.scale, positions, span.first, lowest, sees, options.softcap
-        )
-    ]
-    return kernels.merge(parts, sinks).output
+def _side_by_side(fused: kernels.Fused, query: torch.Tensor, span: Span, scale: float) -> kernels.Part:
+    """All of a span for all branches: their rows [B, H, n, D] become rows of one sequence."""
+    batch, heads, count, size = query.shape
+    flat = query.transpose(0, 1).reshape(1, heads, batch * count, size)
+    part = fused(flat, span.keys, span.values, scale, False)
+    output = part.output.view(heads, batch, count, -1).transpose(0, 1)
+    return kernels.Part(output, part.lse.view(heads, batch, count).transpose(0, 1))

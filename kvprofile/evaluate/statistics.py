@@ -131,7 +131,7 @@ class Bootstrap:
         """Mean of ``ours`` less the mean of ``theirs``, both in [0, 1] and about the same questions."""
         first, second = self._rows(ours), self._rows(theirs)
         floor = self._floor(first, second)
-        drawn = None if self.weights is None else _known(self._draw(first)) - _known(self._draw(second))
+        drawn = None if self.weights is None else self._shares(first) - self._shares(second)
         return _estimate(float(first.mean() - second.mean()), drawn, self.tail, floor, Interval(-1.0, 1.0))
 
     def ratio(self, ours: Values, theirs: Values) -> Estimate:
@@ -143,11 +143,12 @@ class Bootstrap:
         value = float(first.mean()) / whole
         if self.weights is None:
             return Estimate(value, None, None)
-        above, below = _known(self._draw(first)), _known(self._draw(second))
+        above, below = self._shares(first), self._shares(second)
         if below.min() <= 0:
             return Estimate(value, None, None)
         floor = self._floor(first, second)
-        return _estimate(value, above / below, self.tail, Interval(1 + floor.low / whole, 1 + floor.high / whole))
+        floor = Interval(1 + floor.low / whole, 1 + floor.high / whole)
+        return _estimate(value, above / below, self.tail, floor, Interval(0.0, math.inf))
 
     def _rows(self, values: Values) -> npt.NDArray[np.float64]:
         rows = np.atleast_2d(np.asarray(values, dtype=np.float64))
@@ -173,6 +174,13 @@ class Bootstrap:
             drawn = drawn + error * np.random.default_rng((self.seed, seeds)).standard_t(seeds - 1, self.draws)
         return np.asarray(drawn)
 
+    def _shares(self, rows: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Means of the draws of values in [0, 1]: a seed's error leads no further."""
+        drawn = self._draw(rows)
+        if drawn is None:
+            raise ValueError("there are no draws of a single exercise")
+        return drawn.clip(0.0, 1.0)
+
     def _weights(self, strata: list[list[int]]) -> npt.NDArray[np.float64]:
         """How often each draw takes each exercise, [draws, exercises]."""
         generator = np.random.default_rng(self.seed)
@@ -196,12 +204,6 @@ def _pooled(strata: list[list[int]]) -> list[list[int]]:
         largest = max(large, key=len)
         return [members + alone if members is largest else members for members in large]
     return [*large, alone] if alone else large
-
-
-def _known(drawn: npt.NDArray[np.float64] | None) -> npt.NDArray[np.float64]:
-    if drawn is None:
-        raise ValueError("there are no draws of a single exercise")
-    return drawn
 
 
 def _tail(freedom: int) -> float:

@@ -151,8 +151,9 @@ def verdicts(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         mine = [row for row in rows if row["name"] == name and row["relative"]["low"] is not None]
         keeping = [row for row in mine if row["relative"]["low"] >= KEPT]
         best = min(keeping, key=lambda row: row["retention"], default=None)
-        nearest = max(mine, key=lambda row: row["relative"]["low"], default=None)
+        nearest = max(mine, key=lambda row: (row["relative"]["low"], -row["retention"]), default=None)
         shown = best or nearest
+        draws = next((row["seeds"] for row in rows if row["kind"] == RANDOM), 0)
         better = [row["retention"] for row in mine if row["against_random"] and (row["against_random"]["low"] or 0) > 0]
         found.append(
             {
@@ -164,6 +165,7 @@ def verdicts(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 "relative": shown and shown["relative"],
                 "against_random": shown and shown["against_random"],
                 "beats_random_at": better,
+                "random_seeds": draws,
             }
         )
     return found
@@ -189,6 +191,7 @@ def _row(results: Results, variant: Variant) -> dict[str, Any]:
         "heads": sum(value is not None for values in variant.heads for value in values),
         "retention_realised": sum(item.retention_realised for item in every) / len(every),
         "accuracy": asdict(results.accuracy(row)),
+        "accuracy_by_seed": results.column(row, "accuracy").mean(1).tolist(),
         "relative": asdict(results.relative(row)) if row != FULL else None,
         "against_random": asdict(against) if against else None,
         "against_first": asdict(results.difference(row, rival)) if compared else None,

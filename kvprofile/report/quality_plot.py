@@ -101,12 +101,12 @@ def _bounds(estimate: Mapping[str, float]) -> tuple[float, float]:
 
 
 def _band(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Random heads: the mean over seeds and its interval."""
+    """Random heads: the mean over the draws, and the range from the worst to the best of them."""
     if not rows:
         return
     places = [row["retention_realised"] for row in rows]
     values = [row["accuracy"]["value"] for row in rows]
-    low, high = zip(*(_bounds(row["accuracy"]) for row in rows), strict=True)
+    low, high = ([pick(row["accuracy_by_seed"]) for row in rows] for pick in (min, max))
     seeds = rows[0]["seeds"]
     label = f"random, {seeds} draw{'s' if seeds > 1 else ''}"
     axes.fill_between(places, low, high, color="#d9d9d9", linewidth=0, zorder=1)
@@ -120,5 +120,5 @@ def _title(summary: Mapping[str, Any]) -> str:
     return (
         f"{summary['model']['name']}: {summary['questions']:,} questions on {summary['exercises']:,} contexts of "
         f"{tokens} tokens\ntrimmed heads keep {settings['sink_tokens']} sinks and the last "
-        f"{settings['recent_tokens']} tokens; bars and band are 95 % intervals"
+        f"{settings['recent_tokens']} tokens; bars: 95 % intervals; band: range of the draws"
     )

@@ -1,4 +1,4 @@
-"""Every scoring method through the command line: what the file holds, that runs resume, and that kvzip's part is equal."""
+"""Every scoring method through the command line: what the file holds, that runs resume, what stays equal."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_unknown_method_is_one_line(tiny_checkpoint, tmp_path, capsys):
     assert capsys.readouterr().err.strip().endswith(f"unknown method 'magic'; known: {', '.join(METHODS)}")
 
 
-def test_an_interrupted_run_keeps_the_losses_it_has(tiny_checkpoint, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_run_keeps_the_losses_it_has(tiny_checkpoint, tmp_path, monkeypatch):
     whole = tmp_path / "whole.json"
     score(tiny_checkpoint, whole, "gate")
     asked = []

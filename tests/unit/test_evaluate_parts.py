@@ -210,13 +210,15 @@ def test_the_end_of_a_turn_comes_from_the_template(tokenizer, tmp_path, template
 def test_outside_means_that_no_trimmed_head_sees_the_evidence(tokenizer, words, seed, task):
     rule = TrimRule(20, 50, 8)
     asked = asked_exercise(task, tokenizer, words, rule, seed=seed)
-    count, prefix = len(asked.context_ids), len(words.frame.prefix_ids)
+    ids, prefix = asked.context_ids, len(words.frame.prefix_ids)
+    ends = [len(tokenizer.decode(ids[prefix:stop])) for stop in range(prefix, len(ids) + 1)]
     for question, outside, depth in zip(asked.exercise.questions, asked.outside, asked.depths, strict=True):
-        seen = set()
-        for start, stop in question.evidence:
-            first = prefix + len(asking.encode(tokenizer, asked.exercise.context[:start]))
-            last = prefix + len(asking.encode(tokenizer, asked.exercise.context[:stop]))
-            seen |= {rule.sees(count, position) for position in range(first, last)}
+        seen = {
+            rule.sees(len(ids), prefix + token)
+            for start, stop in question.evidence
+            for token in range(len(ids) - prefix)
+            if ends[token] < stop and ends[token + 1] > start
+        }
         assert outside == (seen == {False})
         assert 0 <= depth <= 1
 

@@ -156,6 +156,7 @@ def test_off_and_retention_one_are_stock(subject, tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_budgets_do_not_share_compiled_graphs(subject, tmp_path):
     """Off, one budget, another, and the first again, with torch.compile and one cache folder."""
     rule = TrimRule(16, 64, 32)
