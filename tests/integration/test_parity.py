@@ -85,7 +85,7 @@ def test_scores_do_not_depend_on_slice_length(model, tokenizer, text_ids, tmp_pa
     for slice_tokens in (1, 37, 64, 128):
         # One token at a time, torch's linear layers take another path. The bundled model's logits reach a hundred,
         # where float32 has steps of 8e-6, so its scores may differ by a few steps then.
-        sharp = slice_tokens == 1 and model.config.num_hidden_layers == 4 and model.config.hidden_size == 256
+        sharp = slice_tokens == 1 and model.config.hidden_size == 256
         sliced = score_all(model, geometry, tokenizer, ids, 80, slice_tokens=slice_tokens)
         assert (whole - sliced).abs().max().item() < (5e-5 if sharp else 1e-5)
 
