@@ -45,6 +45,7 @@ format: install
 
 bench: install
 	$(BIN)/python benchmarks/score_memory.py
+	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python scripts/evaluate_pocket.py
 
 clean:
