@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
-from transformers.masking_utils import AttentionMaskInterface
 
 from kvprofile.budget.profile import Geometry, Matrix
 from kvprofile.budget.trim import TrimRule
 from kvprofile.errors import InputError
 from kvprofile.evaluate.held import Growing, Span, joined
 from kvprofile.scoring import kernels
+from kvprofile.scoring.attention import routed
 from kvprofile.scoring.kernels import Visible
 
 NAME = "kvprofile_budgeted"
@@ -355,19 +355,13 @@ def simulating(model: PreTrainedModel, geometry: Geometry, heads: Matrix, rule: 
     """
     if _current:
         raise RuntimeError("a model is being simulated already in this process")
-    before = model.config._attn_implementation
     simulation = Simulation(model, geometry, heads, rule)
-    AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, lambda *_, **__: None)
     _current.append(simulation)
     try:
-        model.set_attn_implementation(NAME)
-        yield simulation
+        with routed(model, NAME, _attention):
+            yield simulation
     finally:
         _current.clear()
-        model.set_attn_implementation(before)
-        AttentionInterface._global_mapping.pop(NAME, None)
-        AttentionMaskInterface._global_mapping.pop(NAME, None)
 
 
 def _attention(

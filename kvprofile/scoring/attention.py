@@ -7,7 +7,7 @@ and chunk position, the maximum over rows and over the query heads of the group 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -74,18 +74,27 @@ def recording(model: PreTrainedModel, geometry: Geometry) -> Iterator[Recorder]:
     if current:
         raise RuntimeError("a model is being scored already in this process")
     recorder = Recorder(geometry)
-    before = model.config._attn_implementation
-    AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, no_mask)
     current.append(recorder)
     try:
-        model.set_attn_implementation(NAME)
-        yield recorder
+        with routed(model, NAME, _attention):
+            yield recorder
     finally:
         current.clear()
+
+
+@contextmanager
+def routed(model: PreTrainedModel, name: str, attend: Callable[..., Any]) -> Iterator[None]:
+    """Make ``attend`` a model's attention function under a name of its own, without masks, and put the old one back."""
+    before = model.config._attn_implementation
+    AttentionInterface.register(name, attend)
+    AttentionMaskInterface.register(name, no_mask)
+    try:
+        model.set_attn_implementation(name)
+        yield
+    finally:
         model.set_attn_implementation(before)
-        AttentionInterface._global_mapping.pop(NAME, None)
-        AttentionMaskInterface._global_mapping.pop(NAME, None)
+        AttentionInterface._global_mapping.pop(name, None)
+        AttentionMaskInterface._global_mapping.pop(name, None)
 
 
 def no_mask(*_args: Any, **_kwargs: Any) -> None:

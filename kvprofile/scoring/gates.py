@@ -17,8 +17,7 @@ from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, PreTrainedModel
-from transformers.masking_utils import AttentionMaskInterface
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from kvprofile.budget.profile import Geometry
@@ -223,14 +222,11 @@ def gating(
         raise ValueError("gates need a model in eval mode")
     recorder = attention.Recorder(geometry)
     gated = GatedModel(model, recorder, rule, frame, **sizes)
-    before, learning = model.config._attn_implementation, [p for p in model.parameters() if p.requires_grad]
-    AttentionInterface.register(NAME, gated.attend)
-    AttentionMaskInterface.register(NAME, attention.no_mask)
+    learning = [p for p in model.parameters() if p.requires_grad]
     attention.current.append(recorder)
     try:
-        model.set_attn_implementation(NAME)
         model.requires_grad_(False)
-        with ExitStack() as stack:
+        with attention.routed(model, NAME, gated.attend), ExitStack() as stack:
             for layer, held in zip(_decoder_layers(model, geometry), gated.cache.layers, strict=True):
                 if checkpointing:
                     stack.enter_context(_forward(layer, _checkpointed(layer.forward, recorder, held)))
@@ -239,9 +235,6 @@ def gating(
         attention.current.clear()
         for parameter in learning:
             parameter.requires_grad_(True)
-        model.set_attn_implementation(before)
-        AttentionInterface._global_mapping.pop(NAME, None)
-        AttentionMaskInterface._global_mapping.pop(NAME, None)
 
 
 def _checkpointed(forward: Callable[..., Any], recorder: attention.Recorder, held: GatedLayer) -> Callable[..., Any]:
