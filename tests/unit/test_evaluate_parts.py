@@ -102,9 +102,9 @@ def test_profiles_that_cannot_be_compared():
         build([Contender("a", odd)], profile.model.geometry, [0.5])
 
 
-def test_a_runtime_file_has_one_budget_and_no_ranking():
+def test_a_runtime_file_has_one_budget_and_no_ranking(tmp_path):
     profile = make_profile()
-    written = foreign.written(profile, "vllm", Path(), retention=0.4)
+    written = foreign.written(profile, "vllm", tmp_path, retention=0.4)
     stated = foreign.read_back(profile, "vllm", written)
     found = build([Contender("a", stated)], profile.model.geometry, [0.4], random_seeds=1)
     assert [variant.key for variant in found] == ["full", "a@0.4", "random-0@0.4", "streaming"]
