@@ -1,7 +1,7 @@
 """Train models/pocket, the small checkpoint that ships with kvprofile: `python scripts/train_pocket.py --output DIR`.
 
 The model learns to answer questions about its context and to repeat that context. Two KV heads of layer 0 start as
-previous-token heads and two of layer 2 as induction heads; all others start at random and find their own roles. Data
+previous-token heads; all others start at random, the heads that look things up included. Data
 come from kvprofile.evaluate.tasks under the purpose "train", a fresh seed for every step, so the run can stop anywhere
 and continue. The smoke mode (--smoke) takes about a minute.
 """
@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import random
 import sys
 import time
@@ -54,9 +53,7 @@ QUESTION_TASKS = {
 """How often each task is drawn where a row asks questions."""
 
 WARM_HEADS = 2
-"""KV heads that start with a role, in layer 0 and in layer INDUCTION_LAYER each."""
-
-INDUCTION_LAYER = 2
+"""KV heads of layer 0 that start with a role."""
 
 
 @dataclass(frozen=True)
@@ -84,14 +81,14 @@ class Stage:
 
 PLANS = {
     "full": (
-        Stage(400, 21, 192, 0.4, 0.2),
-        Stage(1000, 11, 384, 0.15, 0.2),
-        Stage(1000, 8, 1024, 0.1, 0.25),
+        Stage(1600, 21, 192, 0.4, 0.2),
+        Stage(800, 11, 384, 0.15, 0.2),
+        Stage(900, 8, 1024, 0.1, 0.25),
         Stage(600, 3, 3072, 0.05, 0.35),
     ),
     "study": (
-        Stage(400, 21, 192, 0.4, 0.2),
-        Stage(700, 11, 384, 0.15, 0.2),
+        Stage(1800, 21, 192, 0.4, 0.2),
+        Stage(500, 11, 384, 0.15, 0.2),
         Stage(400, 8, 1024, 0.1, 0.25),
         Stage(150, 4, 2048, 0.05, 0.35),
     ),
@@ -248,50 +245,38 @@ def build_model(vocabulary: int, seed: int, shape: Shape) -> Qwen2ForCausalLM:
 
 
 @torch.no_grad()
-def structured_start(
-    model: Qwen2ForCausalLM, shape: Shape, bias: float = 8.0, match: float = 40.0, copy: float = 1.0
-) -> None:
-    """Turn WARM_HEADS KV heads of layer 0 into previous-token heads and of INDUCTION_LAYER into induction heads.
+def structured_start(model: Qwen2ForCausalLM, shape: Shape, bias: float = 8.0) -> None:
+    """Turn WARM_HEADS KV heads of layer 0 into previous-token heads.
 
     The residual's first half holds the token itself. A previous-token head attends one position back through its
-    query and key biases and the rotary embedding, and writes that token's embedding into the second half. An
-    induction head matches the current token against those on the slow rotary pairs, and copies what followed.
-    Without this start two cores do not leave the plateau within ten minutes.
+    query and key biases and the rotary embedding, and writes that token's embedding into the second half. Without
+    this start two cores do not leave the plateau within ten minutes.
     """
     head, group, token_dims = shape.head_size, shape.query_heads // shape.kv_heads, shape.width // 2
     half, fast, every = head // 2, 5, torch.arange(head)
-    frequency = torch.tensor([model.config.rope_parameters["rope_theta"] ** (-i / half) for i in range(half)])
-    slow = (frequency * POSITIONS < 1.6).nonzero().flatten()
-    slow = torch.cat([slow, slow + half])
+    frequency = torch.tensor([model.config.rope_parameters["rope_theta"] ** (-i / half) for i in range(fast)])
 
     embedding = model.model.embed_tokens.weight
     embedding[:, :token_dims].normal_(0.0, 0.5)
     embedding[:, token_dims:].normal_(0.0, 0.02)
 
-    previous, induction = (model.model.layers[i].self_attn for i in (0, INDUCTION_LAYER))
+    attention = model.model.layers[0].self_attn
     for kv_head in range(WARM_HEADS):
         kv = kv_head * head
         own = slice(kv, kv + head)
-        matched = torch.arange(len(slow)) + kv
-        for attention in (previous, induction):
-            attention.k_proj.weight[own] *= 0.1 if attention is previous else 0.05
-            attention.v_proj.weight[own] *= 0.1
-            attention.v_proj.weight[kv + every, kv + every] = 1.0
-        previous.k_proj.bias[kv : kv + fast] = bias * frequency[:fast].cos()
-        previous.k_proj.bias[kv + half : kv + half + fast] = bias * frequency[:fast].sin()
-        induction.k_proj.weight[kv + slow, token_dims + matched] = math.sqrt(match)
+        attention.k_proj.weight[own] *= 0.1
+        attention.v_proj.weight[own] *= 0.1
+        attention.v_proj.weight[kv + every, kv + every] = 1.0
+        attention.k_proj.bias[kv : kv + fast] = bias * frequency.cos()
+        attention.k_proj.bias[kv + half : kv + half + fast] = bias * frequency.sin()
         for query_head in range(kv_head * group, (kv_head + 1) * group):
             query = query_head * head
             mine = slice(query, query + head)
-            previous.q_proj.weight[mine] *= 0.1
+            attention.q_proj.weight[mine] *= 0.1
             if query_head % group == 0:  # the group's other query heads stay free to gather what names a fact
-                previous.q_proj.bias[query : query + fast] = bias
-                previous.o_proj.weight[:, mine] *= 0.1
-                previous.o_proj.weight[token_dims + kv + every, query + every] = 1.0
-            induction.q_proj.weight[mine] *= 0.05
-            induction.o_proj.weight[:, mine] *= 0.1
-            induction.q_proj.weight[query + slow, matched] = math.sqrt(match)
-            induction.o_proj.weight[kv + every, query + every] = copy
+                attention.q_proj.bias[query : query + fast] = bias
+                attention.o_proj.weight[:, mine] *= 0.1
+                attention.o_proj.weight[token_dims + kv + every, query + every] = 1.0
 
 
 KINDS_OF_ROW = ("other", "copy", *TASKS)
@@ -568,10 +553,10 @@ def main() -> None:
         options.compile = options.plan != "smoke"
     torch.set_num_threads(options.threads)
     shape = Shape(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Shape)})
-    if shape.layers * shape.kv_heads < 4 * 2 * WARM_HEADS or shape.layers <= INDUCTION_LAYER:
+    if shape.layers * shape.kv_heads < 4 * WARM_HEADS or shape.kv_heads < WARM_HEADS or shape.layers < 3:
         sys.exit(
-            f"{shape.layers} x {shape.kv_heads} KV heads: the {2 * WARM_HEADS} that start with a role would be"
-            " more than a quarter; choose more layers or KV heads"
+            f"{shape.layers} x {shape.kv_heads} KV heads: choose at least 3 layers, {WARM_HEADS} KV heads and"
+            f" {4 * WARM_HEADS} heads in all, so that those which start with a role are a quarter at most"
         )
     train(options.output, PLANS[options.plan], options.seed, shape, options)
 
