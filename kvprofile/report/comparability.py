@@ -41,25 +41,34 @@ def _failures(records: Sequence[RunRecord]) -> Iterator[str]:
 def _differences(groups: Groups) -> Iterator[str]:
     """Fields that all legs must share, and do not."""
     for label, value_of, all_kinds in _SHARED:
-        found: dict[str, list[str]] = {}
-        unknown = []
-        for name, legs in groups.items():
-            if legs[0].kind == "remote" and not all_kinds:
-                continue
-            for value in dict.fromkeys(value_of(leg) for leg in legs):
-                if value is None:
-                    unknown.append(name)
-                else:
-                    found.setdefault(value, []).append(name)
-        if len(found) > 1:
-            parts = [f"{_names(names)}: {value}" for value, names in found.items()]
-            yield f"{label} differ: {'; '.join(parts)}"
-        if found and unknown:
-            yield f"{label} of {_names(unknown)} unknown"
+        compared = {name: legs for name, legs in groups.items() if all_kinds or legs[0].kind != "remote"}
+        yield from _field_differences(label, value_of, compared)
+    for number in sorted({leg.repetition for legs in groups.values() for leg in legs}):
+        same = {name: [leg for leg in legs if leg.repetition == number] for name, legs in groups.items()}
+        found = list(_field_differences("seeds", _seeds, {name: legs for name, legs in same.items() if legs}))
+        if found:  # repetitions have seeds of their own, so legs share them one repetition at a time
+            yield from found
+            break
     models = {legs[0].model for legs in groups.values() if legs[0].kind != "remote"}
     for name, legs in groups.items():
         if legs[0].kind == "remote" and models and legs[0].model not in models:
             yield f"{name} answers with another model, {legs[0].model}: speed and answers are that model's"
+
+
+def _field_differences(label: str, value_of: Callable[[Leg], str | None], groups: Groups) -> Iterator[str]:
+    found: dict[str, list[str]] = {}
+    unknown = []
+    for name, legs in groups.items():
+        for value in dict.fromkeys(value_of(leg) for leg in legs):
+            if value is None:
+                unknown.append(name)
+            else:
+                found.setdefault(value, []).append(name)
+    if len(found) > 1:
+        parts = [f"{_names(names)}: {value}" for value, names in found.items()]
+        yield f"{label} differ: {'; '.join(parts)}"
+    if found and unknown:
+        yield f"{label} of {_names(unknown)} unknown"
 
 
 def _run_differences(records: Sequence[RunRecord]) -> Iterator[str]:
@@ -92,12 +101,17 @@ def _documents(leg: Leg) -> str | None:
     return ", ".join(each[:8] for each in hashes) if hashes and len(hashes) == len(leg.documents) else None
 
 
+def _seeds(leg: Leg) -> str | None:
+    return ", ".join(map(str, leg.seeds)) or None
+
+
 def _load(leg: Leg) -> str | None:
     load = leg.load
     if load.mode == "unknown":
         return None
     parts: list[str] = [load.mode]
-    parts += [f"{load.concurrency} in flight"] if load.concurrency else []
+    if load.concurrency and load.mode != "fill":  # a full pool's concurrency is a result
+        parts.append(f"{load.concurrency} in flight")
     parts += [f"{load.request_rate:g} requests/s"] if load.request_rate else []
     parts += [f"{load.requests} requests"] if load.requests is not None else []
     parts += [f"at most {load.max_output_tokens} output tokens"] if load.max_output_tokens is not None else []
@@ -118,7 +132,6 @@ _SHARED: tuple[tuple[str, Callable[[Leg], str | None], bool], ...] = (
     ("models", lambda leg: leg.model, False),
     ("dtypes", lambda leg: leg.dtype, False),
     ("documents", _documents, True),
-    ("seeds", lambda leg: ", ".join(map(str, leg.seeds)) or None, True),
     ("loads", _load, True),
     ("pool sizes", lambda leg: _counted(leg.pool_bytes, "bytes"), False),
     ("block sizes", lambda leg: _counted(leg.block_tokens, "tokens"), False),

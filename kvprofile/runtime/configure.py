@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from vllm.platforms import current_platform
@@ -14,6 +15,7 @@ from vllm.platforms import current_platform
 from kvprofile.runtime import metrics, stats
 from kvprofile.runtime.budget import CONFIG_KEY
 from kvprofile.runtime.find import Served, find
+from kvprofile.runtime.permute import LOAD_FORMATS
 from kvprofile.runtime.settings import PREFIX, from_environment, logger
 
 TESTED_PLATFORMS = ("cpu",)
@@ -34,6 +36,7 @@ def configuring(stock: Callable[..., Any]) -> Callable[..., Any]:
         if found:
             raise ValueError(f"kvprofile does not serve with {'; '.join(found)}")
         budget, origin = find(settings, _served(config))
+        budget = replace(budget, permute_weights=_may_permute(config))
         stats.share()
         metrics.show(budget)
         config.additional_config = {**config.additional_config, CONFIG_KEY: budget.as_config()}
@@ -41,6 +44,11 @@ def configuring(stock: Callable[..., Any]) -> Callable[..., Any]:
         return config
 
     return create_engine_config
+
+
+def _may_permute(config: Any) -> bool:
+    """Whether weights arrive one by one, and nothing is added to them later that does not know their order."""
+    return config.load_config.load_format in LOAD_FORMATS and config.lora_config is None
 
 
 def refusing_streams(stock: Callable[..., Any]) -> Callable[..., Any]:

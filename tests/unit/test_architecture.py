@@ -24,7 +24,7 @@ ARROWS = {
     "report": {"budget", "errors", "files", "statistics"},
     "bench": {"budget", "corpus", "errors", "files", "report", "statistics"},
     "runtime": {"budget"},
-    "cli": {"budget", "checkpoint", "corpus", "errors", "evaluate", "files", "report", "bench", "scoring"},
+    "cli": {"budget", "checkpoint", "corpus", "errors", "evaluate", "files", "report", "bench", "runtime", "scoring"},
     "__main__": {"cli"},
 }
 """Who may import whom inside kvprofile; the version, in kvprofile itself, is for all."""

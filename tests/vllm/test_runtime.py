@@ -150,6 +150,7 @@ def test_off_and_retention_one_are_stock(subject, tmp_path):
     assert stock["runtime_modules"] == ["kvprofile.runtime", "kvprofile.runtime.gate"]
     assert sorted(whole["patched"]) == [
         "Attention.__init__",
+        "BaseModelLoader.create_model",
         "EngineArgs.create_engine_config",
         "InputProcessor.process_inputs",
         "vllm.v1.core.kv_cache_utils.get_kv_cache_groups",
