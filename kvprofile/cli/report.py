@@ -35,7 +35,8 @@ def report(
     summary = summarise(list(found.values()))
     html.write(summary, output)
     if others:
-        say(f"passed over {len(others)} JSON files that are no run records, {plain(others[0])} the first of them")
+        what = "file that is" if len(others) == 1 else "files that are"
+        say(f"passed over {len(others)} JSON {what} no run record, first {plain(others[0])}")
     for warning in summary.warnings:
         say(f"warning: {warning}")
     if as_json:

@@ -201,7 +201,7 @@ def provenance(summary: Summary) -> list[dict[str, Any]]:
         {
             "experiment": record.experiment,
             "facts": list(_facts(record)),
-            "settings": [(key, _setting(value)) for key, value in record.experiment.settings.items()],
+            "settings": [(key, _setting(value)) for key, value in sorted(record.experiment.settings.items())],
             "versions": sorted(record.provenance.versions.items()),
             "environment": sorted(record.provenance.environment.items()),
             "legs": [list(_leg_facts(leg)) for leg in record.legs],
