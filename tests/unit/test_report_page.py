@@ -192,7 +192,7 @@ def test_the_command_writes_a_page_and_prints_what_it_shows(record, workplace, c
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(workplace, capsys, arguments, message):
-    run_files.save(make_record(1, samples=1), workplace / "seed.json")
+    run_files.save(make_record(1, looks=1), workplace / "seed.json")
     before = (workplace / "seed.json").read_bytes()
     (workplace / "folder").mkdir()
     (workplace / "old.json").write_text('{"format": "kvprofile-run", "schema_version": 0}')
