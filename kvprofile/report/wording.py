@@ -30,6 +30,10 @@ class Scale:
             return f"{_digits(value * 100, 1)} %"
         return number(value / self.divisor)
 
+    def tick(self, value: float) -> str:
+        """A round number on an axis, with no more digits than it needs: '1.5', '2', '25 %'."""
+        return self.text(value) if self.percent else _digits(value / self.divisor, 6)
+
 
 def scale_for(unit: Unit, values: Iterable[float | None], currency: str | None = None) -> Scale:
     """The scale that suits the largest of the values."""
