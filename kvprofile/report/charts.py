@@ -165,7 +165,7 @@ def _retention_chart(summary: Summary, row: Row) -> Chart:
     numbers += [value for values in legs.values() for value in values]
     scale = scale_for(row.unit, numbers)
     floor = 1.0 if bound else 0.0
-    ceiling = 1.0 if row.unit == "share" else max(numbers)
+    ceiling = 1.0 if row.unit == "share" else max(numbers) or 1.0
     ticks = nice_ticks(min(floor, *numbers) / scale.divisor, ceiling / scale.divisor)
     axis = Axis(ticks[0] * scale.divisor, ticks[-1] * scale.divisor, HEIGHT - BOTTOM, TOP)
     places, x_ticks, x_label = _places(groups)
@@ -231,8 +231,10 @@ def _joined(groups: Sequence[Group], places: dict[str, float], axis: Axis, row: 
 
 
 def _bound_line(bound: Row, places: dict[str, float], axis: Axis) -> Series:
+    """A short line across each leg's place, joined by a long one."""
     found = sorted((places[n], e.value) for n, e in bound.values.items() if n in places and e.value is not None)
-    return Series("bound", "bound", _path([(x, axis.at(y)) for x, y in found]), dashed=True)
+    points = [(x, axis.at(y)) for x, y in found]
+    return Series("bound", "bound", "".join(f"M{x - 9:g},{y:g}h18" for x, y in points) + _path(points), dashed=True)
 
 
 def _group_marks(
@@ -302,7 +304,7 @@ def _timeline(
     values = [value for points in lines.values() for _, value in points]
     times = [time for points in lines.values() for time, _ in points]
     scale = scale_for(unit, values)  # type: ignore[arg-type]
-    ceiling = 1.0 if unit == "share" else max(values)
+    ceiling = 1.0 if unit == "share" else max(values) or 1.0
     ticks = nice_ticks(0.0, ceiling / scale.divisor)
     axis = Axis(0.0, ticks[-1] * scale.divisor, HEIGHT - BOTTOM, TOP)
     x_ticks = [each for each in nice_ticks(min(0.0, *times), max(times), 5) if min(0.0, *times) <= each <= max(times)]

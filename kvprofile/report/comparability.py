@@ -105,7 +105,8 @@ def _seeds(leg: Leg) -> str | None:
     return ", ".join(map(str, leg.seeds)) or None
 
 
-def _load(leg: Leg) -> str | None:
+def load_words(leg: Leg) -> str | None:
+    """How requests were sent, in words; None where that is unknown."""
     load = leg.load
     if load.mode == "unknown":
         return None
@@ -132,7 +133,7 @@ _SHARED: tuple[tuple[str, Callable[[Leg], str | None], bool], ...] = (
     ("models", lambda leg: leg.model, False),
     ("dtypes", lambda leg: leg.dtype, False),
     ("documents", _documents, True),
-    ("loads", _load, True),
+    ("loads", load_words, True),
     ("pool sizes", lambda leg: _counted(leg.pool_bytes, "bytes"), False),
     ("block sizes", lambda leg: _counted(leg.block_tokens, "tokens"), False),
     ("engines", lambda leg: leg.engine, False),

@@ -18,6 +18,7 @@ from kvprofile import __version__
 from kvprofile.files import write_atomically
 from kvprofile.report import wording
 from kvprofile.report.charts import BOTTOM, HEIGHT, LEFT, RIGHT, WIDTH, charts, styles
+from kvprofile.report.comparability import load_words
 from kvprofile.report.compare import Comparison, Summary
 from kvprofile.report.page import cards, document_groups, head_maps, provenance, sections, verifier_warnings
 
@@ -46,6 +47,7 @@ def render(summary: Summary) -> str:
             css_sha256=digest,
             version=__version__,
             style=style,
+            load=load_words(summary.groups[0].first),
             cards=cards(summary),
             comparisons=[_side_by_side(summary, each) for each in (summary.against_baseline, *summary.against_remote)],
             charts=charts(summary),
@@ -83,7 +85,7 @@ def _environment() -> Any:
         loader=PackageLoader("kvprofile.report"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, finalize=_finalised,
     )  # fmt: skip
-    environment.filters["clipped"] = clipped
+    environment.filters.update(clipped=clipped, number=wording.number)
     return environment
 
 

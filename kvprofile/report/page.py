@@ -239,10 +239,21 @@ def _leg_facts(leg: Leg) -> Iterator[tuple[str, str]]:
     yield "device", leg.device or ""
     yield "pool", "" if leg.pool_bytes is None else _bytes(leg.pool_bytes)
     yield "block", "" if leg.block_tokens is None else f"{leg.block_tokens} tokens"
-    yield "load", load.description or load.mode
-    yield "in flight", "" if load.concurrency is None else number(load.concurrency)
-    yield "rate", "" if load.request_rate is None else f"{number(load.request_rate)}/s"
+    yield "load", load.mode
+    for name, value in (
+        ("in flight", load.concurrency),
+        ("requests/s", load.request_rate),
+        ("burstiness", load.burstiness),
+        ("requests", load.requests),
+        ("warm-up", load.warmup_requests),
+        ("output tokens", load.max_output_tokens),
+        ("temperature", load.temperature),
+    ):
+        yield name, "" if value is None else number(value)
+    yield "streaming", _setting(load.streaming) if load.streaming is not None else ""
+    yield "prefix caching", _setting(load.prefix_caching) if load.prefix_caching is not None else ""
     yield "seeds", ", ".join(map(str, leg.seeds))
+    yield "notes", load.description
 
 
 def _documents(record: RunRecord) -> list[dict[str, Any]]:
@@ -252,10 +263,10 @@ def _documents(record: RunRecord) -> list[dict[str, Any]]:
 
 def _setting(value: Any) -> str:
     if isinstance(value, list):
-        return ", ".join(map(_setting, value))
+        return ", ".join(map(_setting, value)) or "none"
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "not set"}[value]
-    return number(value) if isinstance(value, (int, float)) else str(value)
+    return f"{value:,.12g}" if isinstance(value, (int, float)) else str(value) or "none"
 
 
 def _bytes(value: int) -> str:
