@@ -148,9 +148,8 @@ def test_marks_stand_within_the_picture_and_in_order(record):
             "attention_mean_ms", "pool", "eviction", "device", "attention"} <= set(found)  # fmt: skip
     for chart in found.values():
         for series in chart.series:
-            numbers = [float(each) for each in re.findall(r"-?\d+\.?\d*", series.path)]
-            assert all(0 <= x <= WIDTH for x in numbers[::2])
-            assert all(0 <= y <= HEIGHT for y in numbers[1::2])
+            points = re.findall(r"(-?[\d.]+),(-?[\d.]+)", series.path)
+            assert all(0 <= float(x) <= WIDTH and 0 <= float(y) <= HEIGHT for x, y in points)
             for mark in series.marks:
                 assert 0 <= mark.x <= WIDTH
                 assert 0 <= mark.y <= HEIGHT
