@@ -32,7 +32,7 @@ from rich.table import Table
 SINKS, WINDOW, BLOCK = 128, 256, 32
 REQUEST_TOKENS, STOCK_REQUESTS = 2048, 64
 SHAPES = {
-    "memory": {"layers": 6, "width": 256, "query_heads": 8, "kv_heads": 8, "head_size": 32, "inner": 256},
+    "memory": {"layers": 16, "width": 64, "query_heads": 8, "kv_heads": 8, "head_size": 32, "inner": 64},
     "speed": {"layers": 8, "width": 1024, "query_heads": 16, "kv_heads": 8, "head_size": 64, "inner": 2816},
 }
 """Small enough for requests by the hundred on two cores; and large enough that a step is not only bookkeeping."""
@@ -49,8 +49,8 @@ class Watch:
         self.scheduler, self.schedule = scheduler, scheduler.schedule
         self.managers = scheduler.kv_cache_manager.coordinator.single_type_managers
         self.pool = scheduler.kv_cache_manager.block_pool
-        config = scheduler.kv_cache_config
-        self.block_bytes = sum(tensor.size for tensor in config.kv_cache_tensors) // config.num_blocks
+        groups = scheduler.kv_cache_config.kv_cache_groups
+        self.block_bytes = max(sum(_page_bytes(group, name) for name in group.layer_names) for group in groups)
         scheduler.schedule = self
         self.clear()
 
@@ -92,6 +92,12 @@ class Watch:
             "hit_rate": self.hit_tokens / self.asked_tokens if self.asked_tokens else 0.0,
             "pool_bytes": (self.pool.num_gpu_blocks - 1) * self.block_bytes,
         }
+
+
+def _page_bytes(group: Any, name: str) -> int:
+    """Bytes of one layer's part of a block."""
+    specs = getattr(group.kv_cache_spec, "kv_cache_specs", None)
+    return int((specs[name] if specs else group.kv_cache_spec).page_size_bytes)
 
 
 def work() -> None:
