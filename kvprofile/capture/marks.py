@@ -1,4 +1,4 @@
-"""What a request carries in ``SamplingParams.extra_args`` so that workers know what to do with it. No imports of vLLM."""
+"""What a request carries in ``SamplingParams.extra_args`` so that workers know what to do. Imports no vLLM."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The weights that some rows give to some keys, and what of them is kept: float32, whatever the model's dtype.
 
-The numbers of ``kvprofile.scoring.attention`` (KVzip, arXiv 2505.23416, equation 3), computed from logits alone, because
-vLLM's kernels do not tell their log-sum-exp. Each logit is exponentiated once: a row's exponentials give its
+The numbers of ``kvprofile.scoring.attention`` (KVzip, arXiv 2505.23416, equation 3), computed from logits alone,
+because vLLM's kernels do not tell their log-sum-exp. Each logit is exponentiated once: a row's exponentials give its
 normaliser, and divided by it the weights.
 """
 

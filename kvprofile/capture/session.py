@@ -46,7 +46,7 @@ class Session:
     ) -> None:
         self.llm.collective_rpc("kvprofile_stop")
 
-    def read(self, ids: Sequence[int], mark: Mark | None = None, *, salt: str | None = None, fresh: bool = False) -> int:
+    def read(self, ids: Sequence[int], mark: Mark | None = None, *, salt: str = "", fresh: bool = False) -> int:
         """Run one request to the end of its prefill. Gives how many of its tokens the prefix cache had.
 
         Requests share cached blocks where they have the same ``salt``; a ``fresh`` one reads no cache.
@@ -62,7 +62,7 @@ class Session:
             skip_reading_prefix_cache=fresh,
         )
         prompt: dict[str, Any] = {"prompt_token_ids": list(ids)}
-        if salt is not None:
+        if salt:
             prompt["cache_salt"] = salt
         (output,) = self.llm.generate([prompt], [options], use_tqdm=False)
         return int(output.num_cached_tokens or 0)

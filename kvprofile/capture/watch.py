@@ -72,13 +72,12 @@ class Watch:
         """What was found under a key, as safetensors; the worker forgets it."""
         names = [name for name, found in self.requests.items() if found.mark.key == key]
         if not names:
-            return safetensors.torch.save({}, metadata={"kvprofile": json.dumps(self._notes([], [f"no request {key}"]))})
+            return _packed({}, self._notes([], [f"no request {key}"]))
         found = self.requests.pop(names[-1])
         for name in names[:-1]:
             del self.requests[name]
         tensors = {name: tensor.cpu().contiguous() for name, tensor in found.tensors.items()}
-        notes = self._notes(found.covered, sorted(found.problems))
-        return safetensors.torch.save(tensors, metadata={"kvprofile": json.dumps(notes)})
+        return _packed(tensors, self._notes(found.covered, sorted(found.problems)))
 
     def _notes(self, covered: list[tuple[int, int]], problems: list[str]) -> dict[str, Any]:
         return {
@@ -122,8 +121,8 @@ class Watch:
         return Step(found, start, stop) if start < stop else None
 
     def _watching(self, index: int, stock: Callable[..., Any]) -> Callable[..., Any]:
-        def forward(layer: Any, query: Any, key: Any, value: Any, cache: Any, metadata: Any, *args: Any, **kw: Any) -> Any:
-            result = stock(layer, query, key, value, cache, metadata, *args, **kw)
+        def forward(layer: Any, query: Any, key: Any, value: Any, cache: Any, metadata: Any, **others: Any) -> Any:
+            result = stock(layer, query, key, value, cache, metadata, **others)
             if self.step is not None and metadata is not None:
                 self._look(self.step, index, layer, query, key, cache, metadata)
             return result
@@ -138,7 +137,8 @@ class Watch:
             return
         table = table[0]
         count = step.stop - step.start
-        if not torch.equal(where.keys(cache, table, step.start, step.stop).transpose(0, 1), key[:count].to(cache.dtype)):
+        written = where.keys(cache, table, step.start, step.stop).transpose(0, 1)
+        if not torch.equal(written, key[:count].to(cache.dtype)):
             found.problems.add(f"the cache of layer {index} does not hold the keys that were written to it")
             return
         if mark.chunk is None:
@@ -172,6 +172,11 @@ class Watch:
         ):
             for name, tensor in rows.summarise(states).items():
                 found.tensors[f"{index}.{kind}_{name}"] = tensor
+
+
+def _packed(tensors: dict[str, torch.Tensor], notes: dict[str, Any]) -> bytes:
+    """What ``merge`` reads."""
+    return safetensors.torch.save(tensors, metadata={"kvprofile": json.dumps(notes)})
 
 
 def watched_layers(worker: Any) -> dict[int, Any]:

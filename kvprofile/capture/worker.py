@@ -1,4 +1,4 @@
-"""The worker extension (``worker_extension_cls``): three methods that ``collective_rpc`` reaches, and no state before them.
+"""The worker extension (``worker_extension_cls``): three methods that ``collective_rpc`` reaches, no state before.
 
 Errors leave as text, because an exception in a worker ends the engine with a traceback.
 """
@@ -15,7 +15,7 @@ class CaptureWorker:
     """Mixed into vLLM's worker class; every name begins with kvprofile."""
 
     def kvprofile_start(self) -> dict[str, Any]:
-        """Start watching. Gives the layers of this rank, backend and block size, or the problem that keeps it from it."""
+        """Start watching. Gives the layers of this rank, backend and block size, or the problem in the way."""
         from kvprofile.capture.watch import Watch
 
         if _watch_of(self) is not None:
