@@ -12,6 +12,13 @@ from kvprofile.capture.merge import Captured, merge
 from kvprofile.errors import InputError
 
 
+def marked(parameters: Any, mark: Mark) -> Any:
+    """A copy of ``vllm.SamplingParams`` whose request the workers of an open session follow."""
+    parameters = parameters.clone()
+    parameters.extra_args = {**(parameters.extra_args or {}), **mark.as_extra_args()}
+    return parameters
+
+
 class Session:
     """Workers of ``llm`` watch marked requests while it is open. One session for each engine at a time.
 
@@ -54,13 +61,10 @@ class Session:
         from vllm import SamplingParams
 
         options = SamplingParams(
-            temperature=0.0,
-            max_tokens=1,
-            detokenize=False,
-            ignore_eos=True,
-            extra_args=None if mark is None else mark.as_extra_args(),
-            skip_reading_prefix_cache=fresh,
+            temperature=0.0, max_tokens=1, detokenize=False, ignore_eos=True, skip_reading_prefix_cache=fresh
         )
+        if mark is not None:
+            options = marked(options, mark)
         prompt: dict[str, Any] = {"prompt_token_ids": list(ids)}
         if salt:
             prompt["cache_salt"] = salt
