@@ -43,9 +43,10 @@ format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: install
+bench: install-vllm
 	$(BIN)/python benchmarks/score_memory.py
 	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/engine_speed.py
 	$(BIN)/python scripts/evaluate_pocket.py
 
 clean:

@@ -51,7 +51,11 @@ class Session:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.llm.collective_rpc("kvprofile_stop")
+        try:
+            self.llm.collective_rpc("kvprofile_stop")
+        except Exception:  # an engine that died has nothing to stop, and its own error says more
+            if error is None:
+                raise
 
     def read(self, ids: Sequence[int], mark: Mark | None = None, *, salt: str = "", fresh: bool = False) -> int:
         """Run one request to the end of its prefill. Gives how many of its tokens the prefix cache had.

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -43,6 +44,9 @@ _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
 }
 """Unless set otherwise: results have stdout to themselves, and the engine core needs no process of its own here."""
+
+_BUDGETS = "LLM_KVZIP_ENABLED"
+"""Off while scoring, whatever a serving shell has set: heads are profiled with their whole cache."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +162,7 @@ def started(arguments: Mapping[str, Any]) -> Iterator[Any]:
 
     What cannot be captured is found from the configuration, before weights load.
     """
-    with _environment(), _stdout_to_stderr():
+    with _environment(), _stdout_to_stderr(), _threads():
         from vllm import LLM
         from vllm.distributed import cleanup_dist_env_and_memory
         from vllm.engine.arg_utils import EngineArgs
@@ -216,14 +220,34 @@ def _reason(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _environment() -> Iterator[None]:
-    """The variables that vLLM reads, those that are not set; taken back afterwards."""
-    missing = {name: value for name, value in _ENVIRONMENT.items() if name not in os.environ}
-    os.environ.update(missing)
+    """The variables that vLLM reads, taken back afterwards, and none of its deprecation warnings."""
+    before = dict(os.environ)
+    os.environ.update({**_ENVIRONMENT, **before, _BUDGETS: "0"})
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        for name in (*_ENVIRONMENT, _BUDGETS):
+            if name in before:
+                os.environ[name] = before[name]
+            else:
+                os.environ.pop(name, None)
+
+
+@contextlib.contextmanager
+def _threads() -> Iterator[None]:
+    """Put back what a CPU worker of vLLM changes in this process: its cores, and torch.set_num_threads."""
+    import torch
+
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    setter = torch.set_num_threads
     try:
         yield
     finally:
-        for name in missing:
-            os.environ.pop(name, None)
+        torch.set_num_threads = setter
+        if cores is not None:
+            os.sched_setaffinity(0, cores)
 
 
 @contextlib.contextmanager
