@@ -33,11 +33,13 @@ class Session:
         self.kv_heads = 0
 
     def __enter__(self) -> Session:
-        config = self.llm.llm_engine.vllm_config
+        config, facts = self.llm.llm_engine.vllm_config, []
         told = list(refuse.problems(config))
         if not told:
             facts = self.llm.collective_rpc("kvprofile_start")
             told = [fact["problem"] for fact in facts if "problem" in fact]
+            if not told and not any(fact["layers"] for fact in facts):
+                told = ["a model without full-attention layers"]
             if told:
                 self._stop_others(facts)
         if told:

@@ -56,6 +56,8 @@ class Watch:
 
     def attach(self) -> None:
         """Start watching. Raises ValueError where a cache cannot be read; then nothing is watched."""
+        if "execute_model" in vars(self.worker):
+            raise ValueError("something else has replaced this worker's execute_model")
         for index, layer in self.layers.items():
             self._layouts[index] = layout.probe(layer, layer.kv_cache)
         for index, layer in self.layers.items():
@@ -138,7 +140,7 @@ class Watch:
         table = table[0]
         count = step.stop - step.start
         written = where.keys(cache, table, step.start, step.stop).transpose(0, 1)
-        if not torch.equal(written, key[:count].to(cache.dtype)):
+        if not torch.equal(written.nan_to_num(), key[:count].to(cache.dtype).nan_to_num()):
             found.problems.add(f"the cache of layer {index} does not hold the keys that were written to it")
             return
         if mark.chunk is None:
@@ -180,7 +182,7 @@ def _packed(tensors: dict[str, torch.Tensor], notes: dict[str, Any]) -> bytes:
 
 
 def watched_layers(worker: Any) -> dict[int, Any]:
-    """The full-attention layers of this rank by their index in the model. Raises ValueError for what has none."""
+    """The full-attention layers of this rank by their index. Raises ValueError for one that cannot be read."""
     config = worker.vllm_config
     longest = config.model_config.max_model_len
     found: dict[int, Any] = {}

@@ -14,7 +14,10 @@ from safetensors.torch import load_file
 from scipy.stats import spearmanr
 
 from kvprofile.budget import store
+from kvprofile.checkpoint import Source, describe
 from kvprofile.cli import run as run_here
+from kvprofile.errors import InputError
+from kvprofile.scoring.vllm_engine import place_in_vllm
 from tests.models import POCKET, ROOT
 from tests.quantised import quantise
 from tests.vllm.capture import TOLERANCE
@@ -163,6 +166,29 @@ def test_refusals_name_the_reason(tmp_path):
     for (_, _, expected), line in zip(cases, lines, strict=True):
         found = json.loads(line)
         assert found == [] if expected is None else any(expected in reason for reason in found), (expected, found)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"positions": 4096}, "vLLM needs one more"),
+        ({"tensor_parallel_size": 0}, "at least 1"),
+        ({"device": "cuda"}, "vLLM serves on cpu here"),
+        ({"dtype": "int8"}, "unknown dtype"),
+        ({"others": ["max_num_seqs=4"]}, "sets it itself"),
+    ],
+)
+def test_engines_that_cannot_be_placed(changed, words):
+    description = describe(Source("pocket", POCKET, None))
+    options = {"dtype": "auto", "device": "auto", "positions": 500, **changed}
+    with pytest.raises(InputError, match=words):
+        place_in_vllm(description, **options)
+
+
+def test_the_dtype_is_the_checkpoint_s_own():
+    placed = place_in_vllm(describe(Source("pocket", POCKET, None)), "auto", "auto", 500)
+    assert placed.dtype == placed.arguments["dtype"] == "bfloat16"
+    assert "dtype bfloat16: the checkpoint's own, as it is served" in placed.reasons
 
 
 def test_the_command_refuses_in_one_line(tmp_path):
