@@ -62,9 +62,10 @@ def score(
     from kvprofile.errors import InputError
     from kvprofile.files import require_writable
     from kvprofile.scoring import run
-    from kvprofile.scoring.engines import Engine, choose_engine
+    from kvprofile.scoring.engines import Engine, check_engine, choose_engine
 
     options = run.Options(method, chunk_tokens, context_tokens, seed, sink_tokens, recent_tokens)
+    check_engine(engine, method)
     corpora = [load_corpus(reference, documents) for reference in corpus or bundled_names()]
     source = checkpoint.locate(model, revision, trust_remote_code)
     target = output or store.BUDGET_DIR / store.file_name(source.name)

@@ -40,14 +40,19 @@ class Engine(Protocol):
         """Score what the store does not hold yet. Gives the attention kernel used, with the reason."""
 
 
-def choose_engine(asked: str, description: Description, method: str) -> tuple[str, str]:
-    """'hf' or 'vllm', and why. Raises InputError where what is asked for is unknown, or cannot do the method."""
+def check_engine(asked: str, method: str) -> None:
+    """Raise InputError where the engine asked for is unknown, not installed, or cannot do the method."""
     if asked not in ENGINES:
         raise InputError(f"unknown engine {asked!r}; known: {', '.join(ENGINES)}")
     if asked == "vllm" and METHODS[method].loss_aware:
         raise InputError(f"--method {method} needs gradients or gates, which --engine vllm does not have; use hf")
     if asked == "vllm" and not vllm_is_installed():
         raise InputError("--engine vllm needs vLLM, which is not installed here")
+
+
+def choose_engine(asked: str, description: Description, method: str) -> tuple[str, str]:
+    """'hf' or 'vllm', and why. Raises InputError as ``check_engine``."""
+    check_engine(asked, method)
     if asked != "auto":
         return asked, f"engine {asked}: asked for"
     quantisation = quantisation_of(description)
