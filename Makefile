@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_AR
 
 DEMO := models/pocket --context-tokens 480 --chunk-tokens 480 --sink-tokens 16 --recent-tokens 64
 
-.PHONY: install install-vllm demo test test-slow test-vllm-matrix lint format bench bench-runtime clean
+.PHONY: install install-vllm demo test test-slow test-vllm-matrix lint format bench-runtime bench-profile bench-train clean
 
 install: $(VENV)/installed
 install-vllm: $(VENV)/installed-vllm
@@ -46,11 +46,15 @@ format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# Benchmarks want a quiet machine. What each prints is a ratio against a peer or a bound, taken in one run.
 bench-runtime: install-vllm
 	$(BIN)/python benchmarks/runtime.py
 
-bench: install
+bench-profile: install-vllm
 	$(BIN)/python benchmarks/score_memory.py
+	$(BIN)/python benchmarks/engine_speed.py
+
+bench-train: install
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python scripts/evaluate_pocket.py
 
