@@ -1,13 +1,15 @@
-"""Writing results so that a reader never meets half a file, and hashing what was read."""
+"""Writing results so that a reader never meets half a file, JSON of stable bytes, and hashing what was read."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from kvprofile.errors import InputError
 
@@ -76,6 +78,47 @@ def require_writable(path: Path) -> None:
 def missing_folders(path: Path) -> list[Path]:
     """``path`` and those of its parents that do not exist yet, innermost first."""
     return [folder for folder in (path, *path.parents) if not folder.exists()]
+
+
+def json_bytes(value: Any) -> bytes:
+    """JSON that diffs well, equal for equal content: sorted keys, two-space indent, one line for a list of numbers."""
+    return (_render(value, 0) + "\n").encode()
+
+
+def _render(value: Any, depth: int) -> str:
+    indent, closing = "  " * (depth + 1), "  " * depth
+    if isinstance(value, dict) and value:
+        lines = [f"{indent}{json.dumps(key)}: {_render(value[key], depth + 1)}" for key in sorted(value)]
+        return "{\n" + ",\n".join(lines) + f"\n{closing}}}"
+    if isinstance(value, list) and any(isinstance(item, (dict, list)) for item in value):
+        return "[\n" + ",\n".join(indent + _render(item, depth + 1) for item in value) + f"\n{closing}]"
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+
+def read_json(path: Path, max_bytes: int, kind: str) -> Any:
+    """The JSON of a file. Raises ValueError with one phrase that says why it is no ``kind``: 'budget file'."""
+    try:
+        if path.stat().st_size > max_bytes:
+            raise ValueError(f"larger than {max_bytes // 2**20} MiB; not a {kind}")
+        return parse_json(path.read_bytes(), kind)
+    except OSError as error:
+        raise ValueError(f"cannot read: {error.strerror}") from error
+
+
+def parse_json(content: bytes, kind: str) -> Any:
+    """The JSON in ``content``. Raises ValueError as ``read_json`` does; NaN and infinities are refused."""
+    try:
+        return json.loads(content.decode("utf-8"), parse_constant=_no_constant)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 at byte {error.start}; not a {kind}") from error
+    except RecursionError as error:
+        raise ValueError("not JSON: nested too deep") from error
+    except ValueError as error:
+        raise ValueError(f"not JSON: {error}") from error
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is not allowed")
 
 
 def sha256_of(*parts: bytes) -> str:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
 from kvprofile.budget.profile import SCHEMA_VERSION, Geometry, Profile
 from kvprofile.errors import InputError
-from kvprofile.files import write_atomically
+from kvprofile.files import json_bytes, read_json, write_atomically
 
 BUDGET_DIR = Path("models/kv_budget")
 MAX_FILE_BYTES = 64 * 1024 * 1024
@@ -43,7 +41,7 @@ def exists(path: Path) -> bool:
 
 def to_bytes(profile: Profile) -> bytes:
     """The file's bytes: sorted keys, two-space indent, one line for each layer of a matrix."""
-    return (_render(profile.model_dump(mode="json"), 0) + "\n").encode()
+    return json_bytes(profile.model_dump(mode="json"))
 
 
 def save(profile: Profile, path: Path) -> None:
@@ -62,17 +60,9 @@ def load(path: Path) -> Profile:
 def problems(path: Path) -> Profile | list[str]:
     """The profile in a file or, where it has problems, one phrase for each."""
     try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            return [f"larger than {MAX_FILE_BYTES // 2**20} MiB; not a budget file"]
-        raw = json.loads(path.read_bytes().decode("utf-8"), parse_constant=_no_constant)
-    except OSError as error:
-        return [f"cannot read: {error.strerror}"]
-    except UnicodeDecodeError as error:
-        return [f"not UTF-8 at byte {error.start}; not a budget file"]
-    except RecursionError:
-        return ["not JSON: nested too deep"]
+        raw = read_json(path, MAX_FILE_BYTES, "budget file")
     except ValueError as error:
-        return [f"not JSON: {error}"]
+        return [str(error)]
     if not isinstance(raw, dict):
         return ["not a budget file: the top level is not an object"]
     version = raw.get("schema_version")
@@ -81,7 +71,7 @@ def problems(path: Path) -> Profile | list[str]:
     try:
         return Profile.model_validate(raw)
     except ValidationError as error:
-        return [_phrase(item["loc"], item["msg"]) for item in error.errors(include_url=False, include_input=False)]
+        return phrases(error)
 
 
 def refuse_other_model(path: Path, name: str, geometry: Geometry) -> None:
@@ -98,21 +88,12 @@ def refuse_other_model(path: Path, name: str, geometry: Geometry) -> None:
         )
 
 
+def phrases(error: ValidationError) -> list[str]:
+    """One phrase for each problem that pydantic found: 'model.geometry.layers: Input should be a valid integer'."""
+    return [_phrase(item["loc"], item["msg"]) for item in error.errors(include_url=False, include_input=False)]
+
+
 def _phrase(location: tuple[int | str, ...], message: str) -> str:
     message = message.removeprefix("Value error, ")
     place = ".".join(str(part) for part in location)
     return f"{place}: {message}" if place else message
-
-
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is not allowed")
-
-
-def _render(value: Any, depth: int) -> str:
-    indent, closing = "  " * (depth + 1), "  " * depth
-    if isinstance(value, dict) and value:
-        lines = [f"{indent}{json.dumps(key)}: {_render(value[key], depth + 1)}" for key in sorted(value)]
-        return "{\n" + ",\n".join(lines) + f"\n{closing}}}"
-    if isinstance(value, list) and any(isinstance(item, (dict, list)) for item in value):
-        return "[\n" + ",\n".join(indent + _render(item, depth + 1) for item in value) + f"\n{closing}]"
-    return json.dumps(value, ensure_ascii=False, allow_nan=False)
