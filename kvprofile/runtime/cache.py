@@ -111,7 +111,7 @@ class StreamManager(FullAttentionManager):  # type: ignore[misc]
     def new_step_starts(self) -> None:
         """Note what the pool holds: all but the null block and those free."""
         held = self.block_pool.num_gpu_blocks - 1 - self.block_pool.get_num_free_blocks()
-        counters().in_use(held * self._block_bytes)
+        counters().in_use(held, self._block_bytes)
 
     def cache_blocks(
         self,

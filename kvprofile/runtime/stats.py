@@ -25,7 +25,7 @@ from pathlib import Path
 
 from kvprofile.runtime.settings import SHARED, from_environment
 
-FIELDS = ("kv_blocks_reclaimed_total", "kv_bytes_reclaimed_total", "kv_bytes_in_use")
+FIELDS = ("kv_blocks_reclaimed_total", "kv_bytes_reclaimed_total", "kv_bytes_in_use", "kv_block_bytes")
 SECONDS_BETWEEN_LINES = 1.0
 
 _ENTRY = struct.Struct("=q")
@@ -111,9 +111,10 @@ class Counters:
         self._set("kv_blocks_reclaimed_total", self._values["kv_blocks_reclaimed_total"] + blocks)
         self._set("kv_bytes_reclaimed_total", self._values["kv_bytes_reclaimed_total"] + blocks * block_bytes)
 
-    def in_use(self, kv_bytes: int) -> None:
+    def in_use(self, blocks: int, block_bytes: int) -> None:
         """Note what requests hold as a step begins; at most once a second that makes a line."""
-        self._set("kv_bytes_in_use", kv_bytes)
+        self._set("kv_block_bytes", block_bytes)
+        self._set("kv_bytes_in_use", blocks * block_bytes)
         now = time.monotonic()
         if self._lines is not None and now >= self._next_line:
             self._next_line = now + SECONDS_BETWEEN_LINES
