@@ -24,10 +24,10 @@ from kvprofile.budget.profile import Matrix
 from kvprofile.budget.trim import TrimRule
 from kvprofile.checkpoint import describe, locate
 from kvprofile.evaluate.simulate import Simulation, simulating
-from kvprofile.evaluate.statistics import bootstrap_mean, wilson
 from kvprofile.evaluate.tasks import Exercise, exercise
 from kvprofile.files import write_atomically
 from kvprofile.scoring.prompts import Frame, chat_frame, encode
+from kvprofile.statistics import bootstrap_mean, wilson
 
 ROOT = Path(__file__).resolve().parents[1]
 CARD = Path(__file__).with_name("pocket_card.md.jinja")

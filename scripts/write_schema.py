@@ -1,20 +1,25 @@
-"""Write docs/budget-file.schema.json from the profile's model: `python scripts/write_schema.py`."""
+"""Write the published JSON Schemas from the models: `python scripts/write_schema.py`."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+from pydantic import BaseModel
+
 from kvprofile.budget.profile import Profile
 from kvprofile.files import write_atomically
+from kvprofile.report.record import RunRecord
 
-SCHEMA = Path(__file__).resolve().parents[1] / "docs" / "budget-file.schema.json"
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+SCHEMAS: dict[str, type[BaseModel]] = {"budget-file.schema.json": Profile, "run-record.schema.json": RunRecord}
 
 
-def content() -> bytes:
+def content(model: type[BaseModel]) -> bytes:
     """The schema's bytes."""
-    return (json.dumps(Profile.model_json_schema(), indent=2, sort_keys=True) + "\n").encode()
+    return (json.dumps(model.model_json_schema(), indent=2, sort_keys=True) + "\n").encode()
 
 
 if __name__ == "__main__":
-    write_atomically(SCHEMA, content())
+    for name, model in SCHEMAS.items():
+        write_atomically(DOCS / name, content(model))

@@ -17,8 +17,8 @@ import numpy.typing as npt
 
 from kvprofile.errors import InputError
 from kvprofile.evaluate.items import DIGITS, ITEMS, RUN, Item, read_items
-from kvprofile.evaluate.statistics import Bootstrap, Estimate
 from kvprofile.evaluate.variants import FULL, PROFILE, RANDOM, Variant
+from kvprofile.statistics import Bootstrap, Estimate
 
 KEPT = 0.99
 """Share of the full cache's accuracy that a budget must keep, with its whole interval, to be called lossless."""

@@ -53,7 +53,7 @@ class Machine(_Part):
     processor: Line | None = Field(default=None, description="its maker's name for it")
     cores: int | None = Field(default=None, ge=1, description="cores this process may use")
     memory_bytes: Count | None = None
-    accelerators: list[Line] = Field(default=[], description="one entry for each GPU: name and memory; empty for none")
+    accelerators: list[Line] | None = Field(default=None, description="name and memory of each GPU; empty for none")
 
 
 class Provenance(_Part):

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from kvprofile.evaluate.statistics import Bootstrap, Estimate, bootstrap_mean, paired_difference, wilson
+from kvprofile.statistics import Bootstrap, Estimate, bootstrap_mean, paired_difference, wilson
 
 SHARES = st.floats(0, 1).map(lambda value: round(value, 3))
 
