@@ -1,8 +1,8 @@
 """What a vLLM engine holds while it serves: cache bytes, eviction, attention time, device and process memory.
 
-``GPUMemoryManager`` looks at a server through its ``/metrics`` or at an engine in this process through the same numbers,
-and writes JSON lines. What cannot be known is None, never a guess. ``RequestLog`` reads what the runtime writes about
-single requests into ``LLM_KVZIP_STATS``.
+``GPUMemoryManager`` looks at a server through its ``/metrics`` or at an engine in this process through the same
+numbers, and writes JSON lines. What cannot be known is None, never a guess. ``RequestLog`` reads what the runtime
+writes about single requests into ``LLM_KVZIP_STATS``.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ SCRAPE_TIMEOUT_S = 5.0
 class Look:
     """One look at an engine. Bytes, shares and milliseconds; None is unknown.
 
-    ``eviction_ratio``: blocks that the trim freed, of all that prefills of finished requests took. ``attention_ms``: time
-    in attention of the last decode step, all layers, where the engine runs a timer for it.
+    ``eviction_ratio``: blocks that the trim freed, of all that prefills of finished requests took. ``attention_ms``:
+    time in attention of the last decode step, all layers, where the engine runs a timer for it.
     """
 
     time: float
@@ -126,7 +126,7 @@ class RequestLog:
 
 
 def is_request(engine_id: str, request_id: str) -> bool:
-    """Whether the engine's id is that of a request: vLLM puts its endpoint before the id and eight characters behind."""
+    """Whether the engine's id is that of a request: vLLM puts an endpoint before it and eight characters behind."""
     head, dash, tail = engine_id.rpartition("-")
     core = head if dash and len(tail) == 8 else engine_id
     for prefix in ("chatcmpl-", "cmpl-"):
@@ -138,9 +138,9 @@ class GPUMemoryManager:
     """Samples an engine, now and then in a thread (as a context manager) or when asked (``sample``).
 
     ``source`` is a server's URL or an in-process ``vllm.LLM`` made with ``disable_log_stats=False``; without one only
-    memory is seen. ``cache_bytes_per_token`` turns blocks into bytes for an engine without budgets,
-    which does not say how large its blocks are. ``process`` is the engine's process id, this process unless given: its memory and that of its
-    children is added up. ``stats`` is the runtime's statistics file. ``lines`` gets one JSON object for each look.
+    memory is seen. ``cache_bytes_per_token`` turns blocks into bytes for an engine without budgets, which does not say
+    how large its blocks are. ``process`` is the engine's process id, this process unless given: its memory and that of
+    its children is added up. ``stats`` is the runtime's statistics file. ``lines`` gets a JSON object for each look.
     """
 
     def __init__(
@@ -235,7 +235,7 @@ class GPUMemoryManager:
 
 
 def metric_values(text: str) -> dict[str, float]:
-    """Prometheus text as numbers by name, summed over labels; ``pool_blocks`` and ``block_tokens`` describe vLLM's pool."""
+    """Prometheus text as numbers by name, summed over labels; ``pool_blocks`` and ``block_tokens`` are vLLM's pool."""
     from prometheus_client.parser import text_string_to_metric_families
 
     found: dict[str, float] = {}
@@ -302,21 +302,6 @@ def _device_bytes(devices: Sequence[Any]) -> int | None:
         return sum(int(pynvml.nvmlDeviceGetMemoryInfo(device).used) for device in devices)
     except pynvml.NVMLError:
         return None
-
-
-def device_names() -> list[str]:
-    """Name and memory of each visible GPU, for provenance."""
-    devices = _devices()
-    if not devices:
-        return []
-    import pynvml
-
-    found = []
-    for device in devices:
-        name = pynvml.nvmlDeviceGetName(device)
-        total = pynvml.nvmlDeviceGetMemoryInfo(device).total / 2**30
-        found.append(f"{name.decode() if isinstance(name, bytes) else name}, {total:.1f} GiB")
-    return found
 
 
 def _process_bytes(process: int | None) -> int | None:

@@ -40,15 +40,13 @@ class Endpoint:
 
     def client(self) -> AsyncOpenAI:
         """A connection pool for this endpoint; close it."""
-        import httpx
-        from openai import AsyncOpenAI
+        from openai import AsyncOpenAI, Timeout
 
         return AsyncOpenAI(
             base_url=self.base_url,
             api_key=self.key or "none",
             max_retries=0,
-            timeout=httpx.Timeout(self.timeout_s, connect=min(30.0, self.timeout_s)),
-            http_client=httpx.AsyncClient(limits=httpx.Limits(max_connections=None), trust_env=True),
+            timeout=Timeout(self.timeout_s, connect=min(30.0, self.timeout_s)),
         )
 
     def without_key(self, text: object) -> str:
@@ -88,7 +86,7 @@ class Answer:
     hopeless: bool = False
 
 
-class _Broken(Exception):
+class _BrokenAnswerError(Exception):
     """The server stopped in the middle of an answer."""
 
 
@@ -101,9 +99,6 @@ async def ask(
     request_id: str,
 ) -> Answer:
     """Send one request until it is answered, or trying again will not help."""
-    import httpx
-    import openai
-
     rng = random.Random(request_id)
     body = _body(endpoint, messages, sampling, seed)
     for attempt in range(1, endpoint.max_attempts + 1):
@@ -111,7 +106,9 @@ async def ask(
         try:
             answer = await _once(client, endpoint, body, request_id)
             return replace(answer, text=_redacted(endpoint, answer.text), attempts=attempt)
-        except (openai.APIError, httpx.HTTPError, _Broken, ValueError) as error:
+        except Exception as error:
+            if not _is_transport(error):
+                raise
             status = getattr(error, "status_code", None)
             last = attempt == endpoint.max_attempts
             if last or not _may_pass(error, status):
@@ -121,9 +118,7 @@ async def ask(
     raise AssertionError("every attempt returns or waits")
 
 
-def _body(
-    endpoint: Endpoint, messages: Sequence[Mapping[str, str]], sampling: Sampling, seed: int
-) -> dict[str, Any]:
+def _body(endpoint: Endpoint, messages: Sequence[Mapping[str, str]], sampling: Sampling, seed: int) -> dict[str, Any]:
     body: dict[str, Any] = {
         "model": endpoint.model,
         "messages": list(messages),
@@ -150,7 +145,7 @@ async def _once(client: AsyncOpenAI, endpoint: Endpoint, body: dict[str, Any], r
         found = await client.chat.completions.create(**body, extra_headers=headers)
         ended = time.perf_counter()
         if not found.choices:
-            raise _Broken("an answer without choices")
+            raise _BrokenAnswerError("an answer without choices")
         choice = found.choices[0]
         answer = Answer(sent, ended, choice.message.content or "", finish_reason=choice.finish_reason)
         return replace(answer, **_usage(found.usage))
@@ -168,7 +163,7 @@ async def _once(client: AsyncOpenAI, endpoint: Endpoint, body: dict[str, Any], r
                     pieces.append(choice.delta.content or "")
     ended = time.perf_counter()
     if reason is None:
-        raise _Broken("the stream ended before the answer did")
+        raise _BrokenAnswerError("the stream ended before the answer did")
     answer = Answer(sent, arrivals[-1] if arrivals else ended, "".join(pieces), tuple(arrivals), reason)
     return replace(answer, **_usage(usage))
 
@@ -178,7 +173,7 @@ def _thought(delta: Any) -> str | None:
     return getattr(delta, "reasoning_content", None) or getattr(delta, "reasoning", None)
 
 
-def _usage(usage: Any) -> dict[str, int | None]:
+def _usage(usage: Any) -> dict[str, Any]:
     details = getattr(usage, "prompt_tokens_details", None)
     cached = getattr(details, "cached_tokens", None)
     if cached is None:
@@ -192,6 +187,14 @@ def _usage(usage: Any) -> dict[str, int | None]:
 
 def _redacted(endpoint: Endpoint, text: str) -> str:
     return text.replace(endpoint.key, "***") if endpoint.key else text
+
+
+def _is_transport(error: Exception) -> bool:
+    """Whether a server or the way to it is to blame. In a stream the HTTP library's own errors come through."""
+    import openai
+
+    own = openai.APIError, _BrokenAnswerError, OSError, ValueError
+    return isinstance(error, own) or type(error).__module__.partition(".")[0].startswith("http")
 
 
 def _may_pass(error: Exception, status: int | None) -> bool:
@@ -227,7 +230,6 @@ def _retry_after(value: str) -> float | None:
 
 def _line(endpoint: Endpoint, error: Exception, status: int | None) -> str:
     """What went wrong, in one line that names the status and not the key."""
-    import httpx
     import openai
 
     said = endpoint.without_key(_said(error))
@@ -235,9 +237,9 @@ def _line(endpoint: Endpoint, error: Exception, status: int | None) -> str:
         return f"401: the key was refused ({said})"
     if status is not None:
         return f"{status}: {said}"
-    if isinstance(error, openai.APITimeoutError | httpx.TimeoutException):
+    if isinstance(error, openai.APITimeoutError) or "Timeout" in type(error).__name__:
         return f"no answer within {endpoint.timeout_s:g} s"
-    if isinstance(error, _Broken):
+    if isinstance(error, _BrokenAnswerError):
         return said
     cause = error.__cause__
     detail = endpoint.without_key(cause) if cause is not None else ""

@@ -68,8 +68,8 @@ def load(references: tuple[str, ...]) -> list[Document]:
     """All documents of the references, in order.
 
     ``bundled``: the three long ones. ``pocket[:SEED]``: three that models/pocket understands. A folder of ``.md`` files
-    with ``.json`` files of the same names, one such ``.md``, or a ``.jsonl`` of exercises as ``kvprofile evaluate`` takes
-    them. Raises InputError.
+    with ``.json`` files of the same names, one such ``.md``, or a ``.jsonl`` of exercises as ``kvprofile evaluate``
+    takes them. Raises InputError.
     """
     found = [document for reference in references for document in _load(reference)]
     names = [document.name for document in found]

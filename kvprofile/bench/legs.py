@@ -21,7 +21,7 @@ from kvprofile.bench.asking import Answer
 from kvprofile.bench.attention import RESULT
 from kvprofile.bench.documents import Document
 from kvprofile.bench.engines import openai_compatible, vllm
-from kvprofile.bench.engines.base import LegFailed, Running
+from kvprofile.bench.engines.base import LegFailedError, Running
 from kvprofile.bench.load import Prompt, Sender, fill, prompts, sampling_of
 from kvprofile.bench.parts import Parts
 from kvprofile.bench.scenario import LegPlan, Plan
@@ -70,7 +70,7 @@ class LegRun:
         )
 
     def run(self) -> Outcome:
-        """Measure. Raises LegFailed; what was measured until then is in ``outcome`` either way."""
+        """Measure. Raises LegFailedError; what was measured until then is in ``outcome`` either way."""
         with self._engine() as running:
             self.outcome.model = running.endpoint.model
             self.outcome.facts = dict(running.facts)
@@ -166,7 +166,7 @@ class LegRun:
         failed: list[Answer] = []
         sender.closed(batch, 1, lambda _, answer: failed.append(answer) if answer.error is not None else None)
         if failed and (failed[0].hopeless or len(failed) == len(batch)):
-            raise LegFailed(failed[0].error or "no answer")
+            raise LegFailedError(failed[0].error or "no answer")
 
     def _fill(self, running: Running, tag: str, most: int) -> int:
         """The most requests that were decoding at once without a preemption."""
@@ -190,7 +190,7 @@ class LegRun:
 
         found = fill(trial, most)
         if not found:
-            raise LegFailed("not even one request decodes without a preemption; give a larger pool")
+            raise LegFailedError("not even one request decodes without a preemption; give a larger pool")
         return found
 
     def _finish(self, requests: RequestLog | None, sender: Sender) -> None:
@@ -226,9 +226,11 @@ class LegRun:
         rows, asked = self.outcome.rows, self.plan.requests
         failed = [row for row in rows if row.error is not None]
         if len(failed) == len(rows):
-            raise LegFailed(failed[0].error or "no answer" if failed else "no request was sent")
+            raise LegFailedError(failed[0].error or "no answer" if failed else "no request was sent")
         if len(rows) < asked:
-            raise LegFailed(f"{asked - len(rows)} of {asked} requests were not sent: {failed[0].error or 'no answer'}")
+            raise LegFailedError(
+                f"{asked - len(rows)} of {asked} requests were not sent: {failed[0].error or 'no answer'}"
+            )
         if failed:
             self.outcome.warnings.append(f"{len(failed)} of {asked} requests failed, the first with: {failed[0].error}")
 
@@ -249,7 +251,7 @@ class LegRun:
         environment = vllm.environment_of(self._budgets(), self.secret_names)
         try:
             found = _attention_pass(job, environment, self._path("attention.log"))
-        except LegFailed as error:
+        except LegFailedError as error:
             self.outcome.warnings.append(f"attention was not timed: {error}")
             return
         how = "eager, one request at a time, every layer's kernel timed"
@@ -259,20 +261,20 @@ class LegRun:
 def _attention_pass(job: Mapping[str, Any], environment: Mapping[str, str], log: Path) -> dict[str, Any]:
     with open(log, "wb") as out:
         try:
-            run = subprocess.run(  # noqa: S603 - our own interpreter
+            run = subprocess.run(
                 [sys.executable, "-m", "kvprofile.bench.attention"],
                 input=json.dumps(job).encode(), stdout=subprocess.PIPE, stderr=out, env=dict(environment),
                 timeout=ATTENTION_TIMEOUT_S, check=False,
             )  # fmt: skip
         except subprocess.TimeoutExpired:
-            raise LegFailed(f"it took more than {ATTENTION_TIMEOUT_S:g} s") from None
+            raise LegFailedError(f"it took more than {ATTENTION_TIMEOUT_S:g} s") from None
         out.write(run.stdout)
     for line in run.stdout.decode("utf-8", "replace").splitlines():
         if line.startswith(RESULT):
             with contextlib.suppress(ValueError):
                 found: dict[str, Any] = json.loads(line.removeprefix(RESULT))
                 return found
-    raise LegFailed(vllm.reason_in(log))
+    raise LegFailedError(vllm.reason_in(log))
 
 
 def _row(prompt: Prompt, answer: Answer, began: float) -> record.Request:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,8 @@ class Wish:
     seed: int = 0
     attention_pass: bool = True
     preset: str | None = None
-    load: Load = Load()
-    engine: EngineOptions = EngineOptions()
+    load: Load = field(default_factory=Load)
+    engine: EngineOptions = field(default_factory=EngineOptions)
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,9 @@ def prepare(wish: Wish) -> Prepared:
         raise InputError(f"no preset {wish.preset!r}; there is {', '.join(PRESETS)}")
     reasons = []
     if wish.preset is not None:
-        reasons.append(f"preset {wish.preset}: baseline, retentions 0.9, 0.7 and 0.5, and a provider, as far as not given")
+        reasons.append(
+            f"preset {wish.preset}: baseline, retentions 0.9, 0.7 and 0.5, and a provider, as far as not given"
+        )
     name = _model_name(wish.model)
     chosen = wish.providers or ((SEED_PROVIDER,) if wish.preset else ())
     remote = remote_legs([providers.choose(each, wish.providers_file) for each in chosen])
@@ -111,7 +114,9 @@ def missing(plan: Plan, environ: Mapping[str, str] = os.environ) -> list[str]:
     serves = any(leg.kind == "local" or (leg.provider is not None and leg.provider.serve) for leg in plan.legs)
     if serves and importlib.util.find_spec("vllm") is None:
         found.append("vLLM is not installed here: pip install vllm, or 'make install-vllm' in a checkout")
-    extra = [name for name in ("openai", "sacrebleu", "rouge_score", "jsonschema") if importlib.util.find_spec(name) is None]
+    extra = [
+        name for name in ("openai", "sacrebleu", "rouge_score", "jsonschema") if importlib.util.find_spec(name) is None
+    ]
     if extra and kinds:
         found.append(f"{', '.join(extra)} not installed: pip install 'kvprofile[bench]'")
     for leg in plan.legs:
@@ -186,6 +191,18 @@ def described(plan: Plan, reasons: Sequence[str]) -> dict[str, Any]:
     }
 
 
+def parse_size(text: str, option: str) -> int:
+    """'64MiB', '4 GB' -> bytes. Raises InputError, which names the option."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?b)\s*", text, re.IGNORECASE)
+    if found is None:
+        raise InputError(f"{option} {text!r} is no size; give a number with its unit, like 64MiB or 4GiB")
+    base = 1024 if "i" in found[2].lower() else 1000
+    size = int(float(found[1]) * base ** ("kmgt".index(found[2][0].lower()) + 1))
+    if not 0 < size < 2**60:
+        raise InputError(f"{option} {text!r} must lie between 1 byte and 1 EiB")
+    return size
+
+
 def _model_name(model: str) -> str:
     """What records call a model: a folder's last part, else the hub id itself."""
     path = Path(model).expanduser()
@@ -204,4 +221,3 @@ def _documents(wish: Wish) -> tuple[tuple[str, ...], str | None]:
         why = f"documents: pocket:{wish.seed}, short and generated, because the model reads {positions:,} positions"
         return (f"{documents.POCKET}:{wish.seed}",), why
     return (documents.BUNDLED,), "documents: the bundled ones, about 9,000 tokens each"
-

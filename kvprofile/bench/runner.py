@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kvprofile import __version__
-from kvprofile.bench import measure, provenance
-from kvprofile.bench.engines.base import LegFailed
+from kvprofile.bench import measure
+from kvprofile.bench.engines.base import LegFailedError
 from kvprofile.bench.legs import LegRun, Outcome, Say, documents_of
 from kvprofile.bench.parts import RECORD, Parts
 from kvprofile.bench.scenario import BASELINE, LegPlan, Plan
@@ -22,7 +22,9 @@ from kvprofile.budget.formats.vllm import runtime
 from kvprofile.budget.profile import FULL_ATTENTION
 from kvprofile.budget.runtime_file import RuntimeFile
 from kvprofile.errors import InputError, plain
-from kvprofile.report import record, run_files
+from kvprofile.report import provenance, record, run_files
+
+PACKAGES = (*provenance.PACKAGES, "openai", "sacrebleu", "rouge-score")
 
 MOST_SAMPLES = 2000
 """Samples kept of a leg; of longer ones every second, third, ... is."""
@@ -47,7 +49,9 @@ def run(plan: Plan, folder: Path, say: Say, force: bool = False) -> record.RunRe
         if known is not None:
             legs[leg.name, repetition] = known
     for number, (leg, repetition) in enumerate(schedule, 1):
-        title = f"[{number}/{len(schedule)}] {leg.name}" + (f", repetition {repetition}" if plan.repetitions > 1 else "")
+        title = f"[{number}/{len(schedule)}] {leg.name}" + (
+            f", repetition {repetition}" if plan.repetitions > 1 else ""
+        )
         known = legs.get((leg.name, repetition))
         if known is not None and known.status == "ok":
             say(f"{title}: done before")
@@ -71,7 +75,7 @@ def _measured(
     began, reason = provenance.now(), None
     try:
         running.run()
-    except LegFailed as error:
+    except LegFailedError as error:
         reason = str(error)
         say(f"{title}: failed: {reason}")
     except KeyboardInterrupt:
@@ -90,9 +94,7 @@ def _measured(
     return found
 
 
-def _leg(
-    plan: Plan, leg: LegPlan, repetition: int, outcome: Outcome, began: str, reason: str | None
-) -> record.Leg:
+def _leg(plan: Plan, leg: LegPlan, repetition: int, outcome: Outcome, began: str, reason: str | None) -> record.Leg:
     local = leg.kind == "local"
     budget = _runtime_file(plan, leg)
     rows = sorted(outcome.rows, key=lambda row: row.start_s or 0.0)
@@ -272,7 +274,7 @@ def _write(plan: Plan, folder: Path, legs: dict[tuple[str, int], record.Leg], st
             baseline=BASELINE if any(leg.name == BASELINE for leg in found) else None,
             settings=plan.settings(),
         ),
-        provenance=provenance.collect(began, provenance.now()),
+        provenance=provenance.collect(began, provenance.now(), PACKAGES),
         legs=judged,
     )
     run_files.save(result, folder / RECORD)

@@ -10,7 +10,7 @@ from kvprofile.bench.asking import Endpoint
 from kvprofile.errors import plain
 
 
-class LegFailed(Exception):
+class LegFailedError(Exception):
     """A leg cannot be run, or not to its end. One line; the other legs go on."""
 
     def __init__(self, reason: str) -> None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvprofile.bench.asking import Endpoint
-from kvprofile.bench.engines.base import LegFailed, Running
+from kvprofile.bench.engines.base import LegFailedError, Running
 from kvprofile.bench.scenario import EngineOptions
 from kvprofile.errors import plain
 from kvprofile.runtime import doctor
@@ -48,7 +48,7 @@ class Budgets:
 
 
 def clean_environment(secret_names: Sequence[str] = ()) -> dict[str, str]:
-    """This environment without kvprofile's variables and without providers' keys."""
+    """The environment without kvprofile's variables and without providers' keys."""
     hidden = {*secret_names, *(name for name in os.environ if name.startswith(PREFIX))}
     found = {name: value for name, value in os.environ.items() if name not in hidden}
     return {**found, "TOKENIZERS_PARALLELISM": "false", "VLLM_NO_USAGE_STATS": "1"}
@@ -83,7 +83,7 @@ def serving(
     secret_names: Sequence[str] = (),
     token_bytes: int | None = None,
 ) -> Iterator[Running]:
-    """A server for as long as the block lasts. Raises LegFailed where it does not start, or not with its budgets."""
+    """A server while the block lasts. Raises LegFailedError where it does not start, or not with its budgets."""
     port, key = _free_port(), secrets.token_urlsafe(24)
     environment = clean_environment(secret_names) | {"VLLM_API_KEY": key}  # not on the command line, which `ps` shows
     if budgets is not None:
@@ -147,9 +147,9 @@ def _wait(process: subprocess.Popen[bytes], address: str, timeout_s: float, log:
     deadline = time.monotonic() + timeout_s
     while not _healthy(address):
         if process.poll() is not None:
-            raise LegFailed(f"vLLM did not start: {reason_in(log)}")
+            raise LegFailedError(f"vLLM did not start: {reason_in(log)}")
         if time.monotonic() > deadline:
-            raise LegFailed(f"vLLM did not answer within {timeout_s:g} s of its start")
+            raise LegFailedError(f"vLLM did not answer within {timeout_s:g} s of its start")
         time.sleep(0.5)
 
 
@@ -157,9 +157,9 @@ def _require(address: str, budgets: Budgets | None) -> None:
     """The plugin may be missing, and vLLM serves on without it; or be in force where it must not."""
     applied = doctor.server(address)
     if budgets is not None and not applied.good:
-        raise LegFailed(f"budgets are not in force: {applied.detail}")
+        raise LegFailedError(f"budgets are not in force: {applied.detail}")
     if budgets is None and applied.good:
-        raise LegFailed("budgets are in force in a leg that must not have any")
+        raise LegFailedError("budgets are in force in a leg that must not have any")
 
 
 def _healthy(address: str) -> bool:

@@ -25,7 +25,7 @@ BUILT_IN: dict[str, Callable[[], Verifier]] = {
     "loops": Loops,
     "voice": Voice,
 }
-"""Verifiers by name. Those whose questions ask for nothing of their kind say nothing, so all of them are the default."""
+"""Verifiers by name. Where a question asks for nothing of its kind, a verifier says nothing: all are the default."""
 
 
 def choose(names: Sequence[str]) -> list[Verifier]:
@@ -111,6 +111,4 @@ def _choose(name: str) -> Verifier:
         return Command(name)
     if ":" in name:
         return Function(name)
-    raise InputError(
-        f"no verifier {name!r}; give {', '.join(BUILT_IN)}, package.module:function or {COMMAND}PROGRAM"
-    )
+    raise InputError(f"no verifier {name!r}; give {', '.join(BUILT_IN)}, package.module:function or {COMMAND}PROGRAM")

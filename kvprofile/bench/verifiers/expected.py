@@ -66,7 +66,10 @@ class JsonSchema(Verifier):
             value = _json_in(case.output)
         except ValueError:
             return self.verdict(False, 0.0, ["no JSON"])
-        problems = [f"{error.json_path}: {error.message}"[:200] for error in checker(case.question.json_schema).iter_errors(value)]
+        problems = [
+            f"{error.json_path}: {error.message}"[:200]
+            for error in checker(case.question.json_schema).iter_errors(value)
+        ]
         return self.verdict(not problems, float(not problems), problems[:3])
 
 

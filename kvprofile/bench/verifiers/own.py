@@ -57,12 +57,15 @@ class Command(Verifier):
 
     def judge(self, case: Case) -> Verdict | None:
         """Ask the program about one case."""
-        line = json.dumps(
-            {"document": case.document.text, "question": case.question.text, "output": case.output}
-        )
+        line = json.dumps({"document": case.document.text, "question": case.question.text, "output": case.output})
         try:
             run = subprocess.run(  # noqa: S603 - the user's own program, no shell
-                self._arguments, input=line + "\n", capture_output=True, text=True, timeout=ANSWER_TIMEOUT_S, check=False
+                self._arguments,
+                input=line + "\n",
+                capture_output=True,
+                text=True,
+                timeout=ANSWER_TIMEOUT_S,
+                check=False,
             )
         except FileNotFoundError as error:
             raise InputError(f"verifier {self.name}: no program {self._arguments[0]}") from error
@@ -83,7 +86,9 @@ def _verdict(name: str, found: Any) -> Verdict | None:
         unknown = set(found) - {"passed", "score", "warnings"}
         if unknown:
             raise TypeError(f"unknown {min(map(str, unknown))!r} in a verdict")
-        return Verdict(name=name, passed=found.get("passed"), score=found.get("score"), warnings=list(found.get("warnings", ())))
+        return Verdict(
+            name=name, passed=found.get("passed"), score=found.get("score"), warnings=list(found.get("warnings", ()))
+        )
     if isinstance(found, bool):
         return Verdict(name=name, passed=found)
     passed, score, *rest = found

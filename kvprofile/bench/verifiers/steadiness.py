@@ -49,7 +49,7 @@ class Length(Verifier):
 
 
 class Loops(Verifier):
-    """An output that says the same again and again, unless its document does. Score: share of words outside of loops."""
+    """An output says the same again and again, and its document does not. Score: share of words outside of loops."""
 
     name = "loops"
     least_times, least_words = 4, 12
@@ -72,7 +72,7 @@ class Loops(Verifier):
 
 
 def longest_loop(words: list[str], longest_unit: int) -> tuple[int, int, int]:
-    """(where it starts, words of the unit, how often it stands there in a row) of what covers most; (0, 0, 0) if none."""
+    """(where it starts, words of the unit, how often it stands in a row) of what covers most; (0, 0, 0) if none."""
     best = (0, 0, 0)
     for unit in range(1, min(longest_unit, len(words) // 2) + 1):
         run = 0

@@ -29,13 +29,16 @@ LEAST_OUTPUTS = math.ceil(1 / FALSE_ALARMS) - 1
 """With fewer baseline outputs no limit keeps false alarms that rare."""
 
 _FUNCTION_WORDS = (
-    "a an the this that these those i you he she it we they me him her us them my your his its our their mine yours "
-    "and or but so if because as than then when while where who which what how not no never only just very too also "
-    "of to in on at by for with from about into over after before under up down out off again "
-    "is are was were be been am do does did have has had can could will would shall should may might must "
-    "there here all some any each every one two more most much many other well yes oh"
-).split()
-_MARKS = ",;:.!?-—–…()\"'“”‘’*/"
+    "a", "an", "the", "this", "that", "these", "those", "i", "you", "he", "she", "it", "we", "they", "me", "him", "her",
+    "us", "them", "my", "your", "his", "its", "our", "their", "mine", "yours", "and", "or", "but", "so", "if",
+    "because", "as", "than", "then", "when", "while", "where", "who", "which", "what", "how", "not", "no", "never",
+    "only", "just", "very", "too", "also", "of", "to", "in", "on", "at", "by", "for", "with", "from", "about", "into",
+    "over", "after", "before", "under", "up", "down", "out", "off", "again", "is", "are", "was", "were", "be", "been",
+    "am", "do", "does", "did", "have", "has", "had", "can", "could", "will", "would", "shall", "should", "may", "might",
+    "must", "there", "here", "all", "some", "any", "each", "every", "one", "two", "more", "most", "much", "many",
+    "other", "well", "yes", "oh",
+)  # fmt: skip
+_MARKS = ",;:.!?-\u2014\u2013\u2026()\"'\u201c\u201d\u2018\u2019*/"
 
 Vector = npt.NDArray[np.float64]
 
@@ -47,7 +50,7 @@ class Voice(Verifier):
 
     def __init__(self) -> None:
         self._voices: dict[str, _Centre] = {}
-        self._scale: Vector | None = None
+        self._scale = np.ones(len(NAMES))
         self._limit: float | None = None
         self._counted = 0
 
@@ -66,7 +69,9 @@ class Voice(Verifier):
         apart = np.concatenate([np.stack(found) - self._voices[name].mean for name, found in outputs.items()])
         self._scale = np.sqrt((apart**2).mean(axis=0)) + _floor()
         distances = sorted(
-            self._distance(vector, self._voices[name].without(vector)) for name, found in outputs.items() for vector in found
+            self._distance(vector, self._voices[name].without(vector))
+            for name, found in outputs.items()
+            for vector in found
         )
         rank = math.ceil((1 - FALSE_ALARMS) * (len(distances) + 1))
         self._limit = distances[min(rank, len(distances)) - 1]
@@ -128,10 +133,12 @@ NAMES = (
 
 def features(text: str) -> Vector:
     """Style of a text, [len(NAMES)]: square roots of rates, which scatter alike whether they are small or large."""
-    words = re.findall(r"[^\W\d_]+(?:['’][^\W\d_]+)?", text)
-    lower = [word.lower().replace("’", "'") for word in words]
+    words = re.findall(r"[^\W\d_]+(?:['\u2019][^\W\d_]+)?", text)
+    lower = [word.lower().replace("\u2019", "'") for word in words]
     count = max(1, len(words))
-    sentences = [len(part.split()) for part in re.split(r"[.!?…]+[\s\"'”’)]*", text) if part.strip()] or [0]
+    sentences = [
+        len(part.split()) for part in re.split(r"[.!?\u2026]+[\s\"'\u201d\u2019)]*", text) if part.strip()
+    ] or [0]
     counted = Counter(lower)
     marks = Counter(text)
     rates = [
@@ -160,4 +167,3 @@ def _applies(case: Case) -> bool:
 
 def _long(samples: Sequence[str]) -> list[str]:
     return [text for text in samples if len(text.split()) >= LEAST_WORDS]
-
