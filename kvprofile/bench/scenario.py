@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from kvprofile.bench.documents import Document
@@ -131,7 +131,8 @@ class Plan:
 
     def run_key(self) -> str:
         """Hash over what legs depend on; how they are judged is left out, and how often, so both may change later."""
-        content = asdict(replace(self, legs=(), documents=(), verifiers=(), preset=None, name="", repetitions=1))
+        left_out = {"legs", "documents", "verifiers", "preset", "name", "repetitions", "attention_pass"}
+        content = {name: value for name, value in asdict(self).items() if name not in left_out}
         documents = [document.model_dump(mode="json") for document in self.documents]
         return sha256_of(json.dumps([content, documents], sort_keys=True, default=str).encode())
 
