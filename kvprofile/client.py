@@ -1,4 +1,4 @@
-"""``VLLMClient.generate_response``: one answer from vLLM, in this process or from a server, and what it held of the cache.
+"""``VLLMClient.generate_response``: one answer from vLLM, in this process or a server, and what it held of the cache.
 
 Whether budgets apply is the environment's choice (``LLM_KVZIP_ENABLED=1``), as everywhere. vLLM serves on where a
 plugin fails to load, so the client looks, and raises rather than answer without them.

@@ -51,7 +51,8 @@ class Endpoint:
 
     def without_key(self, text: object) -> str:
         """One printable line without the key."""
-        line = " ".join(plain(str(text).replace(self.key, "***") if self.key else text).split())
+        said = str(text).replace(self.key, "***") if self.key else str(text)
+        line = plain(" ".join(said.split()))
         return line if len(line) <= 500 else f"{line[:499]}…"
 
 

@@ -14,7 +14,7 @@ class LegFailedError(Exception):
     """A leg cannot be run, or not to its end. One line; the other legs go on."""
 
     def __init__(self, reason: str) -> None:
-        super().__init__(" ".join(plain(reason).split())[:1000])
+        super().__init__(plain(" ".join(reason.split()))[:1000])
 
 
 @dataclass(frozen=True)
