@@ -142,8 +142,20 @@ def test_vllm_serve_applies_budgets_and_says_so(server, tmp_path):
     assert groups == int(groups) >= 1  # each streaming group gave back the same blocks
     assert float(values["kvprofile_kv_bytes_reclaimed_total"]) > 0
     lines = [json.loads(line) for line in Path(stats).read_text().splitlines()]
-    assert lines[-1]["kv_blocks_reclaimed_total"] >= 0
-    assert "kv_bytes_in_use" in lines[-1]
+    pool, requests = [[line for line in lines if ("request_id" in line) is kind] for kind in (False, True)]
+    assert pool[-1]["kv_blocks_reclaimed_total"] >= 0
+    assert "kv_bytes_in_use" in pool[-1]
+    (request,) = requests
+    reclaimed = float(values["kvprofile_kv_blocks_reclaimed_total"])
+    assert request["request_id"].startswith("cmpl-")
+    assert request["blocks_reclaimed"] == reclaimed
+    assert request["block_bytes"] * reclaimed == float(values["kvprofile_kv_bytes_reclaimed_total"])
+    prompt_blocks, end_blocks = -(-len(prompt) // 32), -(-(len(prompt) + asked - 1) // 32)
+    all_groups, rest = divmod(request["blocks_after_prefill"], prompt_blocks)
+    assert rest == 0
+    freed_at_once = groups * (RULE.first_recent_block(len(prompt)) - first_freed)
+    assert request["blocks_after_trim"] == request["blocks_after_prefill"] - freed_at_once
+    assert request["blocks_at_end"] == all_groups * end_blocks - reclaimed
 
     result = tmp_path / "result.json"
     bench_serve(address, subject.folder, result)
