@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_AR
 
 DEMO := models/pocket --context-tokens 480 --chunk-tokens 480 --sink-tokens 16 --recent-tokens 64
 
-.PHONY: install install-vllm browser demo test test-slow lint format bench clean
+.PHONY: install install-vllm browser demo test test-slow test-vllm-matrix lint format bench-runtime bench-profile bench-train clean
 
 install: $(VENV)/installed
 install-vllm: $(VENV)/installed-vllm
@@ -39,6 +39,9 @@ test: install-vllm browser
 test-slow: install-vllm
 	$(BIN)/python -m pytest -m slow
 
+test-vllm-matrix: install-vllm
+	$(BIN)/python scripts/vllm_matrix.py
+
 lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -50,10 +53,17 @@ format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: install
+# Benchmarks want a quiet machine. What each prints is a ratio against a peer or a bound, taken in one run.
+bench-runtime: install-vllm
+	$(BIN)/python benchmarks/runtime.py
+
+bench-profile: install-vllm
 	$(BIN)/python benchmarks/score_memory.py
+	$(BIN)/python benchmarks/engine_speed.py
+
+bench-train: install
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python scripts/evaluate_pocket.py
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis dist
+	rm -rf $(VENV) .vllm-matrix .mypy_cache .ruff_cache .pytest_cache .hypothesis dist

@@ -24,7 +24,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, replace
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from kvprofile.budget.trim import TrimRule
-from kvprofile.runtime.stats import counters
+from kvprofile.runtime.stats import Life, counters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +38,8 @@ class StreamSpec(AttentionSpec):  # type: ignore[misc]
     recent_tokens: int
     pool_block_bytes: int | None = None
     """Bytes of one block of the pool, once groups are packed."""
+    groups: tuple[int, int] = (0, 1)
+    """How many groups of full and of streaming halves there are, once groups are packed."""
 
     @property
     def trim(self) -> TrimRule:
@@ -49,6 +51,9 @@ class StreamSpec(AttentionSpec):  # type: ignore[misc]
         return int(cdiv(vllm_config.model_config.max_model_len, self.block_size) * self.page_size_bytes)
 
 
+_OWN_FIELDS = ("sink_tokens", "recent_tokens", "pool_block_bytes", "groups")
+
+
 class StreamManager(FullAttentionManager):  # type: ignore[misc]
     """Full attention's block manager, and one thing more: after prefill it frees what the trim rule gives up."""
 
@@ -57,6 +62,7 @@ class StreamManager(FullAttentionManager):  # type: ignore[misc]
         self._trim = kv_cache_spec.trim
         self._block_bytes = kv_cache_spec.pool_block_bytes or kv_cache_spec.page_size_bytes
         self._prefill_end: dict[str, int] = {}
+        self._lives: dict[str, Life] = {}
 
     @classmethod
     def find_longest_cache_hit(
@@ -70,7 +76,7 @@ class StreamManager(FullAttentionManager):  # type: ignore[misc]
         **kwargs: Any,
     ) -> Any:
         """As full attention; upstream's assertion on the spec's type is met by a stand-in."""
-        full = replace_as(kv_cache_spec, FullAttentionSpec, drop=("sink_tokens", "recent_tokens", "pool_block_bytes"))
+        full = replace_as(kv_cache_spec, FullAttentionSpec, drop=_OWN_FIELDS)
         return super().find_longest_cache_hit(
             block_hashes, max_length, kv_cache_group_ids, block_pool, full, *args, **kwargs
         )
@@ -96,13 +102,20 @@ class StreamManager(FullAttentionManager):  # type: ignore[misc]
             return
         free = self.block_pool.get_num_free_blocks()
         first_recent = self._trim.first_recent_block(processed_computed_tokens)
+        life = self._lives.get(request_id)
+        if life is None:  # this runs for every request at every step, and counting what it holds takes a while
+            life = self._lives[request_id] = Life(self._held(request_id))
         self._remove_blocks_in_range(request_id, self._trim.sink_blocks, first_recent)
-        counters().reclaimed(self.block_pool.get_num_free_blocks() - free, self._block_bytes)
+        reclaimed = self.block_pool.get_num_free_blocks() - free
+        counters().reclaimed(reclaimed, self._block_bytes)
+        life.reclaimed += reclaimed
+        if life.after_trim is None:
+            life.after_trim = self._held(request_id)
 
     def new_step_starts(self) -> None:
         """Note what the pool holds: all but the null block and those free."""
         held = self.block_pool.num_gpu_blocks - 1 - self.block_pool.get_num_free_blocks()
-        counters().in_use(held * self._block_bytes)
+        counters().in_use(held, self._block_bytes)
 
     def cache_blocks(
         self,
@@ -118,8 +131,15 @@ class StreamManager(FullAttentionManager):  # type: ignore[misc]
 
     def pop_blocks_for_free(self, request_id: str) -> Any:
         """Upstream's, for a request that finishes or is preempted."""
-        self._prefill_end.pop(request_id, None)
+        if self._prefill_end.pop(request_id, None) is not None:
+            life = self._lives.pop(request_id, Life())
+            life.ended(self._held(request_id), len(self.req_to_blocks.get(request_id, ())))
+            counters().gave_back(request_id, life, self.kv_cache_spec.groups, self._block_bytes)
         return super().pop_blocks_for_free(request_id)
+
+    def _held(self, request_id: str) -> int:
+        """Blocks that a request holds in this group; freed ones have become the null block."""
+        return sum(not block.is_null for block in self.req_to_blocks.get(request_id, ()))
 
 
 def register() -> None:

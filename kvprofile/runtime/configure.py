@@ -20,6 +20,9 @@ from kvprofile.runtime.settings import PREFIX, from_environment, logger
 
 TESTED_PLATFORMS = ("cpu",)
 
+ALIBI_MODELS, SINK_MODELS = ("bloom", "mpt", "baichuan"), ("gpt_oss",)
+"""Known by name here, so that the refusal is one line; ``layer`` refuses whatever else has such heads."""
+
 
 def configuring(stock: Callable[..., Any]) -> Callable[..., Any]:
     """``EngineArgs.create_engine_config`` that adds the budget to the configuration.
@@ -79,12 +82,16 @@ def _served(config: Any) -> Served:
 def _unsupported(config: Any) -> Iterator[str]:
     """What the runtime would serve wrongly, each as a phrase."""
     model, parallel, scheduler = config.model_config, config.parallel_config, config.scheduler_config
+    text = model.hf_text_config
     quantised = config.cache_config.cache_dtype not in ("auto", "float16", "bfloat16", "float32")
     reasons = {
         "multi-head latent attention (MLA)": model.use_mla,
         "a model that is no decoder": model.runner_type != "generate" or model.is_encoder_decoder,
         "a model without attention": model.is_attention_free,
         "a model with Mamba layers": model.is_hybrid,
+        "ALiBi": text.model_type in ALIBI_MODELS or getattr(text, "alibi", False),
+        "learned attention sinks": text.model_type in SINK_MODELS,
+        "layers that share caches": bool(getattr(text, "num_kv_shared_layers", 0)),
         "reference sliding-window attention": model.rswa_window is not None,
         "bidirectional attention inside images": model.is_mm_prefix_lm,
         f"the quantised KV cache {config.cache_config.cache_dtype}": quantised,

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from vllm.utils.math_utils import cdiv
-from vllm.v1.kv_cache_interface import KVCacheGroupSpec, UniformTypeKVCacheSpecs
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec, UniformTypeKVCacheSpecs
 
 from kvprofile.runtime.budget import Budget
 from kvprofile.runtime.cache import StreamSpec
@@ -52,19 +52,23 @@ def _groups(specs: Mapping[str, Any], budget: Budget, vllm_config: Any) -> Group
         budget.recent_tokens,
         packing.reason(),
     )
+    kinds = [specs[group[0].name] for group in packing.groups]
+    streaming = sum(isinstance(spec, StreamSpec) for spec in kinds)
+    counts = sum(isinstance(spec, FullAttentionSpec) for spec in kinds), streaming
     groups = []
     for group in packing.groups:
         names = [piece.name for piece in group]
-        uniform = UniformTypeKVCacheSpecs.from_specs({name: _placed(specs[name], packing.width) for name in names})
+        placed = {name: _placed(specs[name], packing.width, counts) for name in names}
+        uniform = UniformTypeKVCacheSpecs.from_specs(placed)
         if uniform is None:
             raise ValueError(f"caches of one kind differ in block size: {', '.join(names)}")
         groups.append(KVCacheGroupSpec(names, uniform))
     return groups
 
 
-def _placed(spec: Any, block_bytes: int) -> Any:
-    """A streaming half's spec that knows what a block it gives back is worth."""
-    return replace(spec, pool_block_bytes=block_bytes) if isinstance(spec, StreamSpec) else spec
+def _placed(spec: Any, block_bytes: int, groups: tuple[int, int]) -> Any:
+    """A streaming half's spec that knows what a block it gives back is worth, and which groups there are."""
+    return replace(spec, pool_block_bytes=block_bytes, groups=groups) if isinstance(spec, StreamSpec) else spec
 
 
 def _piece(name: str, spec: Any, tokens: int) -> Piece:

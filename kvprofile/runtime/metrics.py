@@ -31,6 +31,10 @@ class BudgetCollector(Collector):
         yield CounterMetricFamily("kvprofile_kv_bytes_reclaimed", "Bytes of those blocks.", kv_bytes)
         held = found["kv_bytes_in_use"]
         yield GaugeMetricFamily("kvprofile_kv_bytes_in_use", "Bytes of the pool that requests hold.", held)
+        width = found["kv_block_bytes"]
+        yield GaugeMetricFamily(
+            "kvprofile_kv_block_bytes", "Bytes of one block of the pool; 0 until a step ran.", width
+        )
 
 
 _collector = BudgetCollector()

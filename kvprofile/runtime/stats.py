@@ -3,6 +3,10 @@
 vLLM's scheduler and its HTTP server are different processes, and its own statistics have no room for plugins. So the
 process that configures the engine makes a small file, whose name its children inherit, and the scheduler maps it into
 memory: counting costs a store. Standard library only; ``metrics`` speaks Prometheus.
+
+Where a statistics file is asked for, it gets two kinds of lines: what the pool holds (``kv_bytes_in_use`` and the
+counters), at most once a second, and for each request whose blocks went back a line with its ``request_id``. A request
+that was preempted has a line for each time it was admitted.
 """
 
 from __future__ import annotations
@@ -14,12 +18,14 @@ import os
 import struct
 import tempfile
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
 from kvprofile.runtime.settings import SHARED, from_environment
 
-FIELDS = ("kv_blocks_reclaimed_total", "kv_bytes_reclaimed_total", "kv_bytes_in_use")
+FIELDS = ("kv_blocks_reclaimed_total", "kv_bytes_reclaimed_total", "kv_bytes_in_use", "kv_block_bytes")
 SECONDS_BETWEEN_LINES = 1.0
 
 _ENTRY = struct.Struct("=q")
@@ -43,6 +49,46 @@ def read() -> dict[str, int]:
     return {name: _ENTRY.unpack_from(content, _ENTRY.size * place)[0] for place, name in enumerate(FIELDS)}
 
 
+@dataclass
+class Life:
+    """Blocks of one request in one group of streaming halves, from its admission until it gives all back.
+
+    ``table`` counts those it would hold at its end had nothing been trimmed, as groups of full halves do.
+    """
+
+    after_prefill: int | None = None
+    after_trim: int | None = None
+    at_end: int = 0
+    table: int = 0
+    reclaimed: int = 0
+
+    def ended(self, held: int, table: int) -> None:
+        """Note what it holds at its end."""
+        self.at_end, self.table = held, table
+
+
+@dataclass
+class _Sums:
+    """Lives of one request in the groups seen so far."""
+
+    lives: list[Life] = field(default_factory=list)
+
+    def line(self, full_groups: int) -> dict[str, int | None]:
+        """Blocks over all groups with budgets; None for what a request that never decoded has not."""
+        first = self.lives[0]
+        trimmed = first.after_prefill is not None
+        prefilled = first.after_prefill or 0
+        return {
+            "blocks_after_prefill": (full_groups + len(self.lives)) * prefilled if trimmed else None,
+            "blocks_after_trim": full_groups * prefilled + self._total("after_trim") if trimmed else None,
+            "blocks_at_end": full_groups * first.table + self._total("at_end"),
+            "blocks_reclaimed": self._total("reclaimed"),
+        }
+
+    def _total(self, name: str) -> int:
+        return sum(getattr(life, name) or 0 for life in self.lives)
+
+
 class Counters:
     """The scheduler's side of the shared file, and of the statistics file where one is asked for."""
 
@@ -52,20 +98,37 @@ class Counters:
         self._values = dict.fromkeys(FIELDS, 0)
         self._lines = lines
         self._next_line = 0.0
+        self._lives: dict[str, _Sums] = {}
 
     def reclaimed(self, blocks: int, block_bytes: int) -> None:
         """Count blocks that went back to the pool while their request went on."""
         self._set("kv_blocks_reclaimed_total", self._values["kv_blocks_reclaimed_total"] + blocks)
         self._set("kv_bytes_reclaimed_total", self._values["kv_bytes_reclaimed_total"] + blocks * block_bytes)
 
-    def in_use(self, kv_bytes: int) -> None:
+    def in_use(self, blocks: int, block_bytes: int) -> None:
         """Note what requests hold as a step begins; at most once a second that makes a line."""
-        self._set("kv_bytes_in_use", kv_bytes)
+        self._set("kv_block_bytes", block_bytes)
+        self._set("kv_bytes_in_use", blocks * block_bytes)
         now = time.monotonic()
         if self._lines is not None and now >= self._next_line:
             self._next_line = now + SECONDS_BETWEEN_LINES
+            self._write(self._values)
+
+    def gave_back(self, request_id: str, life: Life, groups: tuple[int, int], block_bytes: int) -> None:
+        """Note a life that ended in a group of streaming halves; of groups (full, streaming) the last makes a line."""
+        if self._lines is None:
+            return
+        sums = self._lives.setdefault(request_id, _Sums())
+        sums.lives.append(life)
+        full_groups, stream_groups = groups
+        if len(sums.lives) >= stream_groups:
+            found = self._lives.pop(request_id).line(full_groups)
+            self._write({"request_id": request_id, "block_bytes": block_bytes, **found})
+
+    def _write(self, line: Mapping[str, object]) -> None:
+        if self._lines is not None:
             with self._lines.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"time": time.time(), **self._values}) + "\n")
+                file.write(json.dumps({"time": time.time(), **line}) + "\n")
 
     def _set(self, name: str, value: int) -> None:
         if self._values[name] != value:

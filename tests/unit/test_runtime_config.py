@@ -256,11 +256,11 @@ def test_counters_cross_processes(tmp_path, monkeypatch):
     count = (
         "from pathlib import Path; from kvprofile.runtime.stats import Counters;"
         f"counters = Counters(Path({str(shared)!r}), Path({str(lines)!r}));"
-        "counters.reclaimed(3, 100); counters.in_use(500); counters.reclaimed(2, 100); counters.in_use(400)"
+        "counters.reclaimed(3, 100); counters.in_use(5, 100); counters.reclaimed(2, 100); counters.in_use(4, 100)"
     )
     subprocess.run([sys.executable, "-c", count], check=True)
     expected = {"kv_blocks_reclaimed_total": 5, "kv_bytes_reclaimed_total": 500, "kv_bytes_in_use": 400}
-    assert stats.read() == expected
+    assert stats.read() == {**expected, "kv_block_bytes": 100}
     (line,) = [json.loads(text) for text in lines.read_text().splitlines()]  # the second is within a second
     assert line["kv_bytes_in_use"] == 500
 
@@ -303,4 +303,4 @@ def test_the_doctor_looks_around():
     assert doctor.environment({"LLM_KVZIP_ENABLED": "1", "LLM_KVZIP_SINK": "x"}).good is False
     assert "does not answer" in doctor.server("http://127.0.0.1:9").detail
     assert doctor.server("file:///etc").good is False
-    assert [check.name for check in doctor.checks({})] == ["plugin", "vLLM", "environment"]
+    assert [check.name for check in doctor.checks({})] == ["plugin", "vLLM", "patches", "environment"]

@@ -19,6 +19,27 @@ class Recorder:
         self.stock = scheduler.schedule
         scheduler.schedule = self.schedule
 
+    def watch_pool(self, pool):
+        """Count blocks that are handed out and, apart, those that come back with the end of a request."""
+        self.handed_out = self.came_back = 0
+        hand_out, managers = pool.get_new_blocks, self.scheduler.kv_cache_manager.coordinator.single_type_managers
+
+        def counting(count):
+            self.handed_out += count
+            return hand_out(count)
+
+        pool.get_new_blocks = counting
+        for manager in managers:
+            manager.pop_blocks_for_free = self._counting_ends(manager.pop_blocks_for_free)
+
+    def _counting_ends(self, stock):
+        def pop_blocks_for_free(*args):
+            blocks = list(stock(*args))
+            self.came_back += sum(not block.is_null for block in blocks)
+            return blocks
+
+        return pop_blocks_for_free
+
     def schedule(self, *args):
         output = self.stock(*args)
         admitted = {new.req_id for new in output.scheduled_new_reqs} | output.scheduled_cached_reqs.resumed_req_ids
@@ -61,6 +82,12 @@ def sabotage():
 
     stock = TrimmedView.skipped_blocks
     TrimmedView.skipped_blocks = lambda self, metadata: stock(self, metadata) * 0
+
+
+def reported():
+    """Blocks that the runtime says it gave back, or None where it is off."""
+    stats = sys.modules.get("kvprofile.runtime.stats")
+    return stats.read()["kv_blocks_reclaimed_total"] if stats else None
 
 
 def patched():
@@ -110,12 +137,14 @@ def serve(job):
     llm = LLM(**job["engine"])
     core = llm.llm_engine.engine_core.engine_core
     recorder = Recorder(core.scheduler, job["every_step"])
+    recorder.watch_pool(core.scheduler.kv_cache_manager.block_pool)
     batches = []
     for number, batch in enumerate(job["batches"]):
         if number == job.get("reload_before"):
             llm.collective_rpc("reload_weights")
         batches.append(generate(llm, recorder, batch))
     pool = core.scheduler.kv_cache_manager.block_pool
+    reclaimed = {"counted": recorder.handed_out - recorder.came_back, "reported": reported()}
     groups = [
         [type(manager.kv_cache_spec).__name__, len(group.layer_names)]
         for manager, group in zip(
@@ -126,7 +155,7 @@ def serve(job):
     ]
     runner = llm.llm_engine.vllm_config.use_v2_model_runner
     result = {"batches": batches, "groups": groups, "free_blocks": pool.get_num_free_blocks(), "v2": runner}
-    result |= {"blocks": pool.num_gpu_blocks, "patched": patched()}
+    result |= {"blocks": pool.num_gpu_blocks, "patched": patched(), "reclaimed": reclaimed}
     return result | {"runtime_modules": sorted(name for name in sys.modules if name.startswith("kvprofile.runtime"))}
 
 

@@ -32,13 +32,23 @@ def draw(rng, count):
     return [rng.randrange(4, 1000) for _ in range(count)]
 
 
+APART = [
+    [1.0, 0.0, 1.0, 0.0, 0.0, 1.0, 0.0, 1.0],
+    [0.0] * 8,
+    [1.0] * 8,
+    [0.0, 1.0, 1.0, 0.0, 1.0, 0.0, 0.0, 1.0],
+]
+"""On each of two ranks equally many full heads, not side by side: weights load in another order on each."""
+
+
 def test_tensor_parallel_ranks_hold_their_heads(tmp_path):
-    subject = make_subject(tmp_path / "tiny")
+    subject = make_subject(tmp_path / "tiny", num_key_value_heads=8)
     rng = random.Random("ranks")
     batches = [[(draw(rng, count), most) for count, most in ((300, 40), (20, 100), (64, 1), (130, 30))]]
-    env = environment(write_budget(tmp_path / "b.json", subject, HEADS, RULE), VLLM_CPU_OMP_THREADS_BIND="nobind")
+    env = environment(write_budget(tmp_path / "b.json", subject, APART, RULE), VLLM_CPU_OMP_THREADS_BIND="nobind")
     found = serve(subject, batches, env, tensor_parallel_size=2)
-    compare_all(subject, HEADS, RULE, batches, found)
+    assert "heads of 2 layers load in order, of 0 are gathered" in found["log"]
+    compare_all(subject, APART, RULE, batches, found)
 
 
 @pytest.fixture
@@ -142,8 +152,20 @@ def test_vllm_serve_applies_budgets_and_says_so(server, tmp_path):
     assert groups == int(groups) >= 1  # each streaming group gave back the same blocks
     assert float(values["kvprofile_kv_bytes_reclaimed_total"]) > 0
     lines = [json.loads(line) for line in Path(stats).read_text().splitlines()]
-    assert lines[-1]["kv_blocks_reclaimed_total"] >= 0
-    assert "kv_bytes_in_use" in lines[-1]
+    pool, requests = [[line for line in lines if ("request_id" in line) is kind] for kind in (False, True)]
+    assert pool[-1]["kv_blocks_reclaimed_total"] >= 0
+    assert "kv_bytes_in_use" in pool[-1]
+    (request,) = requests
+    reclaimed = float(values["kvprofile_kv_blocks_reclaimed_total"])
+    assert request["request_id"].startswith("cmpl-")
+    assert request["blocks_reclaimed"] == reclaimed
+    assert request["block_bytes"] * reclaimed == float(values["kvprofile_kv_bytes_reclaimed_total"])
+    prompt_blocks, end_blocks = -(-len(prompt) // 32), -(-(len(prompt) + asked - 1) // 32)
+    all_groups, rest = divmod(request["blocks_after_prefill"], prompt_blocks)
+    assert rest == 0
+    freed_at_once = groups * (RULE.first_recent_block(len(prompt)) - first_freed)
+    assert request["blocks_after_trim"] == request["blocks_after_prefill"] - freed_at_once
+    assert request["blocks_at_end"] == all_groups * end_blocks - reclaimed
 
     result = tmp_path / "result.json"
     bench_serve(address, subject.folder, result)

@@ -1,0 +1,258 @@
+"""One request to a server that speaks OpenAI's chat protocol: sent, timed, tried again where that may help.
+
+Times are seconds of ``time.perf_counter``. A try that fails leaves no time behind: what is measured is the try that
+was answered. Errors become one line in which the key does not occur, whatever the server said.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import email.utils
+import random
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from kvprofile.errors import plain
+
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI
+
+MOST_WAIT_S = 60.0
+FIRST_WAIT_S = 0.5
+HOPELESS = frozenset({401, 402, 403, 404})
+"""Statuses that every other request would meet too: no key, no money, no permission, no such model."""
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where requests go. ``key`` never leaves this object but in the header that carries it."""
+
+    base_url: str
+    model: str
+    key: str | None = field(default=None, repr=False)
+    stream: bool = True
+    stream_usage: bool = True
+    timeout_s: float = 300.0
+    max_attempts: int = 6
+    body: Mapping[str, Any] = field(default_factory=dict)
+
+    def client(self) -> AsyncOpenAI:
+        """A connection pool for this endpoint; close it."""
+        from openai import AsyncOpenAI, Timeout
+
+        return AsyncOpenAI(
+            base_url=self.base_url,
+            api_key=self.key or "none",
+            max_retries=0,
+            timeout=Timeout(self.timeout_s, connect=min(30.0, self.timeout_s)),
+        )
+
+    def without_key(self, text: object) -> str:
+        """One printable line without the key."""
+        said = str(text).replace(self.key, "***") if self.key else str(text)
+        line = plain(" ".join(said.split()))
+        return line if len(line) <= 500 else f"{line[:499]}…"
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen. ``ignore_eos`` is vLLM's, and sent only where it is wanted."""
+
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float | None = None
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came back. Unknown is None; ``error`` is one line where nothing usable came.
+
+    ``arrivals`` are the moments at which pieces of the answer came, thoughts included. ``hopeless``: other requests
+    would fail the same way.
+    """
+
+    sent: float
+    ended: float
+    text: str = ""
+    arrivals: tuple[float, ...] = ()
+    finish_reason: str | None = None
+    input_tokens: int | None = None
+    cached_tokens: int | None = None
+    output_tokens: int | None = None
+    attempts: int = 1
+    error: str | None = None
+    hopeless: bool = False
+
+
+class _BrokenAnswerError(Exception):
+    """The server stopped in the middle of an answer."""
+
+
+async def ask(
+    client: AsyncOpenAI,
+    endpoint: Endpoint,
+    messages: Sequence[Mapping[str, str]],
+    sampling: Sampling,
+    seed: int,
+    request_id: str,
+) -> Answer:
+    """Send one request until it is answered, or trying again will not help."""
+    rng = random.Random(request_id)
+    body = _body(endpoint, messages, sampling, seed)
+    for attempt in range(1, endpoint.max_attempts + 1):
+        sent = time.perf_counter()
+        try:
+            answer = await _once(client, endpoint, body, request_id)
+            return replace(answer, text=_redacted(endpoint, answer.text), attempts=attempt)
+        except Exception as error:
+            if not _is_transport(error):
+                raise
+            status = getattr(error, "status_code", None)
+            last = attempt == endpoint.max_attempts
+            if last or not _may_pass(error, status):
+                failed = Answer(sent, time.perf_counter(), attempts=attempt, error=_line(endpoint, error, status))
+                return replace(failed, hopeless=status in HOPELESS)
+            await asyncio.sleep(_wait_s(error, attempt, rng))
+    raise AssertionError("every attempt returns or waits")
+
+
+def _body(endpoint: Endpoint, messages: Sequence[Mapping[str, str]], sampling: Sampling, seed: int) -> dict[str, Any]:
+    body: dict[str, Any] = {
+        "model": endpoint.model,
+        "messages": list(messages),
+        "max_tokens": sampling.max_tokens,
+        "temperature": sampling.temperature,
+        "seed": seed,
+    }
+    if sampling.top_p is not None:
+        body["top_p"] = sampling.top_p
+    extra = dict(endpoint.body)
+    if sampling.ignore_eos:
+        extra["ignore_eos"] = True
+    if endpoint.stream:
+        body["stream"] = True
+        if endpoint.stream_usage:
+            body["stream_options"] = {"include_usage": True}
+    return {**body, "extra_body": extra}
+
+
+async def _once(client: AsyncOpenAI, endpoint: Endpoint, body: dict[str, Any], request_id: str) -> Answer:
+    headers = {"X-Request-Id": request_id}
+    sent = time.perf_counter()
+    if not endpoint.stream:
+        found = await client.chat.completions.create(**body, extra_headers=headers)
+        ended = time.perf_counter()
+        if not found.choices:
+            raise _BrokenAnswerError("an answer without choices")
+        choice = found.choices[0]
+        answer = Answer(sent, ended, choice.message.content or "", finish_reason=choice.finish_reason)
+        return replace(answer, **_usage(found.usage))
+    pieces: list[str] = []
+    arrivals: list[float] = []
+    reason, usage = None, None
+    async with await client.chat.completions.create(**body, extra_headers=headers) as stream:
+        async for chunk in stream:
+            now = time.perf_counter()
+            usage = chunk.usage or usage
+            for choice in chunk.choices[:1]:
+                reason = choice.finish_reason or reason
+                if choice.delta is not None and (choice.delta.content or _thought(choice.delta)):
+                    arrivals.append(now)
+                    pieces.append(choice.delta.content or "")
+    ended = time.perf_counter()
+    if reason is None:
+        raise _BrokenAnswerError("the stream ended before the answer did")
+    answer = Answer(sent, arrivals[-1] if arrivals else ended, "".join(pieces), tuple(arrivals), reason)
+    return replace(answer, **_usage(usage))
+
+
+def _thought(delta: Any) -> str | None:
+    """What reasoning models say before they answer; servers call it one of two names."""
+    return getattr(delta, "reasoning_content", None) or getattr(delta, "reasoning", None)
+
+
+def _usage(usage: Any) -> dict[str, Any]:
+    details = getattr(usage, "prompt_tokens_details", None)
+    cached = getattr(details, "cached_tokens", None)
+    if cached is None:
+        cached = getattr(usage, "cached_tokens", None)
+    return {
+        "input_tokens": getattr(usage, "prompt_tokens", None),
+        "output_tokens": getattr(usage, "completion_tokens", None),
+        "cached_tokens": cached,
+    }
+
+
+def _redacted(endpoint: Endpoint, text: str) -> str:
+    return text.replace(endpoint.key, "***") if endpoint.key else text
+
+
+def _is_transport(error: Exception) -> bool:
+    """Whether a server or the way to it is to blame. In a stream the HTTP library's own errors come through."""
+    import openai
+
+    own = openai.APIError, _BrokenAnswerError, OSError, ValueError
+    return isinstance(error, own) or type(error).__module__.partition(".")[0].startswith("http")
+
+
+def _may_pass(error: Exception, status: int | None) -> bool:
+    """Whether the same request may fare better later."""
+    import openai
+
+    if status is not None:
+        return status in (408, 409, 425, 429) or status >= 500
+    return not isinstance(error, openai.APIResponseValidationError | UnicodeError)
+
+
+def _wait_s(error: Exception, attempt: int, rng: random.Random) -> float:
+    """Seconds that the server asks for, else twice as long each time, with a little chance."""
+    response = getattr(error, "response", None)
+    asked = _retry_after(response.headers.get("retry-after", "")) if response is not None else None
+    if asked is not None:
+        return min(MOST_WAIT_S, asked)
+    waited: float = FIRST_WAIT_S * 2.0 ** (attempt - 1) * rng.uniform(0.75, 1.25)
+    return min(MOST_WAIT_S, waited)
+
+
+def _retry_after(value: str) -> float | None:
+    """Seconds in a Retry-After header: a number, or a date."""
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
+    except ValueError:
+        return None
+
+
+def _line(endpoint: Endpoint, error: Exception, status: int | None) -> str:
+    """What went wrong, in one line that names the status and not the key."""
+    import openai
+
+    said = endpoint.without_key(_said(error))
+    if status == 401:
+        return f"401: the key was refused ({said})"
+    if status is not None:
+        return f"{status}: {said}"
+    if isinstance(error, openai.APITimeoutError) or "Timeout" in type(error).__name__:
+        return f"no answer within {endpoint.timeout_s:g} s"
+    if isinstance(error, _BrokenAnswerError):
+        return said
+    cause = error.__cause__
+    detail = endpoint.without_key(cause) if cause is not None else ""
+    return f"connection failed: {said}{f' ({detail})' if detail and detail != said else ''}"
+
+
+def _said(error: Exception) -> str:
+    """The server's own words where it used OpenAI's form for them."""
+    body = getattr(error, "body", None)
+    if isinstance(body, dict):
+        inner = body.get("error", body)
+        message = inner.get("message") if isinstance(inner, dict) else inner
+        if isinstance(message, str) and message.strip():
+            return message
+    return str(getattr(error, "message", "") or error or type(error).__name__)

@@ -1,0 +1,156 @@
+"""Documents of a benchmark: a text, questions about it with what answers must hold, and samples of a voice.
+
+Where a model reads anything, documents are Markdown files with a ``.json`` of the same name beside them; the bundled
+three have about 9,000 tokens each. models/pocket reads only what ``kvprofile.evaluate.tasks`` generates, so its
+documents are made from a seed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from kvprofile.budget.store import is_dir, is_file, phrases
+from kvprofile.corpus.generate import blocks
+from kvprofile.errors import InputError, plain
+from kvprofile.evaluate import sources, tasks
+
+BUNDLED, POCKET = "bundled", "pocket"
+POCKET_TASKS = ("persona", "needle", "lookup")
+"""A voice guide at the start, facts in filler of some kind, and a table."""
+
+POCKET_CHARACTERS = 4000
+"""About 2,000 of models/pocket's tokens, where it answers 98 of 100 questions exactly."""
+
+PURPOSE = "bench"
+"""Documents made for this purpose are never used in training, scoring or evaluation."""
+
+
+class Question(BaseModel):
+    """A question and what a right answer holds: ``expected`` strings (all, or with ``any_of`` one), a regular
+    expression, a JSON schema. ``answer`` is a right answer in the reference's words.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    text: Annotated[str, Field(min_length=1)]
+    answer: str | None = None
+    expected: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    any_of: bool = False
+    pattern: str | None = None
+    json_schema: dict[str, Any] | None = None
+    in_voice: bool = False
+
+
+class Document(BaseModel):
+    """A text with its questions. ``voice_samples`` are passages in the voice that its guide asks for."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    text: Annotated[str, Field(min_length=1)]
+    questions: Annotated[tuple[Question, ...], Field(min_length=1)]
+    voice_samples: tuple[str, ...] = ()
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the text."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+
+def load(references: tuple[str, ...]) -> list[Document]:
+    """All documents of the references, in order.
+
+    ``bundled``: the three long ones. ``pocket[:SEED]``: three that models/pocket understands. A folder of ``.md`` files
+    with ``.json`` files of the same names, one such ``.md``, or a ``.jsonl`` of exercises as ``kvprofile evaluate``
+    takes them. Raises InputError.
+    """
+    found = [document for reference in references for document in _load(reference)]
+    names = [document.name for document in found]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"two documents are called {name}; rename one")
+    if not found:
+        raise InputError("give --documents: bundled, pocket, a folder, an .md or a .jsonl file")
+    return found
+
+
+def documents_folder() -> Path:
+    """The folder of bundled documents: beside the package in a checkout, inside it when installed."""
+    beside = Path(__file__).resolve().parents[2] / "benchmarks" / "documents"
+    return beside if beside.is_dir() else Path(str(files("kvprofile"))) / "data" / "documents"
+
+
+def unique_opening(seed: int, request: int) -> str:
+    """Words that no other request begins with, so that no cache of prefixes helps. Filler that models/pocket knows."""
+    rng = random.Random(f"opening:{seed}:{request}")
+    sentences = blocks("prose", rng)
+    return " ".join(next(sentences) for _ in range(3))
+
+
+def _load(reference: str) -> list[Document]:
+    kind, _, rest = reference.partition(":")
+    if kind == POCKET and (not rest or rest.isdecimal()):
+        return pocket(int(rest or 0))
+    if reference == BUNDLED:
+        return _from_folder(documents_folder())
+    path = Path(reference)
+    if is_dir(path):
+        return _from_folder(path)
+    if is_file(path) and path.suffix == ".jsonl":
+        return _from_exercises(reference)
+    if is_file(path):
+        return [_from_file(path)]
+    raise InputError(f"no documents {reference!r}; give bundled, pocket[:SEED], a folder, an .md or a .jsonl file")
+
+
+def pocket(seed: int, characters: int = POCKET_CHARACTERS, questions: int = 6) -> list[Document]:
+    """Three generated documents with questions that models/pocket can answer."""
+    return [_of_exercise(tasks.exercise(task, PURPOSE, seed, characters, questions), task) for task in POCKET_TASKS]
+
+
+def _of_exercise(exercise: tasks.Exercise, name: str) -> Document:
+    asked = tuple(
+        Question(text=each.text, answer=each.answer, expected=each.expected, any_of=each.any_of)
+        for each in exercise.questions
+    )
+    return Document(name=name, text=exercise.context, questions=asked)
+
+
+def _from_exercises(reference: str) -> list[Document]:
+    name, found = sources.load(reference, contexts=10**6, questions=10**6)
+    if any(exercise.conversation for exercise in found):
+        raise InputError(f"{reference}: a benchmark asks single questions; leave conversations to 'kvprofile evaluate'")
+    return [_of_exercise(exercise, f"{plain(name)}/{number}") for number, exercise in enumerate(found)]
+
+
+def _from_folder(folder: Path) -> list[Document]:
+    found = sorted(path for path in folder.iterdir() if path.suffix in (".md", ".txt") and path.name != "README.md")
+    if not found:
+        raise InputError(f"no .md files in {folder}")
+    return [_from_file(path) for path in found]
+
+
+def _from_file(path: Path) -> Document:
+    beside = path.with_suffix(".json")
+    try:
+        text = path.read_text(encoding="utf-8")
+        raw = json.loads(beside.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {error.filename}: {error.strerror}") from error
+    except ValueError as error:
+        what = path if isinstance(error, UnicodeDecodeError) else beside
+        raise InputError(f"{what}: {error}") from error
+    if not isinstance(raw, dict):
+        raise InputError(f'{beside} is no object; write {{"questions": [...]}}')
+    try:
+        return Document(name=plain(path.stem), text=text, **raw)
+    except (ValidationError, TypeError) as error:
+        found = phrases(error) if isinstance(error, ValidationError) else [str(error)]
+        raise InputError(f"{beside}: {'; '.join(found[:5])}") from error

@@ -1,0 +1,111 @@
+"""Finished legs on disk, so that a benchmark that was stopped continues, and one of other settings never does."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from kvprofile.bench.scenario import LegPlan, Plan
+from kvprofile.budget.store import file_name
+from kvprofile.errors import InputError
+from kvprofile.files import json_bytes, parse_json, write_atomically
+from kvprofile.report.record import Leg, Request
+
+RECORD, PARTS = "record.json", "parts"
+
+
+class Parts:
+    """The folder of a benchmark: ``record.json`` for readers, and ``parts/`` with one file for each leg."""
+
+    def __init__(self, folder: Path, plan: Plan) -> None:
+        self.folder, self.plan = folder, plan
+        self.parts = folder / PARTS
+
+    def open(self, force: bool) -> None:
+        """Make the folder, or recognise it. Raises InputError where it holds something else."""
+        marker = self.parts / "plan"
+        wanted = json_bytes({"run_key": self.plan.run_key()})
+        try:
+            if self.folder.exists() and not self.folder.is_dir():
+                raise InputError(f"{self.folder} is no folder; choose another --output")
+            foreign = self.folder.is_dir() and any(self.folder.iterdir()) and not marker.is_file()
+            if foreign:
+                raise InputError(f"{self.folder} exists and is no benchmark's folder; choose another --output")
+            if marker.is_file() and marker.read_bytes() != wanted:
+                if not force:
+                    raise InputError(
+                        f"{self.folder} holds a benchmark with other settings; give --force to replace it, or another "
+                        "--output"
+                    )
+                self._empty()
+        except OSError as error:
+            raise InputError(f"cannot use {self.folder}: {error.strerror}; choose another --output") from error
+        write_atomically(marker, wanted)
+
+    def path(self, leg: LegPlan, repetition: int, ending: str) -> Path:
+        """A file of a leg: its record, its rows as they come, its server's log, its statistics."""
+        return self.parts / f"{file_name(f'{repetition}-{leg.name}').removesuffix('.json')}.{ending}"
+
+    def finished(self, leg: LegPlan, repetition: int) -> Leg | None:
+        """The leg if it ran to its end under the same settings."""
+        found = self._read(self.path(leg, repetition, "leg"))
+        if found is None or found.get("leg_key") != self.plan.leg_key(leg, repetition):
+            return None
+        try:
+            return Leg.model_validate(found["leg"])
+        except (ValidationError, KeyError):
+            return None
+
+    def save(self, plan: LegPlan, repetition: int, leg: Leg) -> None:
+        """Keep a leg, finished or failed."""
+        content = {"leg_key": self.plan.leg_key(plan, repetition), "leg": leg.model_dump(mode="json")}
+        write_atomically(self.path(plan, repetition, "leg"), json.dumps(content).encode() + b"\n")
+        self.path(plan, repetition, "rows").unlink(missing_ok=True)
+
+    def rows(self, leg: LegPlan, repetition: int) -> Rows:
+        """A fresh file for the rows of a leg that begins."""
+        return Rows(self.path(leg, repetition, "rows"))
+
+    def interrupted(self, leg: LegPlan, repetition: int) -> list[Request]:
+        """Rows that a leg left behind whose benchmark was killed."""
+        found = []
+        with contextlib.suppress(OSError):
+            for line in self.path(leg, repetition, "rows").read_bytes().splitlines():
+                with contextlib.suppress(ValueError):
+                    found.append(Request.model_validate(parse_json(line, "row")))
+        return found
+
+    def _read(self, path: Path) -> dict[str, Any] | None:
+        try:
+            found = parse_json(path.read_bytes(), "leg")
+        except (OSError, ValueError):
+            return None
+        return found if isinstance(found, dict) else None
+
+    def _empty(self) -> None:
+        """Remove what benchmarks write, and nothing else."""
+        (self.folder / RECORD).unlink(missing_ok=True)
+        for path in self.parts.iterdir():
+            path.unlink()
+
+
+class Rows:
+    """Rows of a leg while it runs, one JSON line each, written as they come."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "wb")  # noqa: SIM115 - open as long as the leg runs
+
+    def add(self, request: Request) -> None:
+        """Append a row so that a crash keeps it."""
+        self._file.write(request.model_dump_json().encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """No more rows."""
+        self._file.close()

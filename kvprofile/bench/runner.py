@@ -1,0 +1,303 @@
+"""Goes through a plan leg by leg, keeps what was measured whatever happens, and makes one run record of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from kvprofile import __version__
+from kvprofile.bench import measure
+from kvprofile.bench.engines.base import LegFailedError
+from kvprofile.bench.legs import LegRun, Outcome, Say, documents_of
+from kvprofile.bench.parts import RECORD, Parts
+from kvprofile.bench.scenario import BASELINE, LegPlan, Plan
+from kvprofile.bench.verifiers import judge
+from kvprofile.budget import runtime_file, store
+from kvprofile.budget.allocate import Constraints, effective_retention
+from kvprofile.budget.formats.base import Export
+from kvprofile.budget.formats.vllm import runtime
+from kvprofile.budget.profile import FULL_ATTENTION
+from kvprofile.budget.runtime_file import RuntimeFile
+from kvprofile.errors import InputError, plain
+from kvprofile.report import provenance, record, run_files
+
+PACKAGES = (*provenance.PACKAGES, "openai", "sacrebleu", "rouge-score")
+
+MOST_SAMPLES = 2000
+"""Samples kept of a leg; of longer ones every second, third, ... is."""
+
+HOW = "1 / (r + (1 - r) * (S + W) / n), memory-bound decoding; reached: output throughput over the baseline's"
+
+
+def run(plan: Plan, folder: Path, say: Say, force: bool = False) -> record.RunRecord:
+    """Run what is left of a plan and write ``record.json`` after each leg; gives the whole record.
+
+    A leg that fails is recorded with its reason, and tried again by the next run. Raises InputError where the folder
+    belongs to something else, KeyboardInterrupt after keeping what was measured.
+    """
+    parts = Parts(folder, plan)
+    parts.open(force)
+    started = provenance.now()
+    token_bytes = _token_bytes(plan)
+    legs: dict[tuple[str, int], record.Leg] = {}
+    schedule = plan.schedule
+    for leg, repetition in schedule:  # first all that is known, so that a record never loses what another run measured
+        known = parts.finished(leg, repetition)
+        if known is not None:
+            legs[leg.name, repetition] = known
+    for number, (leg, repetition) in enumerate(schedule, 1):
+        title = f"[{number}/{len(schedule)}] {leg.name}" + (
+            f", repetition {repetition}" if plan.repetitions > 1 else ""
+        )
+        known = legs.get((leg.name, repetition))
+        if known is not None and known.status == "ok":
+            say(f"{title}: done before")
+            continue
+        left = len(parts.interrupted(leg, repetition))
+        say(f"{title}: starting" + (f" again, {left} requests were measured before it was stopped" if left else ""))
+        try:
+            legs[leg.name, repetition] = _measured(plan, leg, repetition, parts, token_bytes, say, title)
+        finally:
+            found = parts.finished(leg, repetition)
+            if found is not None:
+                legs[leg.name, repetition] = found
+            _write(plan, folder, legs, started)
+    return _write(plan, folder, legs, started)
+
+
+def _measured(
+    plan: Plan, leg: LegPlan, repetition: int, parts: Parts, token_bytes: int | None, say: Say, title: str
+) -> record.Leg:
+    running = LegRun(plan, leg, repetition, parts, token_bytes, say)
+    began, reason = provenance.now(), None
+    try:
+        running.run()
+    except LegFailedError as error:
+        reason = str(error)
+        say(f"{title}: failed: {reason}")
+    except KeyboardInterrupt:
+        reason = f"interrupted after {len(running.outcome.rows)} of {plan.requests} requests"
+        raise
+    except Exception as error:
+        if os.environ.get("KVPROFILE_DEBUG"):
+            raise
+        reason = plain(f"{type(error).__name__}: {error}")[:500]
+        say(f"{title}: failed: {reason}; run with kvprofile --debug for the traceback")
+    finally:
+        found = _leg(plan, leg, repetition, running.outcome, began, reason)
+        parts.save(leg, repetition, found)
+    if reason is None:
+        say(f"{title}: {_summary(found)}")
+    return found
+
+
+def _leg(plan: Plan, leg: LegPlan, repetition: int, outcome: Outcome, began: str, reason: str | None) -> record.Leg:
+    local = leg.kind == "local"
+    budget = _runtime_file(plan, leg)
+    rows = sorted(outcome.rows, key=lambda row: row.start_s or 0.0)
+    load = plan.load
+    return record.Leg(
+        name=leg.name,
+        kind=leg.kind,
+        repetition=repetition,
+        status="ok" if reason is None else "failed",
+        reason=reason,
+        started=began,
+        compressed=leg.retention is not None if local else None,
+        retention_asked=(leg.retention if leg.retention is not None else 1.0) if local else None,
+        retention_realised=(_realised(budget) if budget is not None else 1.0) if local else None,
+        provider=None if leg.provider is None else leg.provider.name,
+        engine=outcome.facts.get("engine"),
+        model=outcome.model or plan.model_name,
+        dtype=outcome.facts.get("dtype"),
+        device=outcome.facts.get("device"),
+        pool_bytes=outcome.pool_bytes,
+        block_tokens=outcome.block_tokens,
+        load=record.Load(
+            mode="fill" if outcome.mode == "fill" else "open" if outcome.mode == "open" else "closed",
+            concurrency=outcome.concurrency or load.concurrency,
+            request_rate=load.request_rate,
+            requests=plan.requests,
+            warmup_requests=load.warmup_requests,
+            max_output_tokens=load.max_output_tokens,
+            temperature=load.temperature,
+            streaming=leg.provider is None or leg.provider.stream,
+            prefix_caching=plan.engine.prefix_caching if local else None,
+            description="every request begins with words of its own" if load.unique_prefix else "",
+        ),
+        documents=documents_of(plan.documents, rows),
+        seeds=[plan.seed_of(repetition)],
+        metrics=measure.metrics(rows, outcome.duration_s) if rows else record.Metrics(),
+        requests=rows,
+        samples=_samples(outcome),
+        memory=_memory(outcome),
+        eviction_ratio=outcome.eviction_ratio,
+        attention=outcome.attention,
+        cost=_cost(leg, outcome),
+        heads=_heads(plan, budget),
+        warnings=outcome.warnings,
+    )
+
+
+def _samples(outcome: Outcome) -> list[record.Sample]:
+    step = max(1, -(-len(outcome.looks) // MOST_SAMPLES))
+    return [
+        record.Sample(
+            t_s=look.time - outcome.began,
+            pool_bytes_in_use=look.cache_bytes_in_use,
+            eviction_ratio=look.eviction_ratio,
+            device_memory_bytes=look.device_memory_bytes,
+            process_memory_bytes=look.process_memory_bytes,
+            attention_ms=look.attention_ms,
+            running=look.running,
+            waiting=look.waiting,
+        )
+        for look in outcome.looks[::step]
+    ]
+
+
+def _memory(outcome: Outcome) -> record.Memory:
+    def peak(name: str) -> int | None:
+        return max((value for look in outcome.looks if (value := getattr(look, name)) is not None), default=None)
+
+    counted = [look.preemptions for look in outcome.looks if look.preemptions is not None]
+    return record.Memory(
+        pool_bytes_peak=peak("cache_bytes_in_use"),
+        device_memory_bytes_peak=peak("device_memory_bytes"),
+        process_memory_bytes_peak=peak("process_memory_bytes"),
+        preemptions=counted[-1] if counted else None,
+    )
+
+
+def _cost(leg: LegPlan, outcome: Outcome) -> record.Cost | None:
+    """By the prices of the provider's table; None without prices, or where the provider did not count."""
+    prices = None if leg.provider is None else leg.provider.prices
+    done = [row for row in outcome.rows if row.error is None]
+    if prices is None or any(row.input_tokens is None or row.output_tokens is None for row in done):
+        return None
+    read, written = sum(row.input_tokens or 0 for row in done), sum(row.output_tokens or 0 for row in done)
+    return record.Cost(
+        amount=prices.amount(read, outcome.cached_tokens, written),
+        currency=prices.currency,
+        input_per_million_tokens=prices.input_per_million_tokens,
+        output_per_million_tokens=prices.output_per_million_tokens,
+    )
+
+
+def _runtime_file(plan: Plan, leg: LegPlan) -> RuntimeFile | None:
+    """The budgets that a leg is served with, as the runtime makes them of the profile."""
+    if leg.kind == "remote" or leg.retention is None or plan.profile is None:
+        return None
+    return budget_at(Path(plan.profile), leg.retention, plan.engine.tensor_parallel_size)
+
+
+def budget_at(path: Path, retention: float, tensor_parallel_size: int) -> RuntimeFile:
+    """The heads that a budget file keeps at a retention, or a runtime file of that retention. Raises InputError."""
+    try:
+        is_runtime = "format" in json.loads(path.read_bytes())
+    except (OSError, ValueError, TypeError, RecursionError):
+        is_runtime = False
+    if not is_runtime:
+        return runtime(Export(store.load(path), Constraints(tensor_parallel_size=tensor_parallel_size), retention))
+    found = runtime_file.load(path)
+    if found.provenance.retention_asked != retention:
+        raise InputError(f"{path} is for retention {found.provenance.retention_asked:g}, a leg asks for {retention:g}")
+    return found
+
+
+def _rows(budget: RuntimeFile) -> list[list[float | None]]:
+    return [
+        [None] * budget.model.kv_heads if full is None else [float(h in full) for h in range(budget.model.kv_heads)]
+        for full in budget.full_heads
+    ]
+
+
+def _realised(budget: RuntimeFile) -> float:
+    return statistics.fmean(value for row in _rows(budget) for value in row if value is not None)
+
+
+def _heads(plan: Plan, budget: RuntimeFile | None) -> record.Heads | None:
+    if budget is None:
+        return None
+    return record.Heads(
+        budgets=_rows(budget),
+        method=budget.provenance.method,
+        statistic=budget.provenance.statistic,
+        profile_sha256=plan.profile_sha256,
+        sink_tokens=budget.sink_tokens,
+        recent_tokens=budget.recent_tokens,
+    )
+
+
+def with_bounds(legs: Sequence[record.Leg]) -> list[record.Leg]:
+    """The legs with budgets beside what they could gain at most over the baseline of the same repetition."""
+    throughput = {
+        leg.repetition: leg.metrics.output_throughput for leg in legs if leg.name == BASELINE and leg.status == "ok"
+    }
+    return [_bounded(leg, throughput.get(leg.repetition)) for leg in legs]
+
+
+def _bounded(leg: record.Leg, baseline: float | None) -> record.Leg:
+    heads, lengths = leg.heads, [row.input_tokens for row in leg.requests if row.input_tokens]
+    if heads is None or leg.retention_realised is None or not lengths:
+        return leg
+    context = round(statistics.fmean(lengths))
+    sinks, recent = heads.sink_tokens or 0, heads.recent_tokens or 0
+    speedup = max(1.0, 1.0 / effective_retention(leg.retention_realised, sinks, recent, context))
+    ours = leg.metrics.output_throughput
+    reached = ours / baseline if baseline and ours is not None else None
+    bound = record.Bound(
+        speedup=speedup,
+        reached=reached,
+        fraction=None if reached is None else reached / speedup,
+        context_tokens=context,
+        how=HOW,
+    )
+    return leg.model_copy(update={"bound": bound})
+
+
+def _write(plan: Plan, folder: Path, legs: dict[tuple[str, int], record.Leg], started: str) -> record.RunRecord:
+    order = [(leg.name, repetition) for leg, repetition in plan.schedule]
+    found = [legs[place] for place in order if place in legs]
+    if not found:
+        raise InputError(f"nothing was measured into {folder}")
+    judged = judge(plan, with_bounds(found))
+    began = min((leg.started for leg in found if leg.started is not None), default=started)
+    result = record.RunRecord(
+        kvprofile_version=__version__,
+        experiment=record.Experiment(
+            name=plan.name,
+            preset=plan.preset,
+            baseline=BASELINE if any(leg.name == BASELINE for leg in found) else None,
+            settings=plan.settings(),
+        ),
+        provenance=provenance.collect(began, provenance.now(), PACKAGES),
+        legs=judged,
+    )
+    run_files.save(result, folder / RECORD)
+    return result
+
+
+def _summary(leg: record.Leg) -> str:
+    metrics = leg.metrics
+    speed = f", {metrics.output_throughput:.1f} tokens/s" if metrics.output_throughput is not None else ""
+    return f"{metrics.completed} answers in {metrics.duration or 0:.1f} s{speed}"
+
+
+def _token_bytes(plan: Plan) -> int | None:
+    """Cache bytes of a token on one rank without budgets, by the model's shape; None with sliding layers."""
+    from kvprofile.budget.model_shape import find_shape
+    from kvprofile.budget.plan import DTYPES
+
+    try:
+        shape = find_shape(plan.model)
+    except InputError:
+        return None
+    geometry, dtype = shape.geometry, plan.engine.dtype if plan.engine.dtype != "auto" else shape.dtype
+    if dtype not in ("float32", "bfloat16", "float16") or any(kind != FULL_ATTENTION for kind in geometry.layer_types):
+        return None
+    heads = -(-geometry.kv_heads // plan.engine.tensor_parallel_size)
+    return 2 * geometry.layers * heads * geometry.head_size * DTYPES[dtype]

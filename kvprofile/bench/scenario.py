@@ -1,0 +1,171 @@
+"""What a benchmark does, before it does anything: legs, load, documents and engine options, checked and printable."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from kvprofile.bench.documents import Document
+from kvprofile.bench.providers import Provider
+from kvprofile.budget.allocate import require_retention
+from kvprofile.errors import InputError
+from kvprofile.files import sha256_of
+
+BASELINE = "baseline"
+SEED_RETENTIONS = (0.9, 0.7, 0.5)
+"""The retentions of the experiment plan that the project began with."""
+
+MOST = 1_000_000
+
+
+@dataclass(frozen=True)
+class Load:
+    """How requests are sent. ``fill`` looks for the concurrency itself, up to ``concurrency``."""
+
+    mode: Literal["closed", "open", "fill"] = "closed"
+    concurrency: int | None = 8
+    request_rate: float | None = None
+    requests: int | None = None
+    warmup_requests: int = 2
+    max_output_tokens: int = 64
+    ignore_eos: bool = False
+    temperature: float = 0.0
+    unique_prefix: bool = True
+
+    def __post_init__(self) -> None:
+        least = {"concurrency": 1, "requests": 1, "warmup_requests": 0, "max_output_tokens": 1}
+        for name, bound in least.items():
+            value = getattr(self, name)
+            if value is not None and not bound <= value <= MOST:
+                raise InputError(f"--{name.replace('_', '-')} must lie between {bound} and {MOST:,}, not {value}")
+        if self.mode == "open" and (self.request_rate is None or not 0 < self.request_rate <= MOST):
+            raise InputError("an open load needs --request-rate above 0, in requests per second")
+        if self.mode != "open" and self.request_rate is not None:
+            raise InputError("--request-rate is for --load open")
+        if self.mode == "fill" and self.concurrency is None:
+            raise InputError("--load fill needs --concurrency, the most to try")
+        if not 0 <= self.temperature <= 10:
+            raise InputError(f"--temperature must lie between 0 and 10, not {self.temperature:g}")
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How vLLM is started for local legs; None leaves the choice to vLLM."""
+
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    block_tokens: int | None = None
+    pool_bytes: int | None = None
+    enforce_eager: bool = False
+    tensor_parallel_size: int = 1
+    max_num_seqs: int | None = None
+    prefix_caching: bool = False
+    extra: tuple[str, ...] = ()
+    start_timeout_s: float = 1800.0
+
+
+@dataclass(frozen=True)
+class LegPlan:
+    """One leg: local with a retention (None: without budgets), or at a provider."""
+
+    name: str
+    retention: float | None = None
+    provider: Provider | None = None
+
+    @property
+    def kind(self) -> Literal["local", "remote"]:
+        """Where the model runs."""
+        return "local" if self.provider is None else "remote"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a run depends on. ``model_name`` is what records call the model: never a path."""
+
+    model: str
+    model_name: str
+    legs: tuple[LegPlan, ...]
+    documents: tuple[Document, ...]
+    load: Load = field(default_factory=Load)
+    engine: EngineOptions = field(default_factory=EngineOptions)
+    profile: str | None = None
+    profile_sha256: str | None = None
+    provider_model: str | None = None
+    repetitions: int = 1
+    seed: int = 0
+    attention_pass: bool = True
+    verifiers: tuple[str, ...] = ()
+    preset: str | None = None
+    name: str = "bench"
+
+    def __post_init__(self) -> None:
+        names = [leg.name for leg in self.legs]
+        if not self.legs:
+            raise InputError("nothing to run: every leg was left out")
+        if len(set(names)) != len(names):
+            raise InputError(f"legs share a name: {', '.join(names)}")
+        if not 1 <= self.repetitions <= 1000:
+            raise InputError(f"--repetitions must lie between 1 and 1000, not {self.repetitions}")
+        if any(leg.kind == "local" and leg.retention is not None for leg in self.legs) and self.profile is None:
+            raise InputError(f"no budget file for {self.model_name}; run 'kvprofile score' first or give --profile")
+
+    @property
+    def requests(self) -> int:
+        """Requests of one leg, warm-up excluded: every question once unless another number is asked for."""
+        return self.load.requests or sum(len(document.questions) for document in self.documents)
+
+    @property
+    def schedule(self) -> list[tuple[LegPlan, int]]:
+        """(leg, repetition) in the order they run: every other repetition backwards, so that drift shows as such."""
+        return [
+            (leg, repetition)
+            for repetition in range(self.repetitions)
+            for leg in (self.legs if repetition % 2 == 0 else self.legs[::-1])
+        ]
+
+    def seed_of(self, repetition: int) -> int:
+        """The seed of all legs of a repetition."""
+        return self.seed + repetition
+
+    def run_key(self) -> str:
+        """Hash over what legs depend on; how they are judged is left out, and how often, so both may change later."""
+        left_out = {"legs", "documents", "verifiers", "preset", "name", "repetitions", "attention_pass"}
+        content = {name: value for name, value in asdict(self).items() if name not in left_out}
+        documents = [document.model_dump(mode="json") for document in self.documents]
+        return sha256_of(json.dumps([content, documents], sort_keys=True, default=str).encode())
+
+    def leg_key(self, leg: LegPlan, repetition: int) -> str:
+        """Hash over what one leg depends on."""
+        provider = None if leg.provider is None else leg.provider.model_dump(mode="json", exclude={"prices"})
+        content = json.dumps([self.run_key(), leg.name, leg.retention, provider, repetition], sort_keys=True)
+        return sha256_of(content.encode())
+
+    def settings(self) -> dict[str, Any]:
+        """The options as a run record keeps them: numbers, words and flat lists, no paths."""
+        load, engine = asdict(self.load), asdict(self.engine)
+        del engine["start_timeout_s"]
+        return {
+            **{f"load_{name}": value for name, value in load.items()},
+            **{f"engine_{name}": list(value) if isinstance(value, tuple) else value for name, value in engine.items()},
+            "retentions": [leg.retention for leg in self.legs if leg.kind == "local" and leg.retention is not None],
+            "repetitions": self.repetitions,
+            "seed": self.seed,
+            "verifiers": list(self.verifiers),
+        }
+
+
+def local_legs(retentions: Sequence[float], baseline: bool = True) -> tuple[LegPlan, ...]:
+    """The baseline and one leg for each retention, named by it."""
+    for retention in retentions:
+        require_retention(retention)
+    legs = [LegPlan(BASELINE)] if baseline else []
+    return (*legs, *(LegPlan(f"{retention:g}", retention) for retention in dict.fromkeys(retentions)))
+
+
+def remote_legs(providers: Sequence[Provider]) -> tuple[LegPlan, ...]:
+    """One leg for each provider: 'remote', or 'remote-NAME' where there are several."""
+    if len(providers) == 1:
+        return (LegPlan("remote", provider=providers[0]),)
+    return tuple(LegPlan(f"remote-{provider.name}", provider=provider) for provider in providers)

@@ -1,0 +1,169 @@
+"""Whether an output still sounds like the voice its document asks for.
+
+Style is a vector of rates that hardly depend on what is said: lengths of sentences and words, punctuation, function
+words. The voice's centre is the mean over its samples and the baseline's own outputs; each rate is scaled by how much
+baseline outputs scatter. The limit is conformal (Vovk et al. 2005): the distance that at most 5 % of baseline outputs
+exceed, each measured from a centre made without it. So noise between runs is not called drift, by construction; and
+with too few baseline outputs to know that, nothing is called drift at all.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from kvprofile.bench.verifiers.base import Case, Verifier
+from kvprofile.report.record import Verdict
+
+FALSE_ALARMS = 0.05
+LEAST_WORDS = 25
+"""Fewer words say too little about style."""
+
+LEAST_OUTPUTS = math.ceil(1 / FALSE_ALARMS) - 1
+"""With fewer baseline outputs no limit keeps false alarms that rare."""
+
+_FUNCTION_WORDS = (
+    "a", "an", "the", "this", "that", "these", "those", "i", "you", "he", "she", "it", "we", "they", "me", "him", "her",
+    "us", "them", "my", "your", "his", "its", "our", "their", "mine", "yours", "and", "or", "but", "so", "if",
+    "because", "as", "than", "then", "when", "while", "where", "who", "which", "what", "how", "not", "no", "never",
+    "only", "just", "very", "too", "also", "of", "to", "in", "on", "at", "by", "for", "with", "from", "about", "into",
+    "over", "after", "before", "under", "up", "down", "out", "off", "again", "is", "are", "was", "were", "be", "been",
+    "am", "do", "does", "did", "have", "has", "had", "can", "could", "will", "would", "shall", "should", "may", "might",
+    "must", "there", "here", "all", "some", "any", "each", "every", "one", "two", "more", "most", "much", "many",
+    "other", "well", "yes", "oh",
+)  # fmt: skip
+_MARKS = ",;:.!?-\u2014\u2013\u2026()\"'\u201c\u201d\u2018\u2019*/"
+
+Vector = npt.NDArray[np.float64]
+
+
+class Voice(Verifier):
+    """Distance of an output's style from its voice, over the limit: 1 is the limit. For questions ``in_voice``."""
+
+    name = "voice"
+
+    def __init__(self) -> None:
+        self._voices: dict[str, _Centre] = {}
+        self._scale = np.ones(len(NAMES))
+        self._limit: float | None = None
+        self._counted = 0
+
+    def prepare(self, baseline: Sequence[Case]) -> None:
+        """Learn each document's voice, how much the baseline scatters around it, and where drift begins."""
+        outputs: dict[str, list[Vector]] = {}
+        samples: dict[str, list[Vector]] = {}
+        for case in baseline:
+            if _applies(case):
+                outputs.setdefault(case.document.name, []).append(features(case.output))
+                samples[case.document.name] = [features(text) for text in _long(case.document.voice_samples)]
+        self._counted = sum(map(len, outputs.values()))
+        if self._counted < LEAST_OUTPUTS:
+            return
+        self._voices = {name: _Centre.of(samples[name], found) for name, found in outputs.items()}
+        apart = np.concatenate([np.stack(found) - self._voices[name].mean for name, found in outputs.items()])
+        self._scale = np.sqrt((apart**2).mean(axis=0)) + _floor()
+        distances = sorted(
+            self._distance(vector, self._voices[name].without(vector))
+            for name, found in outputs.items()
+            for vector in found
+        )
+        rank = math.ceil((1 - FALSE_ALARMS) * (len(distances) + 1))
+        self._limit = distances[min(rank, len(distances)) - 1]
+
+    def judge(self, case: Case) -> Verdict | None:
+        """Pass within the limit. No verdict on short outputs or without enough of the baseline's."""
+        if not case.question.in_voice:
+            return None
+        if not _applies(case):
+            return self.verdict(None, None, [f"fewer than {LEAST_WORDS} words say too little about style"])
+        centre = self._voices.get(case.document.name)
+        if self._limit is None or centre is None:
+            return self.verdict(
+                None, None, [f"{self._counted} baseline answers in a voice; from {LEAST_OUTPUTS} on drift can be told"]
+            )
+        vector = features(case.output)
+        from_centre = centre.without(vector) if case.is_baseline else centre.mean
+        score = self._distance(vector, from_centre) / self._limit
+        warnings = [] if score <= 1 else [f"drifted: {', '.join(self._furthest(vector, from_centre))}"]
+        return self.verdict(score <= 1, score, warnings)
+
+    def _distance(self, vector: Vector, centre: Vector) -> float:
+        """Root mean square over all rates, each in its own scatter and counted up to four of it."""
+        return float(np.sqrt((self._apart(vector, centre) ** 2).mean()))
+
+    def _apart(self, vector: Vector, centre: Vector) -> Vector:
+        return np.clip((vector - centre) / self._scale, -4, 4)
+
+    def _furthest(self, vector: Vector, centre: Vector) -> list[str]:
+        apart = self._apart(vector, centre)
+        order = np.argsort(-np.abs(apart))[:3]
+        return [f"{'more' if apart[place] > 0 else 'less'} {NAMES[place]}" for place in order]
+
+
+@dataclass(frozen=True)
+class _Centre:
+    """The mean of a voice's samples and of ``count`` vectors in all."""
+
+    mean: Vector
+    count: int
+
+    @classmethod
+    def of(cls, samples: Sequence[Vector], outputs: Sequence[Vector]) -> _Centre:
+        return cls(np.mean([*samples, *outputs], axis=0), len(samples) + len(outputs))
+
+    def without(self, vector: Vector) -> Vector:
+        """The mean as it would be without one of its vectors."""
+        if self.count < 2:
+            return self.mean
+        return np.asarray((self.mean * self.count - vector) / (self.count - 1))
+
+
+NAMES = (
+    "words in a sentence", "variation of sentences", "letters in a word", "different words", "capitals", "digits",
+    "contractions", "questions", *(f"'{mark}'" for mark in _MARKS), *(f"'{word}'" for word in _FUNCTION_WORDS),
+)  # fmt: skip
+"""What the entries of a style vector are."""
+
+
+def features(text: str) -> Vector:
+    """Style of a text, [len(NAMES)]: square roots of rates, which scatter alike whether they are small or large."""
+    words = re.findall(r"[^\W\d_]+(?:['\u2019][^\W\d_]+)?", text)
+    lower = [word.lower().replace("\u2019", "'") for word in words]
+    count = max(1, len(words))
+    sentences = [
+        len(part.split()) for part in re.split(r"[.!?\u2026]+[\s\"'\u201d\u2019)]*", text) if part.strip()
+    ] or [0]
+    counted = Counter(lower)
+    marks = Counter(text)
+    rates = [
+        np.mean(sentences) / 30,
+        np.std(sentences) / 30,
+        np.mean([len(word) for word in words] or [0]) / 10,
+        len(set(lower[:60])) / max(1, len(lower[:60])),
+        sum(word[:1].isupper() for word in words) / count,
+        sum(character.isdigit() for character in text) / max(1, len(text)),
+        sum("'" in word for word in lower) / count,
+        text.count("?") / len(sentences),
+        *(marks[mark] / count for mark in _MARKS),
+        *(counted[word] / count for word in _FUNCTION_WORDS),
+    ]
+    return np.sqrt(np.asarray(rates, dtype=np.float64))
+
+
+def _floor() -> float:
+    """The least scatter counted: what one occurrence in 500 words makes, so that a rare mark alone is no drift."""
+    return math.sqrt(1 / 500)
+
+
+def _applies(case: Case) -> bool:
+    return case.question.in_voice and len(case.output.split()) >= LEAST_WORDS
+
+
+def _long(samples: Sequence[str]) -> list[str]:
+    return [text for text in samples if len(text.split()) >= LEAST_WORDS]
