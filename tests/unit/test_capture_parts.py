@@ -211,8 +211,8 @@ INT8 = {"quant_method": "compressed-tensors"}
     [
         ("auto", {}, "kvzip", True, "hf", "exact on any machine"),
         ("auto", {"quantization_config": INT8}, "kvzip", True, "vllm", "quantised (compressed-tensors)"),
-        ("auto", {"quantization_config": INT8}, "kvzip", False, "hf", "exact on any machine"),
-        ("auto", {"quantization_config": INT8}, "gate", True, "hf", "every method"),
+        ("auto", {"quantization_config": INT8}, "kvzip", False, "hf", "vLLM is not installed here"),
+        ("auto", {"quantization_config": INT8}, "gate", True, "hf", "--method gate needs gradients"),
         ("hf", {"quantization_config": INT8}, "kvzip", True, "hf", "asked for"),
         ("vllm", {}, "kvzip-mean", True, "vllm", "asked for"),
     ],
