@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_AR
 
 DEMO := models/pocket --context-tokens 480 --chunk-tokens 480 --sink-tokens 16 --recent-tokens 64
 
-.PHONY: install install-vllm demo test test-slow lint format bench clean
+.PHONY: install install-vllm demo test test-slow test-vllm-matrix lint format bench bench-runtime clean
 
 install: $(VENV)/installed
 install-vllm: $(VENV)/installed-vllm
@@ -32,6 +32,9 @@ test: install-vllm
 test-slow: install-vllm
 	$(BIN)/python -m pytest -m slow
 
+test-vllm-matrix: install-vllm
+	$(BIN)/python scripts/vllm_matrix.py
+
 lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -43,10 +46,13 @@ format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+bench-runtime: install-vllm
+	$(BIN)/python benchmarks/runtime.py
+
 bench: install
 	$(BIN)/python benchmarks/score_memory.py
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python scripts/evaluate_pocket.py
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis dist
+	rm -rf $(VENV) .vllm-matrix .mypy_cache .ruff_cache .pytest_cache .hypothesis dist

@@ -40,7 +40,7 @@ from kvprofile.scoring.methods import GATE_STEPS
 ROOT = Path(__file__).resolve().parents[1]
 TEMPLATE = Path(__file__).with_name("study.md.jinja")
 
-RETENTIONS = (0.9, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
+RETENTIONS = (0.9, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 TASKS = ("needle", "multi_key", "lookup", "variables", "functions", "prose", "multi_turn", "repeat")
 METHODS = ("gate", "kvzip", "kvzip-mean", "ablation", "greedy")
 STATISTIC = {"kvzip": "max", "kvzip-mean": "mean"}
@@ -58,9 +58,17 @@ class Model:
         self.runs = runs / folder.name
         self.description = describe(locate(str(folder)))
 
+        plan = json.loads((folder / "training.json").read_text())["plan"]
+        self.row_tokens = int(plan[-1]["row_tokens"])
+        self.scored_tokens = min(SCORED_TOKENS, self.row_tokens // 2 - 60)  # read and repeated they fill a row
+
+    def context_tokens(self) -> tuple[int, ...]:
+        """Lengths of the contexts it is asked about: half of the longest rows it was trained on, and most of them."""
+        return self.row_tokens // 2 - 24, int(self.row_tokens * 0.88)
+
     def plan(self, method: str) -> run.Plan:
         """The scoring run of a method over the bundled corpora."""
-        options = run.Options(method, SCORED_TOKENS, SCORED_TOKENS, 0, SINKS, WINDOW)
+        options = run.Options(method, self.scored_tokens, self.scored_tokens, 0, SINKS, WINDOW)
         corpora = [load_corpus(name) for name in bundled_names()]
         return run.plan(self.description, load_tokenizer(self.description.source), corpora, options)
 
@@ -90,7 +98,7 @@ class Model:
         """The model with gates, as a context manager."""
         model = load_model(self.description, place(self.description, "float32", "cpu", planned.positions))
         rule = TrimRule(SINKS, WINDOW, 1)
-        sizes = {"document_tokens": planned.document_tokens, "chunk_tokens": SCORED_TOKENS}
+        sizes = {"document_tokens": planned.document_tokens, "chunk_tokens": self.scored_tokens}
         return gates.gating(model, self.description.geometry, rule, planned.frame, **sizes)
 
     def contenders(self) -> list[Contender]:
@@ -110,7 +118,7 @@ class Model:
                 model = gated.model
             with recording(model, self.description.geometry) as recorder:
                 scorer = Scorer(model, recorder, planned.frame, document_tokens=planned.document_tokens,
-                                chunk_tokens=SCORED_TOKENS)  # fmt: skip
+                                chunk_tokens=self.scored_tokens)  # fmt: skip
                 found = [torch.cat([c.token_scores for c in scorer.score(d)], -1) for d in planned.documents]
             largest = [HeadStatistics.of(scores).maximum.flatten().tolist() for scores in found]
             names = [document.name for document in planned.documents]
@@ -147,7 +155,7 @@ def compare(model: Model, arguments: argparse.Namespace) -> dict[str, Any]:
     options = Options(
         retentions=RETENTIONS,
         tasks=TASKS,
-        context_tokens=tuple(arguments.context_tokens),
+        context_tokens=model.context_tokens(),
         contexts=arguments.contexts,
         sink_tokens=SINKS,
         recent_tokens=WINDOW,
@@ -185,6 +193,8 @@ def compare(model: Model, arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "model": model.name,
         "geometry": model.description.geometry.describe(),
+        "context_tokens": model.context_tokens(),
+        "scored_tokens": model.scored_tokens,
         "questions": len(results.questions),
         "exercises": len({item.exercise for item in results.questions}),
         "full": estimate(results.accuracy("full")),
@@ -249,10 +259,12 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "study", help="where finished work is kept")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "studies")
     parser.add_argument("--contexts", type=int, default=9, help="contexts of each task and length")
-    parser.add_argument("--context-tokens", type=int, nargs="+", default=[1000, 1800])
-    parser.add_argument("--guides", type=int, default=40, help="contexts with a voice guide for each sink size")
-    parser.add_argument("--random-seeds", type=int, default=5)
+    parser.add_argument(
+        "--guides", type=int, default=30, help="contexts with a voice guide for each sink size; 0 leaves them out"
+    )
+    parser.add_argument("--random-seeds", type=int, default=4)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--no-page", action="store_true", help="only do the work; the page is for all checkpoints")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     arguments.output.mkdir(parents=True, exist_ok=True)
@@ -260,18 +272,18 @@ def main() -> None:
     data: dict[str, Any] = {
         "settings": {
             "models": [model.name for model in models],
-            "scored_tokens": SCORED_TOKENS,
             "sinks": SINKS,
             "window": WINDOW,
             "block": BLOCK,
             "contexts": arguments.contexts,
-            "context_tokens": arguments.context_tokens,
             "random_seeds": arguments.random_seeds,
         }
     }
     data["compare"] = [compare(model, arguments) for model in models]
     data["agreement"] = [agreement(model) for model in models]
-    data["guides"] = [guides(model, arguments) for model in models[:1]]
+    data["guides"] = [guides(model, arguments) for model in models[:1] if arguments.guides]
+    if arguments.no_page:
+        return
     for model in models:
         for method in ("gate", "ablation", "greedy"):
             store.save(model.profile(method), arguments.output / "data" / model.name / f"{method}.json")

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from kvprofile import __version__
-from kvprofile.cli import bench, diff, evaluate, export, import_, plan, plot, score, show, validate
+from kvprofile.cli import bench, diff, doctor, evaluate, export, import_, plan, plot, score, show, validate
 from kvprofile.errors import InputError
 
 app = typer.Typer(
@@ -33,6 +33,7 @@ app.command("export")(export.export)
 app.command("import")(import_.import_)
 app.command("evaluate")(evaluate.evaluate)
 app.command("bench")(bench.bench)
+app.command("doctor")(doctor.doctor)
 
 _INTERRUPTED = 130
 

@@ -24,12 +24,16 @@ class Heads:
 
 @dataclass(frozen=True)
 class Budget:
-    """Full KV heads by layer, in the model's own numbering; None for layers that slide and stay as they are."""
+    """Full KV heads by layer, in the model's own numbering; None for layers that slide and stay as they are.
+
+    ``permute_weights``: projections may load their heads half by half, which spares gathering them at every step.
+    """
 
     full_heads: tuple[tuple[int, ...] | None, ...]
     kv_heads: int
     sink_tokens: int
     recent_tokens: int
+    permute_weights: bool = False
 
     @classmethod
     def of(cls, additional_config: object) -> Budget:

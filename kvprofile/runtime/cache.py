@@ -102,11 +102,15 @@ class StreamManager(FullAttentionManager):  # type: ignore[misc]
             return
         free = self.block_pool.get_num_free_blocks()
         first_recent = self._trim.first_recent_block(processed_computed_tokens)
-        life = self._lives.setdefault(request_id, Life(self._held(request_id)))
+        life = self._lives.get(request_id)
+        if life is None:
+            life = self._lives[request_id] = Life(self._held(request_id))
         self._remove_blocks_in_range(request_id, self._trim.sink_blocks, first_recent)
         reclaimed = self.block_pool.get_num_free_blocks() - free
         counters().reclaimed(reclaimed, self._block_bytes)
-        life.trimmed(self._held(request_id), reclaimed)
+        life.reclaimed += reclaimed
+        if life.after_trim is None:
+            life.after_trim = self._held(request_id)
 
     def new_step_starts(self) -> None:
         """Note what the pool holds: all but the null block and those free."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from vllm.platforms import current_platform
@@ -14,9 +15,13 @@ from vllm.platforms import current_platform
 from kvprofile.runtime import metrics, stats
 from kvprofile.runtime.budget import CONFIG_KEY
 from kvprofile.runtime.find import Served, find
+from kvprofile.runtime.permute import LOAD_FORMATS
 from kvprofile.runtime.settings import PREFIX, from_environment, logger
 
 TESTED_PLATFORMS = ("cpu",)
+
+ALIBI_MODELS, SINK_MODELS = ("bloom", "mpt", "baichuan"), ("gpt_oss",)
+"""Known by name here, so that the refusal is one line; ``layer`` refuses whatever else has such heads."""
 
 
 def configuring(stock: Callable[..., Any]) -> Callable[..., Any]:
@@ -34,6 +39,7 @@ def configuring(stock: Callable[..., Any]) -> Callable[..., Any]:
         if found:
             raise ValueError(f"kvprofile does not serve with {'; '.join(found)}")
         budget, origin = find(settings, _served(config))
+        budget = replace(budget, permute_weights=_may_permute(config))
         stats.share()
         metrics.show(budget)
         config.additional_config = {**config.additional_config, CONFIG_KEY: budget.as_config()}
@@ -41,6 +47,11 @@ def configuring(stock: Callable[..., Any]) -> Callable[..., Any]:
         return config
 
     return create_engine_config
+
+
+def _may_permute(config: Any) -> bool:
+    """Whether weights arrive one by one, and nothing is added to them later that does not know their order."""
+    return config.load_config.load_format in LOAD_FORMATS and config.lora_config is None
 
 
 def refusing_streams(stock: Callable[..., Any]) -> Callable[..., Any]:
@@ -71,12 +82,16 @@ def _served(config: Any) -> Served:
 def _unsupported(config: Any) -> Iterator[str]:
     """What the runtime would serve wrongly, each as a phrase."""
     model, parallel, scheduler = config.model_config, config.parallel_config, config.scheduler_config
+    text = model.hf_text_config
     quantised = config.cache_config.cache_dtype not in ("auto", "float16", "bfloat16", "float32")
     reasons = {
         "multi-head latent attention (MLA)": model.use_mla,
         "a model that is no decoder": model.runner_type != "generate" or model.is_encoder_decoder,
         "a model without attention": model.is_attention_free,
         "a model with Mamba layers": model.is_hybrid,
+        "ALiBi": text.model_type in ALIBI_MODELS or getattr(text, "alibi", False),
+        "learned attention sinks": text.model_type in SINK_MODELS,
+        "layers that share caches": bool(getattr(text, "num_kv_shared_layers", 0)),
         "reference sliding-window attention": model.rswa_window is not None,
         "bidirectional attention inside images": model.is_mm_prefix_lm,
         f"the quantised KV cache {config.cache_config.cache_dtype}": quantised,

@@ -1,4 +1,4 @@
-"""Whether the runtime is, or could be, in force: checks for ``kvprofile doctor``. Imports neither torch nor vLLM."""
+"""Whether the runtime is, or could be, in force: checks for ``kvprofile doctor``. Only ``patches`` imports vLLM."""
 
 from __future__ import annotations
 
@@ -26,10 +26,22 @@ class Check:
 
 
 def checks(environ: Mapping[str, str] = os.environ) -> Iterator[Check]:
-    """What can be said of this installation and environment without starting vLLM."""
+    """What can be said of this installation and environment without starting an engine."""
     yield plugin()
-    yield version()
+    found = version()
+    yield found
+    if found.good is not False or settings.from_environment(environ).allow_untested:
+        yield patches()
     yield environment(environ)
+
+
+def installed() -> Iterator[Check]:
+    """Versions of what kvprofile works with."""
+    for name in ("kvprofile", "torch", "transformers"):
+        try:
+            yield Check(name, None, metadata.version(name))
+        except metadata.PackageNotFoundError:
+            yield Check(name, None, "not installed")
 
 
 def plugin() -> Check:
@@ -54,7 +66,19 @@ def version() -> Check:
         tested = settings.is_tested(installed)
         words = "tested" if tested else f"not tested; tested are {', '.join(settings.TESTED_VERSIONS)}"
         return Check("vLLM", tested, f"{name} {installed}, {words}")
-    return Check("vLLM", False, "not installed here")
+    return Check("vLLM", False, "not installed here: budgets are served where it is")
+
+
+def patches() -> Check:
+    """Whether the vLLM functions that the runtime replaces are there. Imports vLLM, which takes seconds."""
+    try:
+        from kvprofile.runtime import patches as runtime
+    except Exception as error:
+        return Check("patches", False, f"the runtime does not load with this vLLM: {error}")
+    missing = [str(patch) for patch in runtime.PATCHES if not patch.has_target()]
+    if missing:
+        return Check("patches", False, f"this vLLM has no {', '.join(missing)}")
+    return Check("patches", True, f"{len(runtime.PATCHES)} functions: {', '.join(map(str, runtime.PATCHES))}")
 
 
 def environment(environ: Mapping[str, str]) -> Check:

@@ -51,18 +51,23 @@ class StreamHalf(Attention):  # type: ignore[misc]
 
 
 @dataclass(frozen=True)
-class Selection:
-    """Heads of one half: their names as buffers where they are gathered, slices where they lie side by side."""
+class Share:
+    """The part of a layer's heads, once they are in order, that one half computes."""
 
-    name: str
-    query: slice | str
-    key: slice | str
+    half: str
+    queries: slice
+    keys: slice
 
 
 class SplitAttention(Attention):  # type: ignore[misc]
-    """An ``Attention`` whose heads are computed by its halves; its own cache and kernel are never used."""
+    """An ``Attention`` whose heads are computed by its halves; its own cache and kernel are never used.
 
-    selections: tuple[Selection, ...]
+    Heads come half by half where weights were loaded so (``permute``) or where they lie so in the model. Otherwise
+    ``order`` names the KV heads half by half, and states are gathered and put back at every call.
+    """
+
+    shares: tuple[Share, ...]
+    order: tuple[int, ...] | None
 
     def forward(
         self,
@@ -77,24 +82,24 @@ class SplitAttention(Attention):  # type: ignore[misc]
         query = query.view(tokens, self.num_heads, self.head_size)
         key = key.view(tokens, self.num_kv_heads, self.head_size)
         value = value.view(tokens, self.num_kv_heads, self.head_size_v)
-        output = query.new_empty((tokens, self.num_heads, self.head_size_v), dtype=output_dtype or query.dtype)
-        for heads in self.selections:
-            half = getattr(self, heads.name)
-            found = half(
-                self._pick(query, heads.query),
-                self._pick(key, heads.key),
-                self._pick(value, heads.key),
-                None,
-                output_dtype,
-            ).view(tokens, half.num_heads, self.head_size_v)
-            if isinstance(heads.query, slice):
-                output[:, heads.query] = found
-            else:
-                output.index_copy_(1, getattr(self, heads.query), found)
+        if self.order is not None:
+            query = query.index_select(1, self.query_order)
+            key, value = key.index_select(1, self.key_order), value.index_select(1, self.key_order)
+        found = [
+            getattr(self, share.half)(
+                query[:, share.queries], key[:, share.keys], value[:, share.keys], None, output_dtype
+            ).view(tokens, -1, self.head_size_v)
+            for share in self.shares
+        ]
+        output = torch.cat(found, dim=1) if len(found) > 1 else found[0]
+        if self.order is not None:
+            output = output.index_select(1, self.query_places)
         return output.view(output_shape or (tokens, -1))
 
-    def _pick(self, states: torch.Tensor, heads: slice | str) -> torch.Tensor:
-        return states[:, heads] if isinstance(heads, slice) else states.index_select(1, getattr(self, heads))
+    def expect_in_order(self) -> None:
+        """From now on heads come half by half: nothing is gathered."""
+        self.order = None
+        del self.query_order, self.key_order, self.query_places
 
 
 def splitting(construct: Callable[..., None]) -> Callable[..., None]:
@@ -150,24 +155,22 @@ def _split(layer: Any, given: dict[str, Any], heads: Heads, budget: Budget) -> N
         "stream": (heads.stream, StreamHalf, {"attn_backend": with_trimming(layer.attn_backend), "budget": budget}),
     }
     group = layer.num_heads // layer.num_kv_heads
-    selections = []
-    for name, (mine, kind, own) in halves.items():
+    shares: list[Share] = []
+    order: tuple[int, ...] = ()
+    for name, (mine, kind, own) in sorted(halves.items(), key=lambda half: half[1][0]):  # by their first heads
         if not mine:
             continue
         prefix = f"{layer.layer_name}.{name}"
         half = kind(num_heads=len(mine) * group, num_kv_heads=len(mine), prefix=prefix, **common, **own)
         setattr(layer, name, half)
-        queries = tuple(head * group + member for head in mine for member in range(group))
-        selections.append(
-            Selection(name, _select(layer, f"{name}_queries", queries), _select(layer, f"{name}_keys", mine))
-        )
+        first, last = len(order), len(order) + len(mine)
+        shares.append(Share(name, slice(first * group, last * group), slice(first, last)))
+        order += mine
     layer.__class__ = SplitAttention
-    layer.selections = tuple(selections)
-
-
-def _select(layer: Any, name: str, heads: tuple[int, ...]) -> slice | str:
-    """A slice for heads side by side, else the name of a new buffer that holds their numbers."""
-    if heads == tuple(range(heads[0], heads[-1] + 1)):
-        return slice(heads[0], heads[-1] + 1)
-    layer.register_buffer(name, torch.tensor(heads), persistent=False)
-    return name
+    layer.shares = tuple(shares)
+    layer.order = None if order == tuple(range(len(order))) else order
+    if layer.order is not None:
+        queries = torch.tensor([head * group + member for head in order for member in range(group)])
+        layer.register_buffer("query_order", queries, persistent=False)
+        layer.register_buffer("key_order", torch.tensor(order), persistent=False)
+        layer.register_buffer("query_places", queries.argsort(), persistent=False)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.engine.input_processor import InputProcessor
 
-from kvprofile.runtime import cache, configure, grouping, layer
+from kvprofile.runtime import cache, configure, grouping, layer, permute
 from kvprofile.runtime.patching import Patch
 
 PATCHES = (
     Patch(EngineArgs, "create_engine_config", configure.configuring),
     Patch(InputProcessor, "process_inputs", configure.refusing_streams),
     Patch(Attention, "__init__", layer.splitting),
+    Patch(BaseModelLoader, "create_model", permute.permuting),
     Patch(kv_cache_utils, "get_kv_cache_groups", grouping.budgeted),
 )
 

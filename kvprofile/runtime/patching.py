@@ -29,6 +29,10 @@ class Patch:
         _originals[self.owner, self.name] = original
         setattr(self.owner, self.name, functools.wraps(original)(replacement) if callable(original) else replacement)
 
+    def has_target(self) -> bool:
+        """Whether there is something to replace."""
+        return self.name in vars(self.owner)
+
     def remove(self) -> None:
         """Put the original back. Raises RuntimeError where it is not replaced."""
         if (self.owner, self.name) not in _originals:

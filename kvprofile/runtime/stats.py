@@ -62,12 +62,6 @@ class Life:
     table: int = 0
     reclaimed: int = 0
 
-    def trimmed(self, held: int, reclaimed: int) -> None:
-        """Note a trim; the first is the one behind prefill."""
-        if self.after_trim is None:
-            self.after_trim = held
-        self.reclaimed += reclaimed
-
     def ended(self, held: int, table: int) -> None:
         """Note what it holds at its end."""
         self.at_end, self.table = held, table

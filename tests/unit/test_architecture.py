@@ -36,7 +36,7 @@ ARROWS = {
         "statistics",
     },
     "runtime": {"budget"},
-    "cli": {"budget", "checkpoint", "corpus", "errors", "evaluate", "files", "report", "bench", "scoring"},
+    "cli": {"budget", "checkpoint", "corpus", "errors", "evaluate", "files", "report", "bench", "runtime", "scoring"},
     "__main__": {"cli"},
 }
 """Who may import whom inside kvprofile; the version, in kvprofile itself, is for all."""

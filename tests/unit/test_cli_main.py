@@ -96,3 +96,19 @@ def test_a_budget_file_cannot_command_the_terminal(tmp_path, place):
     file.write_text(json.dumps(raw))
     with pytest.raises(InputError, match="holds characters that a terminal cannot print"):
         store.load(file)
+
+
+def test_the_doctor_says_what_is_wrong_and_exits_with_one(capsys):
+    assert run(["doctor", "--url", "http://127.0.0.1:9", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["ok"] is False
+    assert "does not answer" in found["checks"][0]["detail"]
+
+
+def test_the_doctor_looks_at_the_installation(capsys, monkeypatch):
+    pytest.importorskip("vllm")
+    monkeypatch.delenv("LLM_KVZIP_ENABLED", raising=False)
+    assert run(["doctor", "--json"]) == 0
+    found = {check["name"]: check for check in json.loads(capsys.readouterr().out)["checks"]}
+    assert all(found[name]["good"] for name in ("plugin", "vLLM", "patches"))
+    assert "Attention.__init__" in found["patches"]["detail"]

@@ -303,4 +303,4 @@ def test_the_doctor_looks_around():
     assert doctor.environment({"LLM_KVZIP_ENABLED": "1", "LLM_KVZIP_SINK": "x"}).good is False
     assert "does not answer" in doctor.server("http://127.0.0.1:9").detail
     assert doctor.server("file:///etc").good is False
-    assert [check.name for check in doctor.checks({})] == ["plugin", "vLLM", "environment"]
+    assert [check.name for check in doctor.checks({})] == ["plugin", "vLLM", "patches", "environment"]

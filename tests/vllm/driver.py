@@ -1,6 +1,6 @@
-"""Runs in a process of its own: one engine in this process, several batches, and what its scheduler did meanwhile.
+"""Runs in a process of its own: engines one after the other, several batches each, and what their schedulers did.
 
-Reads a job as JSON from stdin, prints ``RESULT`` and JSON. The engine is whatever the environment makes it.
+Reads jobs as JSON from stdin, prints ``RESULT`` and JSON for each. The engines are whatever the environment makes them.
 """
 
 from __future__ import annotations
@@ -18,6 +18,27 @@ class Recorder:
         self.admissions, self.chunks, self.held, self.preemptions, self.hits = {}, {}, [], 0, {}
         self.stock = scheduler.schedule
         scheduler.schedule = self.schedule
+
+    def watch_pool(self, pool):
+        """Count blocks that are handed out and, apart, those that come back with the end of a request."""
+        self.handed_out = self.came_back = 0
+        hand_out, managers = pool.get_new_blocks, self.scheduler.kv_cache_manager.coordinator.single_type_managers
+
+        def counting(count):
+            self.handed_out += count
+            return hand_out(count)
+
+        pool.get_new_blocks = counting
+        for manager in managers:
+            manager.pop_blocks_for_free = self._counting_ends(manager.pop_blocks_for_free)
+
+    def _counting_ends(self, stock):
+        def pop_blocks_for_free(*args):
+            blocks = list(stock(*args))
+            self.came_back += sum(not block.is_null for block in blocks)
+            return blocks
+
+        return pop_blocks_for_free
 
     def schedule(self, *args):
         output = self.stock(*args)
@@ -63,44 +84,67 @@ def sabotage():
     TrimmedView.skipped_blocks = lambda self, metadata: stock(self, metadata) * 0
 
 
+def reported():
+    """Blocks that the runtime says it gave back, or None where it is off."""
+    stats = sys.modules.get("kvprofile.runtime.stats")
+    return stats.read()["kv_blocks_reclaimed_total"] if stats else None
+
+
 def patched():
     """Functions that kvprofile has replaced, by name."""
     patching = sys.modules.get("kvprofile.runtime.patching")
     return [f"{owner.__name__}.{name}" for owner, name in patching._originals] if patching else []
 
 
-def main():
-    job = json.load(sys.stdin)
-    from vllm import LLM, SamplingParams
+def gather():
+    """Let no layer load its heads in order."""
+    from kvprofile.runtime import permute
 
-    if os.environ.get("SABOTAGE_TRIMMED_VIEW"):
-        sabotage()
+    permute._is_plain = lambda *_: False
+
+
+def generate(llm, recorder, batch):
+    """Outputs of one batch and what the scheduler did."""
+    from vllm import SamplingParams
+
+    options = [
+        SamplingParams(temperature=0, max_tokens=r["max_tokens"], detokenize=False, ignore_eos=True, logprobs=0)
+        for r in batch
+    ]
+    found = llm.generate([{"prompt_token_ids": r["prompt"]} for r in batch], options, use_tqdm=False)
+    schedule = recorder.take()
+    outputs = []
+    for output in found:
+        (name,) = [n for n in schedule["admissions"] if n.split("-")[0] == output.request_id.split("-")[0]]
+        outputs.append(
+            {
+                "tokens": list(output.outputs[0].token_ids),
+                "logprobs": [next(iter(step.values())).logprob for step in output.outputs[0].logprobs],
+                "admissions": schedule["admissions"][name],
+                "chunks": schedule["chunks"][name],
+                "hits": schedule["hits"][name],
+                "held": [step[name] for step in schedule["held"] if name in step],
+            }
+        )
+    return {"outputs": outputs, "preemptions": schedule["preemptions"]}
+
+
+def serve(job):
+    """One engine from start to end."""
+    from vllm import LLM
+
+    os.environ.update(job["environment"])
     llm = LLM(**job["engine"])
     core = llm.llm_engine.engine_core.engine_core
     recorder = Recorder(core.scheduler, job["every_step"])
+    recorder.watch_pool(core.scheduler.kv_cache_manager.block_pool)
     batches = []
-    for batch in job["batches"]:
-        options = [
-            SamplingParams(temperature=0, max_tokens=r["max_tokens"], detokenize=False, ignore_eos=True, logprobs=0)
-            for r in batch
-        ]
-        found = llm.generate([{"prompt_token_ids": r["prompt"]} for r in batch], options, use_tqdm=False)
-        schedule = recorder.take()
-        outputs = []
-        for output in found:
-            (name,) = [n for n in schedule["admissions"] if n.split("-")[0] == output.request_id.split("-")[0]]
-            outputs.append(
-                {
-                    "tokens": list(output.outputs[0].token_ids),
-                    "logprobs": [next(iter(step.values())).logprob for step in output.outputs[0].logprobs],
-                    "admissions": schedule["admissions"][name],
-                    "chunks": schedule["chunks"][name],
-                    "hits": schedule["hits"][name],
-                    "held": [step[name] for step in schedule["held"] if name in step],
-                }
-            )
-        batches.append({"outputs": outputs, "preemptions": schedule["preemptions"]})
+    for number, batch in enumerate(job["batches"]):
+        if number == job.get("reload_before"):
+            llm.collective_rpc("reload_weights")
+        batches.append(generate(llm, recorder, batch))
     pool = core.scheduler.kv_cache_manager.block_pool
+    reclaimed = {"counted": recorder.handed_out - recorder.came_back, "reported": reported()}
     groups = [
         [type(manager.kv_cache_spec).__name__, len(group.layer_names)]
         for manager, group in zip(
@@ -111,9 +155,22 @@ def main():
     ]
     runner = llm.llm_engine.vllm_config.use_v2_model_runner
     result = {"batches": batches, "groups": groups, "free_blocks": pool.get_num_free_blocks(), "v2": runner}
-    result |= {"blocks": pool.num_gpu_blocks, "patched": patched()}
-    result["runtime_modules"] = sorted(name for name in sys.modules if name.startswith("kvprofile.runtime"))
-    print("RESULT", json.dumps(result))
+    result |= {"blocks": pool.num_gpu_blocks, "patched": patched(), "reclaimed": reclaimed}
+    return result | {"runtime_modules": sorted(name for name in sys.modules if name.startswith("kvprofile.runtime"))}
+
+
+def main():
+    jobs = json.load(sys.stdin)
+    if os.environ.get("SABOTAGE_TRIMMED_VIEW"):
+        sabotage()
+    if os.environ.get("GATHER_HEADS"):
+        gather()
+    for number, job in enumerate(jobs):
+        if number:
+            from vllm.distributed import cleanup_dist_env_and_memory
+
+            cleanup_dist_env_and_memory()
+        print("RESULT", json.dumps(serve(job)), flush=True)
 
 
 if __name__ == "__main__":

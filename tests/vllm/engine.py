@@ -60,7 +60,8 @@ def write_budget(path, subject, heads, rule, name=None):
 
 def environment(budget=None, **settings):
     """The environment of an engine in one process; with a budget it serves with that."""
-    found = {name: value for name, value in os.environ.items() if not name.startswith("LLM_KVZIP_")}
+    kept = "LLM_KVZIP_ALLOW_UNTESTED"  # set where another release of vLLM is tried
+    found = {n: v for n, v in os.environ.items() if n == kept or not n.startswith("LLM_KVZIP_")}
     found |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
     found |= {"VLLM_LOGGING_LEVEL": "INFO", "TOKENIZERS_PARALLELISM": "false"}
     if budget is not None:
@@ -68,11 +69,11 @@ def environment(budget=None, **settings):
     return found | settings
 
 
-def start(job, env):
-    """Run the driver on a job. Gives the finished process."""
+def start(jobs, env):
+    """Run the driver on jobs. Gives the finished process."""
     run = subprocess.run(
         [sys.executable, "-m", "tests.vllm.driver"],
-        input=json.dumps(job),
+        input=json.dumps(jobs),
         env=env,
         cwd=ROOT,
         capture_output=True,
@@ -84,8 +85,8 @@ def start(job, env):
     return run
 
 
-def serve(subject, batches, env, every_step=False, **engine):
-    """Outputs of batches of (prompt, max_tokens) from one engine, with the log of its process."""
+def job(subject, batches, budget=None, every_step=False, reload_before=None, **engine):
+    """One engine's work: batches of (prompt, max_tokens), and vLLM's arguments."""
     options = {
         "model": str(subject.folder),
         "skip_tokenizer_init": True,
@@ -96,11 +97,27 @@ def serve(subject, batches, env, every_step=False, **engine):
         **engine,
     }
     requests = [[{"prompt": prompt, "max_tokens": most} for prompt, most in batch] for batch in batches]
-    run = start({"engine": options, "batches": requests, "every_step": every_step}, env)
-    line = next(line for line in run.stdout.splitlines() if line.startswith("RESULT"))
-    result = json.loads(line.removeprefix("RESULT"))
-    result["log"] = run.stdout + run.stderr
-    return result
+    own = {} if budget is None else {"LLM_KVZIP_BUDGET": str(budget)}
+    return {
+        "engine": options,
+        "batches": requests,
+        "every_step": every_step,
+        "reload_before": reload_before,
+        "environment": own,
+    }
+
+
+def serve_all(jobs, env):
+    """Results of several engines, one after the other in one process, and its log."""
+    run = start(jobs, env)
+    lines = [line.removeprefix("RESULT") for line in run.stdout.splitlines() if line.startswith("RESULT")]
+    return [json.loads(line) for line in lines], run.stdout + run.stderr
+
+
+def serve(subject, batches, env, **options):
+    """Outputs of batches of (prompt, max_tokens) from one engine, with the log of its process."""
+    (result,), log = serve_all([job(subject, batches, **options)], env)
+    return result | {"log": log}
 
 
 def expected_lives(prompt, output, v2):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+import transformers
 
 from kvprofile.budget.trim import TrimRule
 from tests.vllm.engine import compare_all, environment, make_subject, serve, write_budget
@@ -96,6 +97,7 @@ def test_block_sizes_and_memory(subject, tmp_path, heads, rule, prefix_caching):
         enable_prefix_caching=prefix_caching,
     )
     assert {kind for kind, _ in found["groups"]} == {"StreamSpec", "FullAttentionSpec"}
+    assert found["reclaimed"]["reported"] == found["reclaimed"]["counted"] > 0
     for batch, results in zip(batches, found["batches"], strict=True):
         for (prompt, _), output in zip(batch, results["outputs"], strict=True):
             for (start_at, tokens), held in zip(output["chunks"][0], output["held"], strict=True):
@@ -150,6 +152,7 @@ def test_off_and_retention_one_are_stock(subject, tmp_path):
     assert stock["runtime_modules"] == ["kvprofile.runtime", "kvprofile.runtime.gate"]
     assert sorted(whole["patched"]) == [
         "Attention.__init__",
+        "BaseModelLoader.create_model",
         "EngineArgs.create_engine_config",
         "InputProcessor.process_inputs",
         "vllm.v1.core.kv_cache_utils.get_kv_cache_groups",
@@ -174,11 +177,17 @@ def test_budgets_do_not_share_compiled_graphs(subject, tmp_path):
         compare_all(subject, heads, rule, batches, found)
 
 
+def save_config(folder, name, **shape):
+    """A folder with a model's config and no weights, which refusals come before."""
+    getattr(transformers, name)(**shape, architectures=[name.replace("Config", "ForCausalLM")]).save_pretrained(folder)
+    return str(folder)
+
+
 REFUSALS = """
 import json, os, sys
-model, cases = json.loads(sys.stdin.read())
+cases = json.loads(sys.stdin.read())
 from vllm.engine.arg_utils import EngineArgs
-for settings, arguments in cases:
+for settings, model, arguments in cases:
     for name in [name for name in os.environ if name.startswith("LLM_KVZIP_")]:
         del os.environ[name]
     os.environ.update(LLM_KVZIP_ENABLED="1", **settings)
@@ -199,24 +208,34 @@ def test_refusals_name_the_reason(subject, tmp_path):
     broken = tmp_path / "broken.json"
     broken.write_text(json.dumps({"format": "kvprofile-runtime", "version": 1}))
     (tmp_path / "empty").mkdir()
+    ranks = {"kv_lora_rank": 32, "q_lora_rank": None, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 32}
+    latent = save_config(tmp_path / "mla", "DeepseekV2Config", num_hidden_layers=2, hidden_size=64, **ranks)
+    sinks = save_config(tmp_path / "sinks", "GptOssConfig", num_hidden_layers=2, hidden_size=64, head_dim=32)
+    alibi = save_config(tmp_path / "alibi", "BloomConfig", n_layer=2, hidden_size=64, n_head=2)
+    connector = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+    plain, found = str(subject.folder), {"LLM_KVZIP_BUDGET": good}
+    drafts = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
     cases = [
-        ({"LLM_KVZIP_BUDGET": other}, {}, "is for somebody/else"),
-        ({"LLM_KVZIP_BUDGET": str(broken)}, {}, "full_heads is missing"),
-        ({"LLM_KVZIP_BUDGET_DIR": str(tmp_path / "empty")}, {}, "no budget for"),
-        ({"LLM_KVZIP_BUDGET": good, "LLM_KVZIP_RETENTION": "2"}, {}, "LLM_KVZIP_RETENTION is '2'"),
-        ({"LLM_KVZIP_BUDGET": good}, {"kv_cache_dtype": "fp8_e4m3"}, "quantised KV cache fp8_e4m3"),
-        ({"LLM_KVZIP_BUDGET": good}, {"scheduler_reserve_full_isl": False}, "scheduler_reserve_full_isl off"),
-        (
-            {"LLM_KVZIP_BUDGET": good},
-            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}},
-            "speculative decoding",
-        ),
-        ({"LLM_KVZIP_BUDGET": good}, {"pipeline_parallel_size": 2}, "pipeline parallelism"),
-        ({"LLM_KVZIP_BUDGET": good}, {}, None),
+        ({"LLM_KVZIP_BUDGET": other}, plain, {}, "is for somebody/else"),
+        ({"LLM_KVZIP_BUDGET": str(broken)}, plain, {}, "full_heads is missing"),
+        ({"LLM_KVZIP_BUDGET": str(tmp_path / "none.json")}, plain, {}, "none.json"),
+        ({"LLM_KVZIP_BUDGET_DIR": str(tmp_path / "empty")}, plain, {}, "no budget for"),
+        ({"LLM_KVZIP_BUDGET": good, "LLM_KVZIP_RETENTION": "2"}, plain, {}, "LLM_KVZIP_RETENTION is '2'"),
+        (found, latent, {}, "multi-head latent attention (MLA)"),
+        (found, sinks, {}, "learned attention sinks"),
+        (found, alibi, {}, "ALiBi"),
+        (found, plain, {"kv_cache_dtype": "fp8_e4m3"}, "quantised KV cache fp8_e4m3"),
+        (found, plain, {"scheduler_reserve_full_isl": False}, "scheduler_reserve_full_isl off"),
+        (found, plain, {"speculative_config": drafts}, "speculative decoding"),
+        (found, plain, {"kv_transfer_config": connector}, "a KV connector"),
+        (found, plain, {"tensor_parallel_size": 8, "decode_context_parallel_size": 2}, "context parallelism"),
+        (found, plain, {"pipeline_parallel_size": 2}, "pipeline parallelism"),
+        (found, plain, {"enable_lora": True}, "LoRA adapters"),
+        (found, plain, {}, None),
     ]
     run = subprocess.run(
         [sys.executable, "-c", REFUSALS],
-        input=json.dumps([str(subject.folder), [case[:2] for case in cases]]),
+        input=json.dumps([case[:3] for case in cases]),
         env=environment(good),
         capture_output=True,
         text=True,
@@ -225,7 +244,7 @@ def test_refusals_name_the_reason(subject, tmp_path):
     )
     assert run.returncode == 0, run.stderr[-3000:]
     lines = [line.removeprefix("REFUSED") for line in run.stdout.splitlines() if line.startswith("REFUSED")]
-    for (_, _, expected), line in zip(cases, lines, strict=True):
+    for (*_, expected), line in zip(cases, lines, strict=True):
         found = json.loads(line)
         if expected is None:
             assert found is None

