@@ -7,7 +7,10 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_AR
 
 DEMO := models/pocket --context-tokens 480 --chunk-tokens 480 --sink-tokens 16 --recent-tokens 64
 
-.PHONY: install install-vllm browser demo test test-slow test-vllm-matrix lint format bench bench-runtime clean
+BENCH := --preset seed --model models/pocket --provider loopback --dtype float32 --max-model-len 4096 --block-tokens 32 \
+	--pool-memory 64MiB --enforce-eager --concurrency 8 --requests 30 --max-output-tokens 32
+
+.PHONY: install install-vllm browser demo test test-slow test-vllm-matrix lint format bench bench-all bench-runtime clean
 
 install: $(VENV)/installed
 install-vllm: $(VENV)/installed-vllm
@@ -56,7 +59,12 @@ format: install
 bench-runtime: install-vllm
 	$(BIN)/python benchmarks/runtime.py
 
-bench: install
+# Stopped, it continues where it was; a leg that failed does not keep the page from being made.
+bench: install-vllm
+	$(BIN)/kvprofile bench $(BENCH) --output runs/bench/pocket; status=$$?; \
+	$(BIN)/kvprofile report runs/bench/pocket --output runs/bench/pocket/report.html && exit $$status
+
+bench-all: bench bench-runtime
 	$(BIN)/python benchmarks/score_memory.py
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python scripts/evaluate_pocket.py
