@@ -102,7 +102,7 @@ def test_pocket_documents_are_their_own():
     first, same, other = documents.pocket(0), documents.pocket(0), documents.pocket(1)
     assert first == same
     assert not {d.sha256 for d in first} & {d.sha256 for d in other}
-    evaluated = exercise("needle", "evaluate", 0, documents.POCKET_CHARACTERS, 6)
+    evaluated = exercise("needle", "evaluate", 0, documents.POCKET_TASKS["needle"], 6)
     assert evaluated.context not in {d.text for d in first}
     for document in first:
         assert 3 <= len(document.questions) <= 6
