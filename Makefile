@@ -10,7 +10,8 @@ DEMO := models/pocket --context-tokens 480 --chunk-tokens 480 --sink-tokens 16 -
 BENCH := --preset seed --model models/pocket --provider loopback --dtype float32 --max-model-len 4096 --block-tokens 32 \
 	--pool-memory 64MiB --enforce-eager --concurrency 8 --requests 30 --max-output-tokens 32
 
-.PHONY: install install-vllm browser demo test test-slow test-vllm-matrix lint format bench bench-all bench-runtime clean
+.PHONY: install install-vllm browser demo test test-slow test-vllm-matrix lint format bench bench-runtime bench-profile \
+	bench-train clean
 
 install: $(VENV)/installed
 install-vllm: $(VENV)/installed-vllm
@@ -56,6 +57,7 @@ format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# Benchmarks want a quiet machine. What each prints is a ratio against a peer or a bound, taken in one run.
 bench-runtime: install-vllm
 	$(BIN)/python benchmarks/runtime.py
 
@@ -64,8 +66,11 @@ bench: install-vllm
 	$(BIN)/kvprofile bench $(BENCH) --output runs/bench/pocket; status=$$?; \
 	$(BIN)/kvprofile report runs/bench/pocket --output runs/bench/pocket/report.html && exit $$status
 
-bench-all: bench bench-runtime
+bench-profile: install-vllm
 	$(BIN)/python benchmarks/score_memory.py
+	$(BIN)/python benchmarks/engine_speed.py
+
+bench-train: install
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python scripts/evaluate_pocket.py
 

@@ -1,10 +1,11 @@
 """Stock vLLM against vLLM with budgets, on this machine in one run: `make bench-runtime`.
 
-Three questions, each with its bound beside it:
+Four questions, each with its bound beside it:
 
 - memory: how many requests of 2,048 tokens are in flight, without preemption, in a pool that holds 64 of stock's? What
   does a request hold while it decodes, and at the peak of its prefill?
 - split: what does computing a layer as two halves cost, where nothing is trimmed (a window longer than any request)?
+- groups: what does one more cache group cost a step (the figure behind `packing.COST_PER_GROUP`)?
 - pool: output tokens a second and prefix-cache hits, at half of the heads, where requests queue for the pool.
 
 Every leg is an engine in a process of its own. Legs that are timed take turns, one at work while the others wait. The
@@ -91,6 +92,7 @@ class Watch:
             "prefill_bytes": self.prefill_bytes,
             "hit_rate": self.hit_tokens / self.asked_tokens if self.asked_tokens else 0.0,
             "pool_bytes": (self.pool.num_gpu_blocks - 1) * self.block_bytes,
+            "groups": len(self.managers),
         }
 
 
@@ -100,13 +102,30 @@ def _page_bytes(group: Any, name: str) -> int:
     return int((specs[name] if specs else group.kv_cache_spec).page_size_bytes)
 
 
+def force_groups(count: int) -> None:
+    """Let the runtime pack into about ``count`` groups, however good that is."""
+    from kvprofile.runtime import grouping, packing
+
+    def pack(pieces: Any) -> Any:
+        sizes = [piece.block_bytes for piece in pieces]
+        widths = range(max(sizes), sum(sizes) + 1, max(sizes) // 8)
+        found = [packing._weighed(packing._packed(pieces, width)) for width in widths]
+        return min(found, key=lambda each: (abs(len(each.groups) - count), each.cost))
+
+    grouping.pack = pack
+
+
 def work() -> None:
     """Serve one engine: a line of JSON with its arguments, then a line for each workload; answers in lines of JSON."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever vLLM prints is log
     from vllm import LLM, SamplingParams
 
-    llm = LLM(**json.loads(sys.stdin.readline()))
+    engine = json.loads(sys.stdin.readline())
+    forced = engine.pop("forced_groups", None)
+    if forced:
+        force_groups(forced)
+    llm = LLM(**engine)
     watch = Watch(llm.llm_engine.engine_core.engine_core.scheduler)
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
@@ -231,7 +250,7 @@ def request_bytes(shape: dict[str, int], retention: float, tokens: int) -> float
     return held * 2 * shape["head_size"] * 2
 
 
-def measure_memory(folder: Path) -> list[dict[str, Any]]:
+def measure_memory(folder: Path, _rounds: int) -> list[dict[str, Any]]:
     """Requests in flight and bytes held, at several retentions in pools of equal size."""
     shape = SHAPES["memory"]
     write_checkpoint(folder, shape)
@@ -285,6 +304,31 @@ def measure_split(folder: Path, rounds: int) -> dict[str, Any]:
     return {"load": load, "rates": rates, "ratios": ratios, "ratio": statistics.median(ratios)}
 
 
+def measure_groups(folder: Path, rounds: int) -> dict[str, Any]:
+    """What more cache groups cost, nothing trimmed: a few groups against many, taking turns."""
+    write_checkpoint(folder, SHAPES["speed"])
+    engine = {"max_model_len": 1024, "kv_cache_memory_bytes": 2**30, "max_num_seqs": 64}
+    load = {"requests": 32, "prompt": 256, "output": 96}
+    rates: dict[int, list[float]] = {}
+    with (
+        Leg("groups-few", "speed", folder, 0.5, engine | {"forced_groups": 2}, recent_tokens=100_000) as few,
+        Leg("groups-many", "speed", folder, 0.5, engine | {"forced_groups": 12}, recent_tokens=100_000) as many,
+    ):
+        for leg in (few, many):
+            leg.run(**load | {"requests": 8, "output": 8})
+        for number in range(rounds):
+            for leg in (few, many) if number % 2 == 0 else (many, few):
+                found = leg.run(**load, seed=number)
+                rates.setdefault(found["groups"], []).append(found["output_tokens_per_s"])
+            say(
+                f"groups, round {number + 1}: " + ", ".join(f"{n} {rate[-1]:.0f} tokens/s" for n, rate in rates.items())
+            )
+    fewest, most = min(rates), max(rates)
+    slower = [a / b - 1 for a, b in zip(rates[fewest], rates[most], strict=True)]
+    costs = [each / (most - fewest) for each in slower]
+    return {"load": load, "rates": rates, "cost_per_group": statistics.median(costs), "costs": costs}
+
+
 def measure_pool(folder: Path, rounds: int) -> dict[str, Any]:
     """Output tokens a second and prefix hits where requests queue for a small pool, taking turns."""
     shape = SHAPES["speed"]
@@ -324,6 +368,9 @@ def _rate(row: dict[str, Any]) -> float:
     return float(row["output_tokens_per_s"])
 
 
+PARTS = {"memory": measure_memory, "split": measure_split, "groups": measure_groups, "pool": measure_pool}
+
+
 def say(message: str) -> None:
     """One line of progress."""
     print(message, file=sys.stderr, flush=True)
@@ -343,6 +390,13 @@ def show(result: dict[str, Any]) -> None:
         split = result["split"]
         low, high = min(split["ratios"]), max(split["ratios"])
         console.print(f"split alone: {split['ratio']:.3f} of stock's output tokens/s ({low:.3f} to {high:.3f})")
+    if "groups" in result:
+        groups = result["groups"]
+        low, high = min(groups["costs"]), max(groups["costs"])
+        counts = " against ".join(map(str, groups["rates"]))
+        console.print(
+            f"one more group: {groups['cost_per_group']:.2%} of a step ({low:.2%} to {high:.2%}), {counts} groups"
+        )
     if "pool" in result:
         pool = result["pool"]
         console.print(
@@ -355,7 +409,7 @@ def show(result: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Stock vLLM against vLLM with budgets.")
-    parser.add_argument("parts", nargs="*", choices=["memory", "split", "pool", []], help="all unless given")
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="all unless given")
     parser.add_argument("--rounds", type=int, default=5, help="turns of every timed leg")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -363,15 +417,11 @@ def main() -> None:
     if arguments.worker:
         work()
         return
-    parts = arguments.parts or ["memory", "split", "pool"]
+    parts = arguments.parts or list(PARTS)
     result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        if "memory" in parts:
-            result["memory"] = measure_memory(Path(folder) / "memory")
-        if "split" in parts:
-            result["split"] = measure_split(Path(folder) / "split", arguments.rounds)
-        if "pool" in parts:
-            result["pool"] = measure_pool(Path(folder) / "pool", arguments.rounds)
+        for part in parts:
+            result[part] = PARTS[part](Path(folder) / part, arguments.rounds)
     if arguments.json:
         print(json.dumps(result, indent=2))
     else:

@@ -1,4 +1,4 @@
-"""Memory that scoring takes over weights and cache, from 2k to 16k context tokens: `make bench`.
+"""Memory that scoring takes over weights and cache, from 2k to 16k context tokens: `make bench-profile`.
 
 Each context length runs in a process of its own, so that peaks do not mix. The model is random and has the head
 layout of a small Llama: memory does not depend on the weights. Beside the measured peak stands the cache by formula;

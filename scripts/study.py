@@ -34,6 +34,7 @@ from kvprofile.report import quality_plot
 from kvprofile.scoring import gates, run
 from kvprofile.scoring.aggregate import HeadStatistics
 from kvprofile.scoring.attention import recording
+from kvprofile.scoring.hf_engine import HfEngine
 from kvprofile.scoring.kvzip import Scorer
 from kvprofile.scoring.methods import GATE_STEPS
 
@@ -79,7 +80,11 @@ class Model:
             file.parent.mkdir(parents=True, exist_ok=True)
             planned = self.plan("gate" if method == "greedy" else method)
             placement = place(self.description, "float32", "cpu", planned.positions)
-            made = self._greedy(planned) if method == "greedy" else run.profile(planned, placement, file, Silent())
+            made = (
+                self._greedy(planned)
+                if method == "greedy"
+                else run.profile(planned, HfEngine(placement), file, Silent())
+            )
             store.save(made, file)
             run.finish(file)
             print(f"{self.name}: scored by {method}", flush=True)

@@ -1,4 +1,7 @@
-"""Run records made up for tests and previews: plausible in shape, invented in every number, marked as such."""
+"""Run records made up for tests and previews: plausible in shape, invented in every number, marked as such.
+
+`python -m tests.made_up FILE` writes one, to look at a page without a benchmark.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,11 @@ import hashlib
 import math
 import random
 import statistics
+import sys
+from pathlib import Path
 
 from kvprofile import __version__
+from kvprofile.report import run_files
 from kvprofile.report.record import (
     Attention,
     Bound,
@@ -229,3 +235,7 @@ def make_samples(rng, kept, count) -> list[Sample]:
             )
         )  # fmt: skip
     return rows
+
+
+if __name__ == "__main__":
+    run_files.save(make_record(), Path(sys.argv[1]))

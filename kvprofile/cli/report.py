@@ -1,13 +1,18 @@
-"""``kvprofile report``: run records as one HTML page, or what follows from them as JSON."""
+"""``kvprofile report``: run records as one HTML page, the few figures that matter most as a table, or all as JSON."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kvprofile.cli.output import print_json, say
+from kvprofile.cli.output import print_json, say, stdout_console
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from kvprofile.report.compare import Summary
 
 
 def report(
@@ -19,7 +24,7 @@ def report(
     ],
     output: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print the comparison as JSON too, the page's numbers in full.")
+        bool, typer.Option("--json", help="Print the comparison as JSON, the page's numbers in full.")
     ] = False,
 ) -> None:
     """Put the legs of a benchmark side by side on one page that needs no network."""
@@ -42,5 +47,26 @@ def report(
     if as_json:
         print_json({"output": str(output), "records": [plain(path) for path in found], **summary.document()})
     else:
-        legs = sum(len(group.legs) for group in summary.groups)
-        say(f"wrote {plain(output)}: {legs} legs of {len(found)} {'record' if len(found) == 1 else 'records'}")
+        stdout_console().print(_table(summary))
+    legs = sum(len(group.legs) for group in summary.groups)
+    say(f"wrote {plain(output)}: {legs} legs of {len(found)} {'record' if len(found) == 1 else 'records'}")
+
+
+def _table(summary: Summary) -> Table:
+    """The page's cards, one in each row."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    from kvprofile.report.page import cards
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("")
+    for group in summary.groups:
+        table.add_column(Text(group.name), justify="right")
+    for card in cards(summary):
+        line = card["line"]
+        label = f"{card['title']}, {line.unit}" if line.unit else card["title"]
+        cells = [line.cells.get(group.name) for group in summary.groups]
+        table.add_row(label, *("" if cell is None else cell.text for cell in cells))
+    return table

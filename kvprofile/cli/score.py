@@ -34,7 +34,11 @@ def score(
     ] = "kvzip",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    engine: Annotated[str, typer.Option(help="What runs the model: hf.")] = "hf",
+    engine: Annotated[str, typer.Option(help="What runs the model: auto, hf or vllm (docs/scoring.md).")] = "auto",
+    tensor_parallel_size: Annotated[int, typer.Option(help="Ranks of --engine vllm.")] = 1,
+    vllm_arg: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE of vLLM's own arguments, like block_size=64; repeatable.")
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     sink_tokens: Annotated[int, typer.Option(help="First tokens that a head without a budget keeps.")] = 128,
     recent_tokens: Annotated[int, typer.Option(help="Last tokens that a head without a budget keeps.")] = 256,
@@ -58,10 +62,10 @@ def score(
     from kvprofile.errors import InputError
     from kvprofile.files import require_writable
     from kvprofile.scoring import run
+    from kvprofile.scoring.engines import Engine, check_engine, choose_engine
 
-    if engine != "hf":
-        raise InputError(f"unknown engine {engine!r}; known: hf")
     options = run.Options(method, chunk_tokens, context_tokens, seed, sink_tokens, recent_tokens)
+    check_engine(engine, method)
     corpora = [load_corpus(reference, documents) for reference in corpus or bundled_names()]
     source = checkpoint.locate(model, revision, trust_remote_code)
     target = output or store.BUDGET_DIR / store.file_name(source.name)
@@ -73,10 +77,21 @@ def score(
         store.refuse_other_model(target, source.name, description.geometry)
     tokenizer = checkpoint.load_tokenizer(source, trust_remote_code)
     planned = run.plan(description, tokenizer, corpora, options)
-    placement = checkpoint.place(description, dtype, device, planned.positions)
+    chosen, why = choose_engine(engine, description, method)
+    runs: Engine
+    if chosen == "vllm":
+        from kvprofile.scoring.vllm_engine import place_in_vllm
+
+        runs = place_in_vllm(description, dtype, device, planned.positions, tensor_parallel_size, vllm_arg or ())
+    else:
+        from kvprofile.scoring.hf_engine import HfEngine
+
+        if tensor_parallel_size != 1 or vllm_arg:
+            raise InputError("--tensor-parallel-size and --vllm-arg belong to --engine vllm")
+        runs = HfEngine(checkpoint.place(description, dtype, device, planned.positions))
 
     say(f"{source.name}: {description.geometry.describe()}, {description.architecture}")
-    for reason in placement.reasons:
+    for reason in (why, *runs.reasons):
         say(f"  {reason}")
     skipped = len(description.geometry.layer_types) - len(description.geometry.profiled_layers)
     if skipped:
@@ -86,7 +101,7 @@ def score(
 
     started = time.monotonic()
     with TokenProgress("scoring") as progress:
-        made = run.profile(planned, placement, target, progress, save_token_scores)
+        made = run.profile(planned, runs, target, progress, save_token_scores)
     store.save(made, target)
     run.finish(target)
     say(f"wrote {target} in {time.monotonic() - started:.0f} s; review and commit it")

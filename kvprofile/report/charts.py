@@ -128,7 +128,7 @@ _TITLES = {
     "median_tpot_ms": "Time per output token",
     "median_e2el_ms": "End-to-end latency",
     "attention_mean_ms": "Attention latency",
-    "pool_bytes_peak": "Peak of the KV cache in use",
+    "pool_bytes_peak": "KV cache in use, peak",
     "eviction_ratio": "Eviction ratio",
     "pass_rate": "Verifier pass rate",
     "warnings": "Warnings per answer",

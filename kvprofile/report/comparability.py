@@ -39,10 +39,15 @@ def _failures(records: Sequence[RunRecord]) -> Iterator[str]:
 
 
 def _differences(groups: Groups) -> Iterator[str]:
-    """Fields that all legs must share, and do not."""
+    """Fields that all legs must share, and do not, or of which nothing is known."""
+    dark = []
     for label, value_of, all_kinds in _SHARED:
         compared = {name: legs for name, legs in groups.items() if all_kinds or legs[0].kind != "remote"}
         yield from _field_differences(label, value_of, compared)
+        if len(compared) > 1 and all(value_of(leg) is None for legs in compared.values() for leg in legs):
+            dark.append(label)
+    if dark:
+        yield f"not recorded, so perhaps not the same for all legs: {', '.join(dark)}"
     for number in sorted({leg.repetition for legs in groups.values() for leg in legs}):
         same = {name: [leg for leg in legs if leg.repetition == number] for name, legs in groups.items()}
         found = list(_field_differences("seeds", _seeds, {name: legs for name, legs in same.items() if legs}))

@@ -103,7 +103,7 @@ def summarise(records: Sequence[RunRecord]) -> Summary:
     locals_ = [group for group in groups if group.first.kind == "local"]
     ordered = sorted(groups, key=lambda group: _place(group, baseline))
     return Summary(
-        title=" and ".join(dict.fromkeys(record.experiment.name for record in records)),
+        title=_title([record.experiment.name for record in records]),
         made_up=any(record.experiment.made_up for record in records),
         warnings=tuple(warnings_about(records, {group.name: group.legs for group in ordered})),
         groups=tuple(ordered),
@@ -111,6 +111,11 @@ def summarise(records: Sequence[RunRecord]) -> Summary:
         against_remote=tuple(_shared(_compared([remote, *locals_], remote)) for remote in remotes if locals_),
         records=tuple(records),
     )
+
+
+def _title(names: Sequence[str]) -> str:
+    found = list(dict.fromkeys(names))
+    return " and ".join(found) if len(found) <= 3 else f"{found[0]} and {len(found) - 1} more"
 
 
 def _grouped(records: Sequence[RunRecord]) -> list[Group]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvprofile.report.compare import Comparison, Row, Summary
-from kvprofile.report.record import Leg, Request, RunRecord
+from kvprofile.report.record import Cost, Leg, Request, RunRecord
 from kvprofile.report.wording import difference, interval, number, scale_for, verdict
 from kvprofile.statistics import Estimate
 
@@ -18,7 +18,7 @@ _CARDS = {
     "output_throughput": "Output throughput",
     "median_ttft_ms": "Time to first token",
     "median_tpot_ms": "Time per output token",
-    "pool_bytes_peak": "Peak of the KV cache in use",
+    "pool_bytes_peak": "KV cache in use, peak",
     "pass_rate": "Verifier pass rate",
     "fraction": "Fraction of the bound reached",
     "attention_mean_ms": "Attention latency",
@@ -253,7 +253,17 @@ def _leg_facts(leg: Leg) -> Iterator[tuple[str, str]]:
     yield "streaming", _setting(load.streaming) if load.streaming is not None else ""
     yield "prefix caching", _setting(load.prefix_caching) if load.prefix_caching is not None else ""
     yield "seeds", ", ".join(map(str, leg.seeds))
+    yield "attention pass", leg.attention.how if leg.attention else ""
+    yield "bound", leg.bound.how if leg.bound else ""
+    yield "prices", _prices(leg.cost) if leg.cost else ""
     yield "notes", load.description
+
+
+def _prices(cost: Cost) -> str:
+    """Prices per million tokens, in and out."""
+    known = (cost.input_per_million_tokens, cost.output_per_million_tokens)
+    values = ["unknown" if value is None else number(value) for value in known]
+    return f"{values[0]} in, {values[1]} out, {cost.currency} per million tokens"
 
 
 def _documents(record: RunRecord) -> list[dict[str, Any]]:

@@ -103,7 +103,7 @@ class StreamManager(FullAttentionManager):  # type: ignore[misc]
         free = self.block_pool.get_num_free_blocks()
         first_recent = self._trim.first_recent_block(processed_computed_tokens)
         life = self._lives.get(request_id)
-        if life is None:
+        if life is None:  # this runs for every request at every step, and counting what it holds takes a while
             life = self._lives[request_id] = Life(self._held(request_id))
         self._remove_blocks_in_range(request_id, self._trim.sink_blocks, first_recent)
         reclaimed = self.block_pool.get_num_free_blocks() - free

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from kvprofile import __version__
 from kvprofile.budget.allocate import preset_budgets
@@ -19,17 +19,17 @@ from kvprofile.budget.profile import (
     Scores,
     Scoring,
 )
-from kvprofile.checkpoint import Description, Placement, identity, load_model
+from kvprofile.checkpoint import Description, identity
 from kvprofile.corpus.sources import Corpus, cut
 from kvprofile.errors import InputError, plain
 from kvprofile.files import atomic_path, require_writable, sha256_of
-from kvprofile.scoring.methods import METHODS, loss_scores, repeats_read
+from kvprofile.scoring.methods import METHODS
 from kvprofile.scoring.prompts import PROMPTS_VERSION, Document, Frame, encode, frame_document
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
-    from kvprofile.scoring.attention import Recorder
+    from kvprofile.scoring.engines import Engine
     from kvprofile.scoring.progress import ChunkStore
 
 MOST_TOKENS = 1_000_000
@@ -127,7 +127,7 @@ def plan(
 
 def profile(
     plan: Plan,
-    placement: Placement,
+    engine: Engine,
     output: Path,
     progress: Progress,
     save_token_scores: Path | None = None,
@@ -139,20 +139,20 @@ def profile(
     """
     from kvprofile.scoring.progress import ChunkStore
 
-    store = ChunkStore(output, _run_key(plan, placement, save_token_scores is not None))
+    store = ChunkStore(output, _run_key(plan, engine, save_token_scores is not None))
     kept = store.open()
     if kept:
         progress.say(f"continuing: {kept} chunks are finished already")
     elif store.replaced:
         progress.say(f"starting anew: {store.replaced} finished chunks belong to a run with other inputs")
     try:
-        attention = _score_documents(plan, placement, store, progress, save_token_scores is not None)
+        attention = engine.score(plan, store, progress, save_token_scores is not None)
         if save_token_scores is not None:
             _write_token_scores(plan, store, save_token_scores)
     except BaseException:
         store.discard_if_empty()
         raise
-    return _assemble(plan, placement, attention, store)
+    return _assemble(plan, engine, attention, store)
 
 
 def finish(output: Path) -> None:
@@ -162,78 +162,7 @@ def finish(output: Path) -> None:
     ChunkStore(output, "").discard()
 
 
-def _score_documents(
-    plan: Plan, placement: Placement, store: ChunkStore, progress: Progress, keep_token_scores: bool
-) -> str:
-    """Score what is not finished yet; returns the attention kernel used, with the reason."""
-    from kvprofile.scoring.attention import recording
-    from kvprofile.scoring.kvzip import Scorer, forward_tokens
-
-    chunk_tokens = plan.options.chunk_tokens
-    work = [forward_tokens(d, plan.frame, chunk_tokens, store.finished(i)) for i, d in enumerate(plan.documents)]
-    work += [_loss_tokens(plan, d) for i, d in enumerate(plan.documents) if store.loss(i) is None]
-    loss_aware = METHODS[plan.options.method].loss_aware
-    model = load_model(plan.description, placement, needs_head=loss_aware)
-    progress.start(sum(work))
-    with recording(model, plan.description.geometry) as recorder:
-        scorer = Scorer(
-            model,
-            recorder,
-            plan.frame,
-            document_tokens=plan.document_tokens,
-            chunk_tokens=chunk_tokens,
-            advance=progress.advance,
-        )
-        for index, document in enumerate(plan.documents):
-            for scored in scorer.score(document, store.finished(index)):
-                store.save(index, scored.chunk.index, scored.token_scores, keep_token_scores)
-        attention = _kernel(model, recorder)
-    if loss_aware:
-        _score_losses(plan, model, store, progress)
-    return attention
-
-
-def _score_losses(plan: Plan, model: PreTrainedModel, store: ChunkStore, progress: Progress) -> None:
-    """Loss-aware scores of every document that has none yet."""
-    from kvprofile.budget.trim import TrimRule
-    from kvprofile.scoring.gates import gating
-
-    options = plan.options
-    rule = TrimRule(options.sink_tokens, options.recent_tokens, block_tokens=1)
-    sizes: dict[str, Any] = {"document_tokens": plan.document_tokens, "chunk_tokens": options.chunk_tokens}
-    with gating(model, plan.description.geometry, rule, plan.frame, advance=progress.advance, **sizes) as gated:
-        for index, document in enumerate(plan.documents):
-            if store.loss(index) is None:
-                store.save_loss(index, loss_scores(options.method, gated, [document]))
-
-
-def _loss_tokens(plan: Plan, document: Document) -> int:
-    """Tokens that the loss-aware part of a method reads of a document."""
-    from kvprofile.scoring.prompts import chunks
-
-    times = repeats_read(plan.options.method, plan.description.geometry)
-    if not times:
-        return 0
-    repeats = sum(len(chunk.repeat_ids) - 1 for chunk in chunks(document, plan.frame, plan.options.chunk_tokens))
-    return len(document.prefix_ids) + len(document.context_ids) + times * repeats
-
-
-def _kernel(model: PreTrainedModel, recorder: Recorder) -> str:
-    """The attention kernel of the run, the same whether it was resumed or not."""
-    import torch
-
-    from kvprofile.scoring.kernels import choose_fused
-
-    if getattr(model.config, "attn_logit_softcapping", None):
-        return "plain products: the model caps its logits"
-    geometry = recorder.geometry
-    parameter = next(model.parameters())
-    group = geometry.attention_heads // geometry.kv_heads
-    device = parameter.device if parameter.device.type != "meta" else torch.device("cpu")
-    return choose_fused(device, parameter.dtype, geometry.head_size, group)[1]
-
-
-def _assemble(plan: Plan, placement: Placement, attention: str, store: ChunkStore) -> Profile:
+def _assemble(plan: Plan, engine: Engine, attention: str, store: ChunkStore) -> Profile:
     from kvprofile.scoring.aggregate import merge_documents
 
     statistics = [store.statistics(index) for index in range(len(plan.documents))]
@@ -254,10 +183,10 @@ def _assemble(plan: Plan, placement: Placement, attention: str, store: ChunkStor
             prompts_version=PROMPTS_VERSION,
             prefix=plan.frame.prefix,
             suffix=plan.frame.suffix,
-            engine="hf",
+            engine=engine.name,
             attention=attention,
-            dtype=placement.dtype,
-            device=placement.device.partition(":")[0],
+            dtype=engine.dtype,
+            device=engine.device,
             seed=options.seed,
             corpora=list(plan.corpora),
             imported_from=None,
@@ -310,14 +239,13 @@ def _write_token_scores(plan: Plan, store: ChunkStore, path: Path) -> None:
         safetensors.torch.save_file(tensors, partial, metadata={"kvprofile": json.dumps(notes, sort_keys=True)})
 
 
-def _run_key(plan: Plan, placement: Placement, keep_token_scores: bool) -> str:
+def _run_key(plan: Plan, engine: Engine, keep_token_scores: bool) -> str:
     """Everything the chunks on disk depend on."""
     description = plan.description
     facts: dict[str, object] = {
         "version": __version__,
         "model": identity(description, plan.tokenizer).model_dump(mode="json"),
-        "dtype": placement.dtype,
-        "device": placement.device,
+        **engine.facts(),
         "chunk_tokens": plan.options.chunk_tokens,
         "method": plan.options.method,
         "frame": asdict(plan.frame),

@@ -19,11 +19,12 @@ ARROWS = {
     "budget": {"errors", "files"},
     "corpus": {"errors", "files"},
     "checkpoint": {"budget", "errors", "files"},
-    "scoring": {"budget", "checkpoint", "corpus", "errors", "files"},
+    "capture": {"errors"},
+    "scoring": {"budget", "capture", "checkpoint", "corpus", "errors", "files"},
     "evaluate": {"budget", "checkpoint", "corpus", "errors", "files", "scoring", "statistics"},
     "report": {"budget", "errors", "files", "statistics"},
     "instrumentation": set(),
-    "client": {"errors", "instrumentation", "runtime"},
+    "client": {"errors", "instrumentation", "runtime", "scoring"},
     "bench": {
         "budget",
         "corpus",
@@ -73,6 +74,26 @@ def test_arrows_point_one_way(part):
         assert not foreign, f"{file.relative_to(ROOT)} imports kvprofile.{', kvprofile.'.join(sorted(foreign))}"
 
 
+def test_what_runs_inside_vllm_imports_torch_and_vllm_alone():
+    allowed = {
+        "__future__",
+        "collections",
+        "dataclasses",
+        "json",
+        "typing",
+        "safetensors",
+        "torch",
+        "vllm",
+        "kvprofile",
+    }
+    for name in ("marks", "rows", "layout", "watch", "worker", "scheduler"):
+        for node in ast.walk(ast.parse((PACKAGE / "capture" / f"{name}.py").read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            assert {imported.partition(".")[0] for imported in names} <= allowed
+            assert "kvprofile.errors" not in names, "an error in a worker is no line for a user"
+
+
 def loaded_by(statement):
     code = f"import sys; {statement}; print(*sorted({{m.partition('.')[0] for m in sys.modules}}))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -89,6 +110,8 @@ HEAVY = {"torch", "transformers", "datasets", "scipy", "matplotlib", "vllm", "nu
         ("import kvprofile.budget.store, kvprofile.budget.allocate", HEAVY),
         ("import kvprofile.budget.runtime_file", HEAVY | {"pydantic", "typer", "rich"}),
         ("from kvprofile.cli import run; run(['validate', 'models/kv_budget'])", HEAVY),
+        ("import kvprofile.capture, kvprofile.capture.worker, kvprofile.capture.marks", HEAVY),
+        ("import kvprofile.scoring.vllm_engine", {"vllm"}),
     ],
 )
 def test_imports_stay_light(statement, banned):

@@ -196,6 +196,12 @@ def test_legs_that_share_everything_raise_no_doubt():
     assert summarise([record.model_copy(update={"legs": seeded})]).warnings == ()
 
 
+def test_what_no_leg_records_is_told_in_one_line():
+    legs = [make_leg(name, dtype=None, engine=None) for name in ("baseline", "0.5")]
+    warnings = summarise(records_of(*legs)).warnings
+    assert "not recorded, so perhaps not the same for all legs: dtypes, engines" in warnings
+
+
 def test_a_full_pool_takes_as_many_requests_as_it_can():
     loads = {name: Load(mode="fill", concurrency=count) for name, count in (("baseline", 8), ("0.5", 15))}
     legs = [make_leg(name, i, load=load) for name, load in loads.items() for i in range(2)]

@@ -6,16 +6,17 @@ import base64
 import hashlib
 import json
 import re
+from typing import get_args
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvprofile.cli import run
 from kvprofile.report import html, run_files
 from kvprofile.report.charts import HEIGHT, WIDTH, charts, nice_ticks, thinned
 from kvprofile.report.compare import summarise
-from kvprofile.report.record import Request
+from kvprofile.report.record import Leg, Metrics, Request, Sample
 from kvprofile.report.wording import Scale, difference, number, scale_for, verdict, visible
 from kvprofile.statistics import Estimate
 from tests.made_up import make_leg, make_record
@@ -148,9 +149,8 @@ def test_marks_stand_within_the_picture_and_in_order(record):
             "attention_mean_ms", "pool", "eviction", "device", "attention"} <= set(found)  # fmt: skip
     for chart in found.values():
         for series in chart.series:
-            numbers = [float(each) for each in re.findall(r"-?\d+\.?\d*", series.path)]
-            assert all(0 <= x <= WIDTH for x in numbers[::2])
-            assert all(0 <= y <= HEIGHT for y in numbers[1::2])
+            points = re.findall(r"(-?[\d.]+),(-?[\d.]+)", series.path)
+            assert all(0 <= float(x) <= WIDTH and 0 <= float(y) <= HEIGHT for x, y in points)
             for mark in series.marks:
                 assert 0 <= mark.x <= WIDTH
                 assert 0 <= mark.y <= HEIGHT
@@ -202,3 +202,53 @@ def test_bad_input_is_one_line_and_writes_nothing(workplace, capsys, arguments, 
     assert len(captured.err.strip().splitlines()) == 1
     assert (workplace / "seed.json").read_bytes() == before
     assert not (workplace / "report.html").exists()
+
+
+def may_be_unknown(model, **needed):
+    """Names of the fields of a model that may be null."""
+    return [name for name, field in model.model_fields.items() if name not in needed and _takes_null(field.annotation)]
+
+
+def _takes_null(annotation):
+    return type(None) in get_args(annotation)
+
+
+@pytest.mark.parametrize("name", may_be_unknown(Leg, reason=1))
+def test_a_leg_may_not_know_something(name):
+    legs = [make_leg(each, looks=2, **{name: None}) for each in ("baseline", "0.5")]
+    assert html.render(summarise([make_record(1).model_copy(update={"legs": legs})]))
+
+
+@settings(max_examples=25)
+@given(st.sets(st.sampled_from([*may_be_unknown(Request), *may_be_unknown(Metrics), *may_be_unknown(Sample)])))
+def test_numbers_may_be_unknown_anywhere(unknown):
+    def without(part):
+        return part.model_copy(update={name: None for name in type(part).model_fields if name in unknown})
+
+    legs = [
+        each.model_copy(
+            update={
+                "metrics": without(each.metrics),
+                "requests": [without(request) for request in each.requests],
+                "samples": [without(sample) for sample in each.samples],
+            }
+        )
+        for each in BARE.legs
+    ]
+    summary = summarise([BARE.model_copy(update={"legs": legs})])
+    assert html.render(summary)
+    json.dumps(summary.document(), allow_nan=False)
+
+
+BARE = make_record(1, legs=("baseline", "0.5", "remote"), looks=2)
+
+
+def test_the_command_prints_the_cards(record, workplace, capsys):
+    run_files.save(record, workplace / "seed.json")
+    assert run(["report", "seed.json"]) == 0
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert lines[1].split() == ["baseline", "0.9", "0.7", "0.5", "remote"]
+    row = summarise([record]).against_baseline.row("output_throughput")
+    (shown,) = [line for line in lines if line.startswith("Output throughput, tokens/s")]
+    assert shown.split()[3:] == [number(value.value) for value in row.values.values()]
+    assert max(map(len, lines)) <= 80

@@ -235,3 +235,10 @@ def test_git_missing_is_unknown(tmp_path, monkeypatch):
 def test_head_matrices_fit_the_model():
     with pytest.raises(ValidationError):
         make_heads(0.5).model_validate({"budgets": []})
+
+
+def test_records_of_version_1_stay_readable():
+    path = ROOT / "tests" / "data" / "run-record-v1.json"
+    record = run_files.load(path)
+    assert run_files.to_bytes(record) == path.read_bytes(), "a field without a new schema version"
+    assert [leg.name for leg in record.legs] == ["baseline", "0.5", "remote"]

@@ -1,0 +1,69 @@
+"""Where a backend keeps which number of a block, found by asking: numbered keys and values are written into a scratch
+block by the backend's own code, and read back. So packed and transposed caches need no knowledge of their formats.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+_BASE = 256
+"""Numbers are written digit by digit; all dtypes of caches hold whole numbers up to here exactly."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Places of a head's keys and values in its part of a block, [block_tokens * D] each."""
+
+    block_tokens: int
+    head_size: int
+    key_places: torch.Tensor
+    value_places: torch.Tensor
+
+    def keys(self, cache: torch.Tensor, table: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """Keys [G, stop - start, D] of a request's positions; ``table`` [blocks] are the request's blocks."""
+        return self._gather(cache, table, start, stop, self.key_places)
+
+    def values(self, cache: torch.Tensor, table: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """Values, as ``keys``."""
+        return self._gather(cache, table, start, stop, self.value_places)
+
+    def _gather(
+        self, cache: torch.Tensor, table: torch.Tensor, start: int, stop: int, places: torch.Tensor
+    ) -> torch.Tensor:
+        first, last = start // self.block_tokens, -(-stop // self.block_tokens)
+        blocks = cache[table[first:last].to(torch.int64)].flatten(2)  # [blocks, G, numbers of a block and head]
+        found = blocks.index_select(2, places).view(last - first, cache.shape[1], self.block_tokens, self.head_size)
+        found = found.transpose(0, 1).reshape(cache.shape[1], -1, self.head_size)
+        return found[:, start - first * self.block_tokens : stop - first * self.block_tokens]
+
+
+def probe(layer: Any, cache: torch.Tensor) -> Layout:
+    """The layout of an attention layer's cache [blocks, G, block_tokens, 2 * D].
+
+    Raises ValueError where the backend writes caches in a way that cannot be followed.
+    """
+    name = layer.attn_backend.get_name()
+    if layer.attn_backend.forward_includes_kv_cache_update or not hasattr(layer.impl, "do_kv_cache_update"):
+        raise ValueError(f"attention backend {name} writes its cache inside its kernel")
+    if cache.dim() != 4 or cache.shape[3] != 2 * layer.head_size:
+        raise ValueError(f"attention backend {name} keeps caches of shape {tuple(cache.shape)}")
+    _, heads, block_tokens, _ = cache.shape
+    count = block_tokens * layer.head_size
+    numbers = torch.arange(2 * count, device=cache.device)
+    scratch = torch.empty_strided((1, *cache.shape[1:]), cache.stride(), dtype=cache.dtype, device=cache.device)
+    slots = torch.arange(block_tokens, device=cache.device)
+    found = torch.zeros(heads, 2 * count, dtype=torch.int64, device=cache.device)
+    weight = 1
+    while weight < 2 * count:
+        digits = (numbers // weight % _BASE).to(cache.dtype).view(2, block_tokens, 1, layer.head_size)
+        key, value = digits.expand(2, block_tokens, heads, layer.head_size).contiguous()
+        layer.impl.do_kv_cache_update(layer, key, value, scratch, slots)
+        found += scratch[0].flatten(1).to(torch.int64) * weight
+        weight *= _BASE
+    places = found[0].argsort()
+    if not torch.equal(found[0][places], numbers) or not (found == found[0]).all():
+        raise ValueError(f"attention backend {name} does not keep each number of a block in a place of its own")
+    return Layout(block_tokens, layer.head_size, places[:count], places[count:])

@@ -1,0 +1,112 @@
+"""The default engine: transformers' own model in this process, its attention routed through ``scoring.attention``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from kvprofile.checkpoint import Placement, load_model
+from kvprofile.scoring.methods import METHODS, loss_scores, repeats_read
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from kvprofile.scoring.attention import Recorder
+    from kvprofile.scoring.progress import ChunkStore
+    from kvprofile.scoring.prompts import Document
+    from kvprofile.scoring.run import Plan, Progress
+
+
+@dataclass(frozen=True)
+class HfEngine:
+    """A model loaded as ``placement`` says. Raises InputError where weights do not load."""
+
+    placement: Placement
+    name = "hf"
+
+    @property
+    def dtype(self) -> str:
+        """Of weights and activations."""
+        return self.placement.dtype
+
+    @property
+    def device(self) -> str:
+        """Its kind: cpu, cuda."""
+        return self.placement.device.partition(":")[0]
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Its choices, each with its reason."""
+        return self.placement.reasons
+
+    def facts(self) -> dict[str, object]:
+        """What scores depend on beside the plan."""
+        return {"dtype": self.placement.dtype, "device": self.placement.device}
+
+    def score(self, plan: Plan, store: ChunkStore, progress: Progress, keep_token_scores: bool) -> str:
+        """Score what is not finished yet; returns the attention kernel used, with the reason."""
+        from kvprofile.scoring.attention import recording
+        from kvprofile.scoring.kvzip import Scorer, forward_tokens
+
+        chunk_tokens = plan.options.chunk_tokens
+        work = [forward_tokens(d, plan.frame, chunk_tokens, store.finished(i)) for i, d in enumerate(plan.documents)]
+        work += [_loss_tokens(plan, d) for i, d in enumerate(plan.documents) if store.loss(i) is None]
+        loss_aware = METHODS[plan.options.method].loss_aware
+        model = load_model(plan.description, self.placement, needs_head=loss_aware)
+        progress.start(sum(work))
+        with recording(model, plan.description.geometry) as recorder:
+            scorer = Scorer(
+                model,
+                recorder,
+                plan.frame,
+                document_tokens=plan.document_tokens,
+                chunk_tokens=chunk_tokens,
+                advance=progress.advance,
+            )
+            for index, document in enumerate(plan.documents):
+                for scored in scorer.score(document, store.finished(index)):
+                    store.save(index, scored.chunk.index, scored.token_scores, keep_token_scores)
+            attention = _kernel(model, recorder)
+        if loss_aware:
+            _score_losses(plan, model, store, progress)
+        return attention
+
+
+def _score_losses(plan: Plan, model: PreTrainedModel, store: ChunkStore, progress: Progress) -> None:
+    """Loss-aware scores of every document that has none yet."""
+    from kvprofile.budget.trim import TrimRule
+    from kvprofile.scoring.gates import gating
+
+    options = plan.options
+    rule = TrimRule(options.sink_tokens, options.recent_tokens, block_tokens=1)
+    sizes: dict[str, Any] = {"document_tokens": plan.document_tokens, "chunk_tokens": options.chunk_tokens}
+    with gating(model, plan.description.geometry, rule, plan.frame, advance=progress.advance, **sizes) as gated:
+        for index, document in enumerate(plan.documents):
+            if store.loss(index) is None:
+                store.save_loss(index, loss_scores(options.method, gated, [document]))
+
+
+def _loss_tokens(plan: Plan, document: Document) -> int:
+    """Tokens that the loss-aware part of a method reads of a document."""
+    from kvprofile.scoring.prompts import chunks
+
+    times = repeats_read(plan.options.method, plan.description.geometry)
+    if not times:
+        return 0
+    repeats = sum(len(chunk.repeat_ids) - 1 for chunk in chunks(document, plan.frame, plan.options.chunk_tokens))
+    return len(document.prefix_ids) + len(document.context_ids) + times * repeats
+
+
+def _kernel(model: PreTrainedModel, recorder: Recorder) -> str:
+    """The attention kernel of the run, the same whether it was resumed or not."""
+    import torch
+
+    from kvprofile.scoring.kernels import choose_fused
+
+    if getattr(model.config, "attn_logit_softcapping", None):
+        return "plain products: the model caps its logits"
+    geometry = recorder.geometry
+    parameter = next(model.parameters())
+    group = geometry.attention_heads // geometry.kv_heads
+    device = parameter.device if parameter.device.type != "meta" else torch.device("cpu")
+    return choose_fused(device, parameter.dtype, geometry.head_size, group)[1]
