@@ -1,7 +1,7 @@
-"""Real outputs for the test of the voice verifier: `python scripts/write_voice_outputs.py`, tests/data/voice_outputs.json.
+"""Real outputs for the voice verifier's test: `python scripts/write_voice_outputs.py`, tests/data/voice_outputs.json.
 
-models/pocket can only repeat, so it repeats the voice samples of the bundled documents, sampled hot enough to slip. Each
-seed is a run of its own.
+models/pocket can only repeat, so it repeats the voice samples of the bundled documents, sampled hot enough to slip.
+Each seed is a run of its own.
 """
 
 from __future__ import annotations
