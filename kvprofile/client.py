@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from kvprofile.errors import InputError
 from kvprofile.instrumentation import CacheStatistics, RequestLog
@@ -23,6 +23,9 @@ from kvprofile.runtime import doctor
 from kvprofile.runtime.budget import CONFIG_KEY
 from kvprofile.runtime.gate import ENABLED
 from kvprofile.runtime.settings import PREFIX
+
+if TYPE_CHECKING:
+    from kvprofile.scoring.prompt_capture import PromptCapture
 
 STATS = PREFIX + "STATS"
 STATISTICS_WAIT_S = 2.0
@@ -119,6 +122,17 @@ class VLLMClient:
             return found
         cache = self._requests.of(found.request_id, wait_s=STATISTICS_WAIT_S)
         return Response(**{**vars(found), "cache": cache})
+
+    def capture_prompt(self, prompt: str | Sequence[int], *, scores: bool = True, **options: Any) -> PromptCapture:
+        """Keys, values and scores of a prompt after its prefill (``scoring.prompt_capture``), in this process only.
+
+        The engine needs ``**kvprofile.capture.ENGINE_ARGUMENTS``. Raises InputError where it cannot be watched.
+        """
+        if not isinstance(self._back, _InProcess):
+            raise InputError(f"{self._back.name} is a server, whose cache cannot be looked into; run the model here")
+        from kvprofile.scoring.prompt_capture import capture_prompt
+
+        return capture_prompt(self._back.llm, prompt, scores=scores, **options)
 
     def close(self) -> None:
         """Let go of the engine or the connection."""

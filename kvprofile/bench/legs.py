@@ -248,7 +248,10 @@ class LegRun:
         engine |= {name: value for name, value in optional.items() if value is not None}
         batch = prompts(self.plan.documents, len(self.plan.documents), self.seed, self.plan.load.unique_prefix)
         job = {"engine": engine, "prompts": [prompt.text for prompt in batch]}
-        environment = vllm.environment_of(self._budgets(), self.secret_names)
+        budgets = self._budgets()
+        if budgets is not None:
+            budgets = replace(budgets, stats=self._path("attention.stats"))  # the leg's own file is read already
+        environment = vllm.environment_of(budgets, options, self.secret_names)
         try:
             found = _attention_pass(job, environment, self._path("attention.log"))
         except LegFailedError as error:

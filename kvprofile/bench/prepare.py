@@ -21,8 +21,8 @@ from kvprofile.errors import InputError, plain
 PRESETS = ("seed",)
 SEED_PROVIDER = "moonshot"
 SEED_REPETITIONS = 2
-CHARACTERS_PER_TOKEN = 4.4
-"""Of English prose in vocabularies of 100,000 and more, roughly; for estimates before anything is tokenised."""
+CHARACTERS_PER_TOKEN = 3.9
+"""Of the bundled documents in a vocabulary of 200,000 (o200k); for estimates before anything is tokenised."""
 
 ROOM_TOKENS = 12_000
 """Positions that the bundled documents need with an opening, a question and an answer, roughly rounded up."""
@@ -91,7 +91,7 @@ def prepare(wish: Wish) -> Prepared:
         profile=None if profile is None else str(profile),
         profile_sha256=None if profile is None else hashlib.sha256(profile.read_bytes()).hexdigest(),
         provider_model=wish.provider_model,
-        repetitions=wish.repetitions or (SEED_REPETITIONS if wish.preset else 1),
+        repetitions=_repetitions(wish),
         seed=wish.seed,
         attention_pass=wish.attention_pass,
         verifiers=wish.verifiers,
@@ -201,6 +201,12 @@ def parse_size(text: str, option: str) -> int:
     if not 0 < size < 2**60:
         raise InputError(f"{option} {text!r} must lie between 1 byte and 1 EiB")
     return size
+
+
+def _repetitions(wish: Wish) -> int:
+    if wish.repetitions is not None:
+        return wish.repetitions
+    return SEED_REPETITIONS if wish.preset else 1
 
 
 def _model_name(model: str) -> str:

@@ -32,9 +32,9 @@ app.command("validate")(validate.validate)
 app.command("export")(export.export)
 app.command("import")(import_.import_)
 app.command("evaluate")(evaluate.evaluate)
+app.command("bench")(bench.bench)
 app.command("doctor")(doctor.doctor)
 app.command("report")(report.report)
-app.command("bench")(bench.bench)
 
 _INTERRUPTED = 130
 

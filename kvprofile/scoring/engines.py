@@ -56,7 +56,11 @@ def choose_engine(asked: str, description: Description, method: str) -> tuple[st
     if asked != "auto":
         return asked, f"engine {asked}: asked for"
     quantisation = quantisation_of(description)
-    if quantisation and not METHODS[method].loss_aware and vllm_is_installed():
+    if quantisation and METHODS[method].loss_aware:
+        return "hf", f"engine hf: the weights are quantised ({quantisation}), but --method {method} needs gradients"
+    if quantisation and not vllm_is_installed():
+        return "hf", f"engine hf: the weights are quantised ({quantisation}), but vLLM is not installed here"
+    if quantisation:
         return "vllm", f"engine vllm: the weights are quantised ({quantisation}), and vLLM runs them as they are served"
     return "hf", "engine hf: exact on any machine, and has every method; --engine vllm profiles what vLLM serves"
 

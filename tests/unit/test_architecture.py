@@ -24,7 +24,7 @@ ARROWS = {
     "evaluate": {"budget", "checkpoint", "corpus", "errors", "files", "scoring", "statistics"},
     "report": {"budget", "errors", "files", "statistics"},
     "instrumentation": set(),
-    "client": {"errors", "instrumentation", "runtime"},
+    "client": {"errors", "instrumentation", "runtime", "scoring"},
     "bench": {
         "budget",
         "corpus",

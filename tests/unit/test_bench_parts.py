@@ -102,12 +102,39 @@ def test_pocket_documents_are_their_own():
     first, same, other = documents.pocket(0), documents.pocket(0), documents.pocket(1)
     assert first == same
     assert not {d.sha256 for d in first} & {d.sha256 for d in other}
-    evaluated = exercise("needle", "evaluate", 0, documents.POCKET_CHARACTERS, 6)
+    evaluated = exercise("needle", "evaluate", 0, documents.POCKET_TASKS["needle"], 6)
     assert evaluated.context not in {d.text for d in first}
     for document in first:
         assert 3 <= len(document.questions) <= 6
         for question in document.questions:
             assert all(text in document.text for text in question.expected)
+
+
+def test_bundled_documents_hold_their_answers():
+    """Every reference answer passes its own question's verifiers, and what is expected stands in the document."""
+    from kvprofile.bench.verifiers import BUILT_IN
+    from kvprofile.bench.verifiers.base import Case
+    from kvprofile.corpus.sources import bundled_names, load_corpus
+
+    profiled = {text.text for name in bundled_names() for text in load_corpus(name).texts}
+    found = documents.load(("bundled",))
+    assert len(found) == 3
+    for document in found:
+        assert document.text not in profiled
+        assert 7500 < len(document.text) / prepare.CHARACTERS_PER_TOKEN < 9500
+        plain = document.text.replace("*", "")
+        assert len(document.voice_samples) == 8
+        assert all(sample in plain for sample in document.voice_samples)
+        assert sum(question.in_voice for question in document.questions) == 4
+        for question in document.questions:
+            there = [text in document.text for text in question.expected]
+            assert not there or (any(there) if question.any_of else all(there)), question.text
+            if question.in_voice:
+                continue
+            asked = Case(document, question, question.answer, "reference", 0)
+            verdicts = [BUILT_IN[name]().judge(asked) for name in ("expected", "pattern", "json-schema")]
+            assert any(verdict is not None for verdict in verdicts), question.text
+            assert all(verdict.passed for verdict in verdicts if verdict is not None), question.text
 
 
 def test_documents_from_files(tmp_path):

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from kvprofile.capture import layout, rows
 from kvprofile.capture.marks import Mark
 from kvprofile.capture.merge import merge
+from kvprofile.client import VLLMClient
 from kvprofile.errors import InputError
 from kvprofile.scoring import engines
 from kvprofile.scoring.vllm_engine import _argument
@@ -210,8 +211,8 @@ INT8 = {"quant_method": "compressed-tensors"}
     [
         ("auto", {}, "kvzip", True, "hf", "exact on any machine"),
         ("auto", {"quantization_config": INT8}, "kvzip", True, "vllm", "quantised (compressed-tensors)"),
-        ("auto", {"quantization_config": INT8}, "kvzip", False, "hf", "exact on any machine"),
-        ("auto", {"quantization_config": INT8}, "gate", True, "hf", "every method"),
+        ("auto", {"quantization_config": INT8}, "kvzip", False, "hf", "vLLM is not installed here"),
+        ("auto", {"quantization_config": INT8}, "gate", True, "hf", "--method gate needs gradients"),
         ("hf", {"quantization_config": INT8}, "kvzip", True, "hf", "asked for"),
         ("vllm", {}, "kvzip-mean", True, "vllm", "asked for"),
     ],
@@ -258,3 +259,8 @@ def test_arguments_of_vllm(text, expected):
 def test_arguments_that_are_none(text, words):
     with pytest.raises(InputError, match=words):
         _argument(text)
+
+
+def test_a_server_is_not_looked_into():
+    with VLLMClient("m", url="http://127.0.0.1:9") as client, pytest.raises(InputError, match="is a server"):
+        client.capture_prompt("text")

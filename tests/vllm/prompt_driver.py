@@ -21,14 +21,15 @@ def refusal(attempt):
 
 def main():
     job = json.load(sys.stdin)
-    from vllm import LLM, SamplingParams
+    from vllm import SamplingParams
 
     from kvprofile.capture import ENGINE_ARGUMENTS
     from kvprofile.capture.marks import Mark
     from kvprofile.capture.session import Session, marked
-    from kvprofile.scoring.prompt_capture import capture_prompt
+    from kvprofile.client import VLLMClient
 
-    llm = LLM(**job["engine"], **ENGINE_ARGUMENTS)
+    client = VLLMClient(**job["engine"], **ENGINE_ARGUMENTS)
+    llm = client._back.llm
     options = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
     prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
 
@@ -38,12 +39,12 @@ def main():
     notes = {"before": generate()}
     tensors = {}
     for name, prompt in (("ids", job["prompts"][0]), ("text", job["text"])):
-        found = capture_prompt(llm, prompt, chunk_tokens=job["chunk_tokens"])
+        found = client.capture_prompt(prompt, chunk_tokens=job["chunk_tokens"])
         tensors |= {f"{name}.{key}": tensor for key, tensor in found.summaries.items()}
         tensors[f"{name}.scores"] = found.token_scores
         notes[name] = [found.prompt_tokens, found.prefix_tokens, list(found.layers)]
-    notes["without scores"] = capture_prompt(llm, job["text"], scores=False).token_scores is None
-    notes["too long"] = refusal(lambda: capture_prompt(llm, list(range(4, 1000)), chunk_tokens=500))
+    notes["without scores"] = client.capture_prompt(job["text"], scores=False).token_scores is None
+    notes["too long"] = refusal(lambda: client.capture_prompt(list(range(4, 1000)), chunk_tokens=500))
     with Session(llm) as session:
         notes["second session"] = refusal(lambda: Session(llm).__enter__())
         mark = Mark("beside", len(job["prompts"][0]))

@@ -12,7 +12,10 @@ import pytest
 from kvprofile.bench import runner
 from kvprofile.bench.asking import Endpoint, Sampling
 from kvprofile.bench.documents import pocket
+from kvprofile.bench.engines.base import Running
+from kvprofile.bench.legs import LegRun
 from kvprofile.bench.load import Sender, prompts
+from kvprofile.bench.parts import Parts
 from kvprofile.bench.providers import Prices, Provider
 from kvprofile.bench.scenario import LegPlan, Load, Plan, remote_legs
 from kvprofile.budget import store
@@ -38,7 +41,7 @@ def server(tmp_path_factory):
     place = tmp_path_factory.mktemp("served")
     stats = place / "stats.jsonl"
     env = environment(BUDGET, LLM_KVZIP_RETENTION="0.5", LLM_KVZIP_STATS=str(stats), VLLM_API_KEY=KEY)
-    del env["VLLM_ENABLE_V1_MULTIPROCESSING"]
+    del env["VLLM_ENABLE_V1_MULTIPROCESSING"], env["VLLM_CPU_KVCACHE_SPACE"]  # which would win over the argument
     with serving_pocket(place / "log", env, "--no-enable-prefix-caching", "--kv-cache-memory-bytes", "67108864") as url:
         yield url, stats
 
@@ -244,6 +247,35 @@ def plan_of(legs, **changes):
         load=Load(**options),
         **changes,
     )
+
+
+def test_fill_finds_what_the_pool_holds(server, tmp_path):
+    """Up to three at once fit into this pool; the leg is measured with as many and says how the pool was used."""
+    url, stats = server
+    leg = LegPlan("0.5", 0.5)
+    load = Load(mode="fill", concurrency=3, requests=3, warmup_requests=0, max_output_tokens=40)
+    plan = Plan(
+        model=str(POCKET),
+        model_name="pocket",
+        legs=(leg,),
+        documents=tuple(pocket(0)),
+        load=load,
+        profile=str(BUDGET),
+    )
+    parts = Parts(tmp_path / "run", plan)
+    parts.open(force=False)
+    running = LegRun(plan, leg, 0, parts, None, lambda _: None)
+    running._load(Running(endpoint(url), metrics_url=url, stats=stats))
+    outcome = running.outcome
+    assert outcome.concurrency == 3
+    assert len(outcome.rows) == 3
+    for row in outcome.rows:
+        assert row.blocks_after_trim < row.blocks_after_prefill
+        assert row.blocks_at_end <= row.blocks_after_trim + 2 * 8
+        assert row.preemptions == 0
+    assert 0 < outcome.eviction_ratio < 1
+    assert outcome.pool_bytes <= 67108864
+    assert outcome.block_tokens == 32
 
 
 def test_remote_legs_and_their_records(server, tmp_path, monkeypatch, capfd):

@@ -13,7 +13,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,8 @@ from kvprofile.runtime.settings import PREFIX
 
 SERVER = "vllm.entrypoints.openai.api_server"
 """What `vllm serve` runs; the command itself looks for a distribution called vllm, which builds for CPUs are not."""
+
+POOL_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
 
 STOP_TIMEOUT_S = 60.0
 
@@ -85,10 +87,10 @@ def serving(
 ) -> Iterator[Running]:
     """A server while the block lasts. Raises LegFailedError where it does not start, or not with its budgets."""
     port, key = _free_port(), secrets.token_urlsafe(24)
-    environment = clean_environment(secret_names) | {"VLLM_API_KEY": key}  # not on the command line, which `ps` shows
+    environment = environment_of(budgets, options, secret_names)
+    environment["VLLM_API_KEY"] = key  # not on the command line, which `ps` shows
     if budgets is not None:
         budgets.stats.unlink(missing_ok=True)
-        environment |= budgets.environment()
     child = [sys.executable, "-m", "kvprofile.bench.engines.child", str(os.getpid()), SERVER]
     command = [*child, "--host", "127.0.0.1", "--port", str(port), *arguments(model, name, options)]
     address = f"http://127.0.0.1:{port}"
@@ -187,6 +189,9 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def environment_of(budgets: Budgets | None, secret_names: Sequence[str]) -> Mapping[str, str]:
-    """The environment in which an engine of the same budgets runs, for passes that start their own."""
-    return clean_environment(secret_names) | ({} if budgets is None else budgets.environment())
+def environment_of(budgets: Budgets | None, options: EngineOptions, secret_names: Sequence[str]) -> dict[str, str]:
+    """The environment of an engine. A pool's size that is asked for goes before the variable that vLLM prefers."""
+    found = clean_environment(secret_names)
+    if options.pool_bytes is not None:
+        found.pop(POOL_VARIABLE, None)
+    return found | ({} if budgets is None else budgets.environment())

@@ -1,0 +1,119 @@
+"""The whole command on a real engine: killed in the middle, run again, and its records turned into the page."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from kvprofile.report import run_files
+from tests.models import POCKET, ROOT
+
+pytest.importorskip("vllm")
+pytestmark = pytest.mark.vllm
+
+OPTIONS = [
+    "--model", str(POCKET), "--profile", "models/kv_budget/pocket.json", "--dtype", "float32",
+    "--max-model-len", "4096", "--block-tokens", "32", "--pool-memory", "64MiB", "--enforce-eager",
+    "--max-output-tokens", "24", "--requests", "6", "--warmup-requests", "1", "--concurrency", "3",
+]  # fmt: skip
+
+
+def command(*arguments):
+    env = {name: value for name, value in os.environ.items() if not name.startswith("LLM_KVZIP_")}
+    return subprocess.Popen(
+        [sys.executable, "-m", "kvprofile", *arguments],
+        env={**env, "HF_HUB_OFFLINE": "1"},
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def servers_for(folder):
+    """vLLM's processes that write into a folder's logs."""
+    found = []
+    for process in psutil.process_iter(["pid"]):
+        try:
+            if any(str(folder) in (opened.path or "") for opened in process.open_files()):
+                found.append(process.pid)
+        except psutil.Error:
+            continue
+    return found
+
+
+@pytest.mark.slow
+def test_killed_and_run_again(tmp_path):
+    folder = tmp_path / "run"
+    legs = ["--no-baseline", "--retention", "0.5", "--provider", "loopback"]
+    first = command("bench", *OPTIONS, *legs, "--no-attention", "--output", str(folder))
+    deadline = time.monotonic() + 1500
+    while not (folder / "record.json").is_file():  # one leg is done; the other one starts
+        assert first.poll() is None, first.communicate()[1][-3000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    time.sleep(3)
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    kept = run_files.load(folder / "record.json")
+    assert [(leg.name, leg.status) for leg in kept.legs] == [("0.5", "ok")]
+    gone = time.monotonic() + 90
+    while servers_for(folder) and time.monotonic() < gone:
+        time.sleep(1)
+    assert servers_for(folder) == []  # the server went with the benchmark that started it
+
+    second = command("bench", *OPTIONS, *legs, "--output", str(folder), "--json")
+    out, err = second.communicate(timeout=1500)
+    assert second.returncode == 0, err[-3000:]
+    record = run_files.parse(json.loads(out), "stdout")
+    assert "[1/2] 0.5: done before" in err
+    assert [(leg.name, leg.kind, leg.status) for leg in record.legs] == [
+        ("0.5", "local", "ok"),
+        ("remote", "remote", "ok"),
+    ]
+    assert record.legs[0] == kept.legs[0]
+
+
+def test_budgets_beside_the_baseline(tmp_path):
+    """Two local legs with an attention pass, and the page made of them."""
+    folder = tmp_path / "run"
+    run = command("bench", *OPTIONS, "--retention", "0.5", "--output", str(folder))
+    out, err = run.communicate(timeout=3000)
+    assert run.returncode == 0, err[-3000:]
+    record = run_files.load(folder / "record.json")
+    baseline, half = record.legs
+    assert (baseline.name, half.name) == ("baseline", "0.5")
+    assert baseline.pool_bytes == pytest.approx(half.pool_bytes, rel=0.01)
+    assert baseline.block_tokens == half.block_tokens == 32
+    assert (baseline.dtype, half.dtype) == ("float32", "float32")
+    assert baseline.eviction_ratio == 0
+    assert 0.4 < half.eviction_ratio < 0.5
+    assert half.memory.pool_bytes_peak < baseline.memory.pool_bytes_peak
+    assert half.retention_realised == 0.5
+    assert half.heads.sink_tokens == 16
+    assert 1.5 < half.bound.speedup < 2
+    assert half.bound.fraction == pytest.approx(half.bound.reached / half.bound.speedup)
+    for leg in record.legs:
+        assert leg.metrics.completed == 6
+        assert leg.attention.steps == 96
+        assert leg.attention.mean_ms > 0
+        assert any(sample.running for sample in leg.samples)
+        passed = [v.passed for request in leg.requests for v in request.verdicts if v.name == "expected"]
+        assert sum(passed) >= 5
+    assert all(request.blocks_after_trim < request.blocks_after_prefill for request in half.requests)
+    assert [d.sha256 for d in baseline.documents] == [d.sha256 for d in half.documents]
+    text = (folder / "record.json").read_text()
+    assert str(ROOT) not in text
+    assert str(tmp_path) not in text
+    assert "tokens/s" in out
+    page = command("report", str(folder), "--output", str(tmp_path / "page.html"))
+    _, err = page.communicate(timeout=300)
+    assert page.returncode == 0, err
+    assert "0.5" in (tmp_path / "page.html").read_text()
