@@ -8,7 +8,6 @@ import os
 import secrets
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,6 +30,7 @@ from kvprofile.report import record
 Say = Callable[[str], None]
 
 WATCH_INTERVAL_S = 0.5
+ATTENTION = "kvprofile.bench.attention"
 ATTENTION_TIMEOUT_S = 1800.0
 
 
@@ -264,8 +264,8 @@ class LegRun:
 def _attention_pass(job: Mapping[str, Any], environment: Mapping[str, str], log: Path) -> dict[str, Any]:
     with open(log, "wb") as out:
         try:
-            run = subprocess.run(
-                [sys.executable, "-m", "kvprofile.bench.attention"],
+            run = subprocess.run(  # noqa: S603 - our own interpreter
+                vllm.child_command(ATTENTION),
                 input=json.dumps(job).encode(), stdout=subprocess.PIPE, stderr=out, env=dict(environment),
                 timeout=ATTENTION_TIMEOUT_S, check=False,
             )  # fmt: skip
