@@ -48,6 +48,7 @@ class Outcome:
     facts: dict[str, Any] = field(default_factory=dict)
     pool_bytes: int | None = None
     block_tokens: int | None = None
+    preemptions_before: int | None = None
     eviction_ratio: float | None = None
     attention: record.Attention | None = None
     cached_tokens: int = 0
@@ -133,6 +134,7 @@ class LegRun:
             cache_bytes_per_token=running.token_bytes,
             stats=running.stats,
         )
+        self.outcome.preemptions_before = manager.sample().preemptions  # those of warm-up and of trials
         self.outcome.began = time.time()
         began = time.perf_counter()
 
