@@ -24,6 +24,7 @@ _CARDS = {
     "attention_mean_ms": "Attention latency",
     "cost": "Cost",
 }
+_OWN = ("leg", "repetition", "status")
 _FALLBACKS = {"pool_bytes_peak": "process_memory_bytes_peak", "median_ttft_ms": "mean_ttft_ms"}
 
 
@@ -204,7 +205,7 @@ def provenance(summary: Summary) -> list[dict[str, Any]]:
             "settings": [(key, _setting(value)) for key, value in sorted(record.experiment.settings.items())],
             "versions": sorted(record.provenance.versions.items()),
             "environment": sorted(record.provenance.environment.items()),
-            "legs": [list(_leg_facts(leg)) for leg in record.legs],
+            **_legs(record),
             "documents": _documents(record),
         }
         for record in summary.records
@@ -224,6 +225,14 @@ def _facts(record: RunRecord) -> Iterator[tuple[str, str]]:
     yield "memory", "unknown" if machine.memory_bytes is None else _bytes(machine.memory_bytes)
     accelerators = machine.accelerators
     yield "accelerators", "unknown" if accelerators is None else ", ".join(accelerators) or "none"
+
+
+def _legs(record: RunRecord) -> dict[str, Any]:
+    """What all legs of a record share, said once, and what differs, as the columns of a table; nothing of the empty."""
+    rows = [dict(_leg_facts(leg)) for leg in record.legs]
+    own = [name for name in rows[0] if name in _OWN or len({row[name] for row in rows}) > 1]
+    shared = [(name, text) for name, text in rows[0].items() if name not in own and text]
+    return {"shared": shared, "columns": own, "rows": [[row[name] for name in own] for row in rows]}
 
 
 def _leg_facts(leg: Leg) -> Iterator[tuple[str, str]]:

@@ -16,6 +16,7 @@ from kvprofile.cli import run
 from kvprofile.report import html, run_files
 from kvprofile.report.charts import HEIGHT, WIDTH, charts, nice_ticks, thinned
 from kvprofile.report.compare import summarise
+from kvprofile.report.page import provenance
 from kvprofile.report.record import Leg, Metrics, Request, Sample
 from kvprofile.report.wording import Scale, difference, number, scale_for, verdict, visible
 from kvprofile.statistics import Estimate
@@ -66,6 +67,20 @@ def test_very_long_text_is_shown_in_part():
     page = html.render(summarise([make_record(1).model_copy(update={"legs": [leg]})]))
     assert "80,000 more characters are in the record" in page
     assert len(page) < 200_000
+
+
+def test_provenance_says_once_what_legs_share_and_leaves_out_what_none_has(record):
+    (found,) = provenance(summarise([record]))
+    shared = dict(found["shared"])
+    assert shared["load"] == "closed"
+    assert shared["temperature"] == "0"
+    assert found["columns"][:3] == ["leg", "repetition", "status"]
+    assert {"model", "pool", "bound"} <= set(found["columns"])
+    assert "requests/s" not in {*shared, *found["columns"]}
+    assert [row[0] for row in found["rows"]] == [leg.name for leg in record.legs]
+    (alone,) = provenance(summarise([make_record(1, legs=("0.5",))]))
+    assert alone["columns"] == ["leg", "repetition", "status"]
+    assert dict(alone["shared"])["model"] == "Qwen/Made-Up-14B"
 
 
 def test_a_page_of_failures_has_no_tables_of_numbers():
