@@ -134,6 +134,11 @@ class VLLMClient:
 
         return capture_prompt(self._back.llm, prompt, scores=scores, **options)
 
+    @property
+    def source(self) -> Any:
+        """What GPUMemoryManager looks at: the engine in this process, or the server's URL."""
+        return self._back.llm if isinstance(self._back, _InProcess) else self._back.root
+
     def close(self) -> None:
         """Let go of the engine or the connection."""
         self._back.close()

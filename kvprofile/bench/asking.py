@@ -37,6 +37,7 @@ class Endpoint:
     timeout_s: float = 300.0
     max_attempts: int = 6
     body: Mapping[str, Any] = field(default_factory=dict)
+    omit: Sequence[str] = ()
 
     def client(self) -> AsyncOpenAI:
         """A connection pool for this endpoint; close it."""
@@ -136,7 +137,7 @@ def _body(endpoint: Endpoint, messages: Sequence[Mapping[str, str]], sampling: S
         body["stream"] = True
         if endpoint.stream_usage:
             body["stream_options"] = {"include_usage": True}
-    return {**body, "extra_body": extra}
+    return {**{name: value for name, value in body.items() if name not in endpoint.omit}, "extra_body": extra}
 
 
 async def _once(client: AsyncOpenAI, endpoint: Endpoint, body: dict[str, Any], request_id: str) -> Answer:

@@ -8,7 +8,6 @@ import os
 import secrets
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,6 +30,7 @@ from kvprofile.report import record
 Say = Callable[[str], None]
 
 WATCH_INTERVAL_S = 0.5
+ATTENTION = "kvprofile.bench.attention"
 ATTENTION_TIMEOUT_S = 1800.0
 
 
@@ -48,6 +48,7 @@ class Outcome:
     facts: dict[str, Any] = field(default_factory=dict)
     pool_bytes: int | None = None
     block_tokens: int | None = None
+    preemptions_before: int | None = None
     eviction_ratio: float | None = None
     attention: record.Attention | None = None
     cached_tokens: int = 0
@@ -133,6 +134,7 @@ class LegRun:
             cache_bytes_per_token=running.token_bytes,
             stats=running.stats,
         )
+        self.outcome.preemptions_before = manager.sample().preemptions  # those of warm-up and of trials
         self.outcome.began = time.time()
         began = time.perf_counter()
 
@@ -264,8 +266,8 @@ class LegRun:
 def _attention_pass(job: Mapping[str, Any], environment: Mapping[str, str], log: Path) -> dict[str, Any]:
     with open(log, "wb") as out:
         try:
-            run = subprocess.run(
-                [sys.executable, "-m", "kvprofile.bench.attention"],
+            run = subprocess.run(  # noqa: S603 - our own interpreter
+                vllm.child_command(ATTENTION),
                 input=json.dumps(job).encode(), stdout=subprocess.PIPE, stderr=out, env=dict(environment),
                 timeout=ATTENTION_TIMEOUT_S, check=False,
             )  # fmt: skip

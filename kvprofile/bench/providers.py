@@ -53,6 +53,7 @@ class Provider(BaseModel):
     concurrency: Annotated[int, Field(ge=1)] | None = None
     prices: Prices | None = None
     body: dict[str, Any] = {}
+    omit: tuple[str, ...] = ()
 
     def key(self, environ: Mapping[str, str] = os.environ) -> str | None:
         """The key, None where none is needed. Raises InputError where the variable is not set."""

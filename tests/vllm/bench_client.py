@@ -15,7 +15,7 @@ def main():
     options |= {"worker_extension_cls": "kvprofile.bench.attention.AttentionTimer", "kv_cache_memory_bytes": 2**26}
     found = {"answers": []}
     with VLLMClient(sys.argv[1], enable_prefix_caching=False, **options) as client:
-        llm = client._back.llm
+        llm = client.source
         found["timed_layers"] = llm.collective_rpc("start_attention_timer")
         scheduler = llm.llm_engine.engine_core.engine_core.scheduler
         pool = scheduler.kv_cache_manager.block_pool

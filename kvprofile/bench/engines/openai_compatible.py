@@ -49,6 +49,7 @@ def endpoint(provider: Provider, base_url: str, model: str, key: str | None) -> 
         timeout_s=provider.timeout_s,
         max_attempts=provider.max_attempts,
         body=provider.body,
+        omit=provider.omit,
     )
 
 

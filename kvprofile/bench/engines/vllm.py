@@ -91,8 +91,7 @@ def serving(
     environment["VLLM_API_KEY"] = key  # not on the command line, which `ps` shows
     if budgets is not None:
         budgets.stats.unlink(missing_ok=True)
-    child = [sys.executable, "-m", "kvprofile.bench.engines.child", str(os.getpid()), SERVER]
-    command = [*child, "--host", "127.0.0.1", "--port", str(port), *arguments(model, name, options)]
+    command = [*child_command(SERVER), "--host", "127.0.0.1", "--port", str(port), *arguments(model, name, options)]
     address = f"http://127.0.0.1:{port}"
     with open(log, "wb") as out:
         process = subprocess.Popen(  # noqa: S603 - our own interpreter, arguments as a list
@@ -112,6 +111,11 @@ def serving(
             )
         finally:
             _stop(process)
+
+
+def child_command(module: str) -> list[str]:
+    """What runs a module in a process that ends with this one."""
+    return [sys.executable, "-m", "kvprofile.bench.engines.child", str(os.getpid()), module]
 
 
 def facts(log: Path) -> dict[str, str | None]:

@@ -25,6 +25,9 @@ FALSE_ALARMS = 0.05
 LEAST_WORDS = 25
 """Fewer words say too little about style."""
 
+MOST_SCATTER = 3.0
+"""No rate counts for more: an answer that derails has rates far from everything."""
+
 LEAST_OUTPUTS = math.ceil(1 / FALSE_ALARMS) - 1
 """With fewer baseline outputs no limit keeps false alarms that rare."""
 
@@ -94,11 +97,11 @@ class Voice(Verifier):
         return self.verdict(score <= 1, score, warnings)
 
     def _distance(self, vector: Vector, centre: Vector) -> float:
-        """Root mean square over all rates, each in its own scatter and counted up to four of it."""
-        return float(np.sqrt((self._apart(vector, centre) ** 2).mean()))
+        """Mean over all rates, each in its own scatter: many small differences are a voice, a large one an accident."""
+        return float(np.abs(self._apart(vector, centre)).mean())
 
     def _apart(self, vector: Vector, centre: Vector) -> Vector:
-        return np.clip((vector - centre) / self._scale, -4, 4)
+        return np.clip((vector - centre) / self._scale, -MOST_SCATTER, MOST_SCATTER)
 
     def _furthest(self, vector: Vector, centre: Vector) -> list[str]:
         apart = self._apart(vector, centre)
