@@ -113,3 +113,11 @@ def test_off_costs_nothing(results):
     assert found["before"]["own"]
     assert not found["during"]["own"]
     assert found["after"] == found["before"]
+
+
+@pytest.mark.slow
+def test_compiled_models_are_watched_too(models, tmp_path):
+    """Under torch.compile attention stays one opaque operation, which looks its layer up when it runs."""
+    case = case_of(models["llama"][1], DOCUMENTS, CHUNK, tmp_path / "scores.st", arguments=("enforce_eager=false",))
+    (found,) = run_cases([case], VLLM_CPU_CI_ENV="1")  # traced by dynamo, not compiled: that takes minutes
+    assert worst_difference(hf_scores(*models["llama"], DOCUMENTS, CHUNK), found["scores"]) < TOLERANCE
