@@ -42,7 +42,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TEMPLATE = Path(__file__).with_name("study.md.jinja")
 
 RETENTIONS = (0.9, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
-TASKS = ("needle", "multi_key", "lookup", "variables", "functions", "prose", "multi_turn", "repeat")
+TASKS = ("needle", "multi_key", "lookup", "variables", "functions", "prose", "multi_turn")
 METHODS = ("gate", "kvzip", "kvzip-mean", "ablation", "greedy")
 STATISTIC = {"kvzip": "max", "kvzip-mean": "mean"}
 SINKS, WINDOW, BLOCK = 16, 64, 16
@@ -54,8 +54,8 @@ GUIDE_RETENTIONS = (0.7, 0.5, 0.3)
 class Model:
     """One checkpoint and its part of --runs."""
 
-    def __init__(self, folder: Path, runs: Path) -> None:
-        self.folder, self.name = folder, folder.name
+    def __init__(self, folder: Path, runs: Path, contexts: int) -> None:
+        self.folder, self.name, self.contexts = folder, folder.name, contexts
         self.runs = runs / folder.name
         self.description = describe(locate(str(folder)))
 
@@ -161,7 +161,7 @@ def compare(model: Model, arguments: argparse.Namespace) -> dict[str, Any]:
         retentions=RETENTIONS,
         tasks=TASKS,
         context_tokens=model.context_tokens(),
-        contexts=arguments.contexts,
+        contexts=model.contexts,
         sink_tokens=SINKS,
         recent_tokens=WINDOW,
         block_tokens=BLOCK,
@@ -263,24 +263,26 @@ def main() -> None:
     parser.add_argument("models", type=Path, nargs="+", help="checkpoint folders, the bundled one first")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "study", help="where finished work is kept")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "studies")
-    parser.add_argument("--contexts", type=int, default=9, help="contexts of each task and length")
+    parser.add_argument("--contexts", type=int, default=10, help="contexts of each task and length, first checkpoint")
+    parser.add_argument("--other-contexts", type=int, default=4, help="the same for the other checkpoints")
     parser.add_argument(
         "--guides", type=int, default=30, help="contexts with a voice guide for each sink size; 0 leaves them out"
     )
-    parser.add_argument("--random-seeds", type=int, default=4)
+    parser.add_argument("--random-seeds", type=int, default=10)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--no-page", action="store_true", help="only do the work; the page is for all checkpoints")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     arguments.output.mkdir(parents=True, exist_ok=True)
-    models = [Model(folder, arguments.runs) for folder in arguments.models]
+    counts = [arguments.contexts, *[arguments.other_contexts] * (len(arguments.models) - 1)]
+    models = [Model(folder, arguments.runs, count) for folder, count in zip(arguments.models, counts, strict=True)]
     data: dict[str, Any] = {
         "settings": {
             "models": [model.name for model in models],
             "sinks": SINKS,
             "window": WINDOW,
             "block": BLOCK,
-            "contexts": arguments.contexts,
+            "contexts": counts,
             "random_seeds": arguments.random_seeds,
         }
     }
