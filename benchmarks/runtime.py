@@ -46,12 +46,11 @@ VOCABULARY = 2048
 class Watch:
     """Notes, at every step of a scheduler, requests that decode, what they hold, and preemptions."""
 
-    def __init__(self, scheduler: Any) -> None:
+    def __init__(self, scheduler: Any, pool_bytes: int) -> None:
         self.scheduler, self.schedule = scheduler, scheduler.schedule
         self.managers = scheduler.kv_cache_manager.coordinator.single_type_managers
         self.pool = scheduler.kv_cache_manager.block_pool
-        groups = scheduler.kv_cache_config.kv_cache_groups
-        self.block_bytes = max(sum(_page_bytes(group, name) for name in group.layer_names) for group in groups)
+        self.block_bytes = pool_bytes // scheduler.kv_cache_config.num_blocks
         scheduler.schedule = self
         self.clear()
 
@@ -96,12 +95,6 @@ class Watch:
         }
 
 
-def _page_bytes(group: Any, name: str) -> int:
-    """Bytes of one layer's part of a block."""
-    specs = getattr(group.kv_cache_spec, "kv_cache_specs", None)
-    return int((specs[name] if specs else group.kv_cache_spec).page_size_bytes)
-
-
 def force_groups(count: int) -> None:
     """Let the runtime pack into about ``count`` groups, however good that is."""
     from kvprofile.runtime import grouping, packing
@@ -126,7 +119,7 @@ def work() -> None:
     if forced:
         force_groups(forced)
     llm = LLM(**engine)
-    watch = Watch(llm.llm_engine.engine_core.engine_core.scheduler)
+    watch = Watch(llm.llm_engine.engine_core.engine_core.scheduler, engine["kv_cache_memory_bytes"])
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
         load = json.loads(line)
@@ -255,12 +248,12 @@ def measure_memory(folder: Path, _rounds: int) -> list[dict[str, Any]]:
     shape = SHAPES["memory"]
     write_checkpoint(folder, shape)
     pool = int(STOCK_REQUESTS * request_bytes(shape, 1.0, REQUEST_TOKENS))
-    output = 48
+    output = 96
     rows = []
     for retention in (None, 0.7, 0.5, 0.3):
         share = 1.0 if retention is None else retention
         engine = {
-            "max_model_len": REQUEST_TOKENS, "enforce_eager": True, "max_num_batched_tokens": 8192, "max_num_seqs": 512,
+            "max_model_len": REQUEST_TOKENS, "enforce_eager": True, "max_num_batched_tokens": 4096, "max_num_seqs": 512,
             "enable_prefix_caching": False, "kv_cache_memory_bytes": pool + pool // STOCK_REQUESTS // 8,
         }  # fmt: skip
         saved = request_bytes(shape, 1.0, REQUEST_TOKENS) / request_bytes(shape, share, REQUEST_TOKENS)
