@@ -100,7 +100,7 @@ def test_weights_without_a_tensor(capsys, workplace, checkpoint):
     weights = load_file(checkpoint / "model.safetensors")
     del weights["model.layers.1.self_attn.k_proj.weight"]
     save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
-    line = refused(capsys, workplace, [checkpoint, *FAST], lines_before=4)
+    line = refused(capsys, workplace, [checkpoint, *FAST], lines_before=5)
     assert "the weights lack model.layers.1.self_attn.k_proj.weight" in line
 
 
@@ -108,14 +108,14 @@ def test_weights_of_another_shape(capsys, workplace, checkpoint):
     weights = load_file(checkpoint / "model.safetensors")
     weights["model.norm.weight"] = torch.ones(7)
     save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
-    assert "cannot load the weights" in refused(capsys, workplace, [checkpoint, *FAST], lines_before=4)
+    assert "cannot load the weights" in refused(capsys, workplace, [checkpoint, *FAST], lines_before=5)
 
 
 def test_weights_that_are_no_numbers(capsys, workplace, checkpoint):
     weights = load_file(checkpoint / "model.safetensors")
     weights["model.layers.1.self_attn.k_proj.weight"][0, 0] = torch.nan
     save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
-    line = refused(capsys, workplace, [checkpoint, *FAST], lines_before=4)
+    line = refused(capsys, workplace, [checkpoint, *FAST], lines_before=5)
     assert "layer 1 gives scores that are no numbers" in line
 
 
@@ -302,7 +302,7 @@ def test_a_folder_that_only_looks_like_a_run(capsys, workplace, checkpoint, tmp_
     folder = tmp_path / "o.json.partial"
     folder.mkdir()
     (folder / "notes").write_text("precious")
-    line = refused(capsys, workplace, [checkpoint, *FAST, "--output", tmp_path / "o.json"], lines_before=4)
+    line = refused(capsys, workplace, [checkpoint, *FAST, "--output", tmp_path / "o.json"], lines_before=5)
     assert "is no run's folder" in line
     assert (folder / "notes").read_text() == "precious"
 
