@@ -1,4 +1,4 @@
-"""A headless Chromium for the tests of pages, one for the whole session; without one they skip, with the reason."""
+"""A headless Chromium for the tests of pages, one for each file of tests; without one they skip, with the reason."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def executable():
     return next(filter(None, map(shutil.which, names)), None)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium():
-    """The browser."""
+    """The browser. While it lives an event loop runs in this thread, which would be in the way of other tests."""
     playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright, of the extra 'dev'")
     path = executable()
     if path is None:
