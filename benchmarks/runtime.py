@@ -32,6 +32,7 @@ from rich.table import Table
 
 SINKS, WINDOW, BLOCK = 128, 256, 32
 REQUEST_TOKENS, STOCK_REQUESTS = 2048, 64
+MEMORY_RETENTIONS = (None, 0.7, 0.5, 0.3)
 SHAPES = {
     "memory": {"layers": 16, "width": 64, "query_heads": 8, "kv_heads": 8, "head_size": 32, "inner": 64},
     "speed": {"layers": 8, "width": 1024, "query_heads": 16, "kv_heads": 8, "head_size": 64, "inner": 2816},
@@ -250,7 +251,7 @@ def measure_memory(folder: Path, _rounds: int) -> list[dict[str, Any]]:
     pool = int(STOCK_REQUESTS * request_bytes(shape, 1.0, REQUEST_TOKENS))
     output = 96
     rows = []
-    for retention in (None, 0.7, 0.5, 0.3):
+    for retention in MEMORY_RETENTIONS:
         share = 1.0 if retention is None else retention
         engine = {
             "max_model_len": REQUEST_TOKENS, "enforce_eager": True, "max_num_batched_tokens": 4096, "max_num_seqs": 512,
