@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
-import sys
 from dataclasses import asdict
 
 import torch
@@ -16,8 +14,7 @@ from kvprofile.scoring.attention import recording
 from kvprofile.scoring.kvzip import Scorer, required_positions
 from kvprofile.scoring.prompts import Frame, frame_document
 from kvprofile.scoring.vllm_engine import place_in_vllm
-from tests.models import ROOT
-from tests.vllm.engine import environment
+from tests.vllm.engine import environment, start
 
 TOLERANCE = 1e-3
 
@@ -51,17 +48,7 @@ def case_of(folder, documents, chunk_tokens, output, frame=FRAME, dtype="float32
 def run_cases(cases, **settings):
     """What the driver noticed of each case, with its token scores by document."""
     env = environment(VLLM_LOGGING_LEVEL="WARNING", **settings)
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.vllm.capture_driver"],
-        input=json.dumps(cases),
-        env=env,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=1500,
-        check=False,
-    )
-    assert run.returncode == 0, (run.stdout + run.stderr)[-6000:]
+    run = start(cases, env, "tests.vllm.capture_driver")
     lines = [line.removeprefix("RESULT") for line in run.stdout.splitlines() if line.startswith("RESULT")]
     results = [json.loads(line) for line in lines]
     for case, result in zip(cases, results, strict=True):

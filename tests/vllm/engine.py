@@ -69,10 +69,10 @@ def environment(budget=None, **settings):
     return found | settings
 
 
-def start(jobs, env):
-    """Run the driver on jobs. Gives the finished process."""
+def start(jobs, env, driver="tests.vllm.driver"):
+    """Run a driver on jobs. Gives the finished process."""
     run = subprocess.run(
-        [sys.executable, "-m", "tests.vllm.driver"],
+        [sys.executable, "-m", driver],
         input=json.dumps(jobs),
         env=env,
         cwd=ROOT,
