@@ -109,9 +109,10 @@ PLANS = {
         Stage(250, 11, 384, 0.15, 0.2),
         Stage(200, 8, 1024, 0.1, 0.25),
     ),
+    "study-extend": (Stage(300, 8, 1024, 0.05, 0.25, 3.0),),
     "smoke": (Stage(10, 21, 192, 0.4, 0.2), Stage(10, 4, 1024, 0.15, 0.2)),
 }
-"""The bundled checkpoint and its second part in long rows, those of the studies, and a minute's proof."""
+"""The bundled checkpoint, those of the studies, for each a second part from --start on, and a minute's proof."""
 
 PEAK_LEARNING_RATE = 8e-4
 WARM_UP_STEPS = 100
@@ -536,7 +537,7 @@ def train(output: Path, plan: tuple[Stage, ...], seed: int, shape: Shape, option
     total = sum(stage.steps for stage in plan)
     record = {"seed": seed, "shape": dataclasses.asdict(shape), "plan": [dataclasses.asdict(stage) for stage in plan]}
     if options.start:
-        record["start"] = take_weights(model, options.start, shape, seed)
+        record["start"] = take_weights(model, options.start, seed)
     trainer = Trainer(model, options.device, options.compile)
     state_file = output / "training-state.pt"
     output.mkdir(parents=True, exist_ok=True)
@@ -567,11 +568,9 @@ def train(output: Path, plan: tuple[Stage, ...], seed: int, shape: Shape, option
     print(f"wrote {output}", flush=True)
 
 
-def take_weights(model: Qwen2ForCausalLM, start: Path, shape: Shape, seed: int) -> dict[str, object]:
+def take_weights(model: Qwen2ForCausalLM, start: Path, seed: int) -> dict[str, object]:
     """Load a finished checkpoint of this script into ``model`` and give the record of how it was trained."""
     record: dict[str, object] = json.loads((start / "training.json").read_text())
-    if record["shape"] != dataclasses.asdict(shape):
-        sys.exit(f"{start} has the shape {record['shape']}; ask for the same")
     if seed in seeds_of(record):
         sys.exit(f"{start} was trained on the rows of seed {seed}; choose another --seed")
     weights = load_file(start / "model.safetensors")
@@ -603,7 +602,9 @@ def as_llama(model: Qwen2ForCausalLM) -> LlamaForCausalLM:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the bundled pocket checkpoint; stop and rerun to continue.")
     parser.add_argument("--output", type=Path, required=True, help="folder for the checkpoint and the training state")
-    parser.add_argument("--start", type=Path, help="a finished checkpoint of this script to train on; needs a new seed")
+    parser.add_argument(
+        "--start", type=Path, help="a finished checkpoint of this script to go on from, in its shape; needs a new seed"
+    )
     parser.add_argument("--seed", type=int, default=0)
     for field in dataclasses.fields(Shape):
         parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, default=field.default)
@@ -618,6 +619,8 @@ def main() -> None:
         options.compile = options.plan != "smoke"
     torch.set_num_threads(options.threads)
     shape = Shape(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Shape)})
+    if options.start:
+        shape = Shape(**json.loads((options.start / "training.json").read_text())["shape"])
     warm = WARM_HEADS + shape.induction_heads
     if (
         shape.layers * shape.kv_heads < 4 * warm

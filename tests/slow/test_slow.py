@@ -18,10 +18,13 @@ from tests.models import ROOT
 pytestmark = pytest.mark.slow
 
 
+def train(folder, *options):
+    command = [sys.executable, "scripts/train_pocket.py", "--smoke", "--save-every", "4", "--output", str(folder)]
+    command += options
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
 def test_training_runs_stops_and_continues(tmp_path):
-    def train(folder):
-        command = [sys.executable, "scripts/train_pocket.py", "--smoke", "--save-every", "4", "--output", str(folder)]
-        return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     undisturbed = train(tmp_path / "undisturbed")
     assert undisturbed.wait(timeout=300) == 0, undisturbed.stderr.read()
@@ -43,6 +46,22 @@ def test_training_runs_stops_and_continues(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     assert model.config.num_key_value_heads == 4
     assert tokenizer("[Kuvi=2415]")["input_ids"][-5:-1] == [tokenizer.convert_tokens_to_ids(d) for d in "2415"]
+
+
+def test_training_goes_on_from_a_finished_checkpoint(tmp_path):
+    first = train(tmp_path / "first")
+    assert first.wait(timeout=300) == 0, first.stderr.read()
+    same_rows = train(tmp_path / "second", "--start", str(tmp_path / "first"))
+    assert same_rows.wait(timeout=300) == 1
+    assert "was trained on the rows of seed 0; choose another --seed" in same_rows.stderr.read()
+    second = train(tmp_path / "second", "--start", str(tmp_path / "first"), "--seed", "1")
+    output, errors = second.communicate(timeout=300)
+    assert second.returncode == 0, errors
+    record, start = (json.loads((tmp_path / name / "training.json").read_text()) for name in ("second", "first"))
+    assert record["start"] == start
+    losses = [float(found) for found in re.findall(r"loss ([\d.]+)", output)]
+    before = [float(found) for found in re.findall(r"loss ([\d.]+)", first.stdout.read())]
+    assert losses[0] < 0.9 * before[0]  # it begins where the first ended, not anew
 
 
 def test_killed_at_random_moments_gives_the_same_bytes(tiny_checkpoint, tmp_path):
