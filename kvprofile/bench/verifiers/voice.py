@@ -2,8 +2,8 @@
 
 Style is a vector of rates that hardly depend on what is said: lengths of sentences and words, punctuation, function
 words. The voice's centre is the mean over its samples and the baseline's own outputs; each rate is scaled by how much
-baseline outputs scatter. The limit is conformal (Vovk et al. 2005): the distance that at most 5 % of baseline outputs
-exceed, each measured from a centre made without it. So noise between runs is not called drift, by construction; and
+baseline outputs scatter. The limit is conformal (Vovk et al. 2005): the distance that at most 4 % of baseline outputs
+exceed, each measured by a centre and a scatter made without it. So noise between runs is not called drift; and
 with too few baseline outputs to know that, nothing is called drift at all.
 """
 
@@ -21,7 +21,9 @@ import numpy.typing as npt
 from kvprofile.bench.verifiers.base import Case, Verifier
 from kvprofile.report.record import Verdict
 
-FALSE_ALARMS = 0.05
+FALSE_ALARMS = 0.04
+"""Aimed at; a run has few answers, and a twentieth must not be passed."""
+
 LEAST_WORDS = 25
 """Fewer words say too little about style."""
 
@@ -53,9 +55,8 @@ class Voice(Verifier):
 
     def __init__(self) -> None:
         self._voices: dict[str, _Centre] = {}
-        self._scale = np.ones(len(NAMES))
+        self._scatter = _Scatter(np.zeros(len(NAMES)), 0)
         self._limit: float | None = None
-        self._counted = 0
 
     def prepare(self, baseline: Sequence[Case]) -> None:
         """Learn each document's voice, how much the baseline scatters around it, and where drift begins."""
@@ -65,17 +66,12 @@ class Voice(Verifier):
             if _applies(case):
                 outputs.setdefault(case.document.name, []).append(features(case.output))
                 samples[case.document.name] = [features(text) for text in _long(case.document.voice_samples)]
-        self._counted = sum(map(len, outputs.values()))
-        if self._counted < LEAST_OUTPUTS:
-            return
         self._voices = {name: _Centre.of(samples[name], found) for name, found in outputs.items()}
-        apart = np.concatenate([np.stack(found) - self._voices[name].mean for name, found in outputs.items()])
-        self._scale = np.sqrt((apart**2).mean(axis=0)) + _floor()
-        distances = sorted(
-            self._distance(vector, self._voices[name].without(vector))
-            for name, found in outputs.items()
-            for vector in found
-        )
+        apart = [vector - self._voices[name].without(vector) for name, found in outputs.items() for vector in found]
+        self._scatter = _Scatter(np.square(apart).sum(axis=0), len(apart))
+        if len(apart) < LEAST_OUTPUTS:
+            return
+        distances = sorted(_distance(each, self._scatter.without(each)) for each in apart)
         rank = math.ceil((1 - FALSE_ALARMS) * (len(distances) + 1))
         self._limit = distances[min(rank, len(distances)) - 1]
 
@@ -87,26 +83,49 @@ class Voice(Verifier):
             return self.verdict(None, None, [f"fewer than {LEAST_WORDS} words say too little about style"])
         centre = self._voices.get(case.document.name)
         if self._limit is None or centre is None:
-            return self.verdict(
-                None, None, [f"{self._counted} baseline answers in a voice; from {LEAST_OUTPUTS} on drift can be told"]
-            )
+            known = f"{self._scatter.count} baseline answers in a voice"
+            return self.verdict(None, None, [f"{known}; from {LEAST_OUTPUTS} on drift can be told"])
         vector = features(case.output)
-        from_centre = centre.without(vector) if case.is_baseline else centre.mean
-        score = self._distance(vector, from_centre) / self._limit
-        warnings = [] if score <= 1 else [f"drifted: {', '.join(self._furthest(vector, from_centre))}"]
+        if case.is_baseline:
+            apart = vector - centre.without(vector)
+            scale = self._scatter.without(apart)
+        else:
+            apart, scale = vector - centre.mean, self._scatter.scale
+        score = _distance(apart, scale) / self._limit
+        warnings = [] if score <= 1 else [f"drifted: {', '.join(_furthest(apart, scale))}"]
         return self.verdict(score <= 1, score, warnings)
 
-    def _distance(self, vector: Vector, centre: Vector) -> float:
-        """Mean over all rates, each in its own scatter: many small differences are a voice, a large one an accident."""
-        return float(np.abs(self._apart(vector, centre)).mean())
 
-    def _apart(self, vector: Vector, centre: Vector) -> Vector:
-        return np.clip((vector - centre) / self._scale, -MOST_SCATTER, MOST_SCATTER)
+def _distance(apart: Vector, scale: Vector) -> float:
+    """Mean over all rates, each in its own scatter: many small differences are a voice, a large one an accident."""
+    return float(np.abs(_clipped(apart, scale)).mean())
 
-    def _furthest(self, vector: Vector, centre: Vector) -> list[str]:
-        apart = self._apart(vector, centre)
-        order = np.argsort(-np.abs(apart))[:3]
-        return [f"{'more' if apart[place] > 0 else 'less'} {NAMES[place]}" for place in order]
+
+def _clipped(apart: Vector, scale: Vector) -> Vector:
+    return np.clip(apart / scale, -MOST_SCATTER, MOST_SCATTER)
+
+
+def _furthest(apart: Vector, scale: Vector) -> list[str]:
+    scaled = _clipped(apart, scale)
+    order = np.argsort(-np.abs(scaled))[:3]
+    return [f"{'more' if scaled[place] > 0 else 'less'} {NAMES[place]}" for place in order]
+
+
+@dataclass(frozen=True)
+class _Scatter:
+    """How far baseline outputs are from their voices: ``squares`` of each rate, summed over ``count`` outputs."""
+
+    squares: Vector
+    count: int
+
+    @property
+    def scale(self) -> Vector:
+        """Root mean square of each rate, and a little more."""
+        return np.asarray(np.sqrt(self.squares / max(1, self.count)) + _floor())
+
+    def without(self, apart: Vector) -> Vector:
+        """The scale as it would be without one of its outputs."""
+        return _Scatter(np.maximum(self.squares - apart**2, 0), self.count - 1).scale
 
 
 @dataclass(frozen=True)
