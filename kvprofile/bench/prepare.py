@@ -21,8 +21,8 @@ from kvprofile.errors import InputError, plain
 PRESETS = ("seed",)
 SEED_PROVIDER = "moonshot"
 SEED_REPETITIONS = 2
-CHARACTERS_PER_TOKEN = 3.9
-"""Of the bundled documents in a vocabulary of 200,000 (o200k); for estimates before anything is tokenised."""
+CHARACTERS_PER_TOKEN = 3.7
+"""Of the bundled documents (benchmarks/documents/README.md says how counted); for estimates before anything is tokenised."""
 
 ROOM_TOKENS = 12_000
 """Positions that the bundled documents need with an opening, a question and an answer, roughly rounded up."""
