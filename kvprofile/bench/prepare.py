@@ -22,7 +22,7 @@ PRESETS = ("seed",)
 SEED_PROVIDER = "moonshot"
 SEED_REPETITIONS = 2
 CHARACTERS_PER_TOKEN = 3.7
-"""Of the bundled documents (benchmarks/documents/README.md says how counted); for estimates before anything is tokenised."""
+"""Of the bundled documents, as benchmarks/documents/README.md counts; for estimates before anything is tokenised."""
 
 ROOM_TOKENS = 12_000
 """Positions that the bundled documents need with an opening, a question and an answer, roughly rounded up."""
