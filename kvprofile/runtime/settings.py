@@ -14,7 +14,7 @@ PREFIX = "LLM_KVZIP_"
 SHARED = PREFIX + "SHARED"
 """Set by the runtime itself, for its child processes: the file of ``stats``."""
 
-TESTED_VERSIONS = ("0.32.0",)
+TESTED_VERSIONS = ("0.30.0", "0.31.0", "0.32.0")
 """vLLM releases, without build tags."""
 
 _FLAGS = {
