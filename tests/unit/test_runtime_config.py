@@ -90,7 +90,7 @@ def test_bad_settings_are_one_line(name, value):
 def test_releases_that_were_not_tested_are_refused_by_name():
     require_tested("0.32.0+cpu", settings())
     require_tested("0.28.0", settings(ALLOW_UNTESTED=1))
-    with pytest.raises(ValueError, match=r"tested with vLLM 0\.32\.0, this is 0\.28\.0; LLM_KVZIP_ALLOW_UNTESTED=1"):
+    with pytest.raises(ValueError, match=r"tested with vLLM 0\.30\.0, 0\.31\.0, 0\.32\.0, this is 0\.28\.0; LLM_KVZIP_ALLOW_UNTESTED=1"):
         require_tested("0.28.0", settings())
 
 
