@@ -139,6 +139,10 @@ class Shortcuts(_Part):
     chunks: int = Field(ge=1, description="chunks of all documents")
     documents_read: int = Field(ge=1)
 
+    def describe(self) -> str:
+        """One phrase for messages: '21 of 50 chunks, local rows'."""
+        return f"{self.chunks_read} of {self.chunks} chunks{', local rows' if self.local_rows else ''}"
+
 
 class Scoring(_Part):
     """How the scores came to be: enough to repeat the run."""

@@ -11,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvprofile.budget import store
+from kvprofile.budget.compare import comparability_warnings
 from kvprofile.budget.profile import Shortcuts
 from kvprofile.checkpoint.load import weight_room
+from kvprofile.cli.show import provenance
 from kvprofile.errors import InputError
 from kvprofile.scoring.aggregate import HeadStatistics
 from kvprofile.scoring.effort import EXACT, FAST, Effort
@@ -144,6 +146,8 @@ def test_files_of_exact_runs_do_not_mention_shortcuts(tmp_path):
     back = store.load(tmp_path / "fast.json")
     assert back.scoring.shortcuts == taken
     assert store.to_bytes(back) == (tmp_path / "fast.json").read_bytes()
+    assert "other chunks scored: all, exactly and 7 of 12 chunks, local rows" in comparability_warnings(exact, back)
+    assert provenance(back) == f"{provenance(exact)}; fast: 7 of 12 chunks, local rows"
 
 
 def test_weights_leave_room_for_the_cache():
