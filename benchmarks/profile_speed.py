@@ -65,6 +65,9 @@ def write_model(folder: Path, positions: int) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+    from kvprofile.checkpoint.describe import quiet_transformers
+
+    quiet_transformers()
     named = f"{PREFIX} end of it Repeat the previous context exactly part starting with dummy . , # <unk>".split()
     words = {word: index for index, word in enumerate(dict.fromkeys([*named, *(f"w{i}" for i in range(WORDS))]))}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))  # noqa: S106 - a token of text

@@ -20,6 +20,7 @@ from rich.table import Table
 from kvprofile.budget import store
 from kvprofile.budget.profile import PRESETS, Matrix, Profile, retention_key
 from kvprofile.checkpoint import describe, load_tokenizer, locate, place
+from kvprofile.checkpoint.describe import quiet_transformers
 from kvprofile.corpus.sources import bundled_names, load_corpus
 from kvprofile.scoring import run
 from kvprofile.scoring.effort import EXACT, FAST, Effort
@@ -57,6 +58,7 @@ def write_random(shape: str, folder: Path, tokenizer_of: Path) -> Path:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+    quiet_transformers()
     layers, kv_heads, width = map(int, shape.split("x"))
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_of)
     torch.manual_seed(0)
