@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import resource
 import time
@@ -23,6 +25,8 @@ class Watch:
 
     def __init__(self) -> None:
         gc.collect()
+        with contextlib.suppress(OSError, AttributeError):  # glibc: what the warm-up freed is not there to be used again
+            ctypes.CDLL(None).malloc_trim(0)
         if CLEAR.exists():
             CLEAR.write_text("5")  # proc(5): the peak starts again from what is resident now
         self.before = resident_bytes("VmRSS") or 0
