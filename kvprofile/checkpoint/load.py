@@ -129,7 +129,8 @@ def choose_placement(
         dtype = own_dtype if own_dtype in DTYPES else "bfloat16"
         reasons.append(f"dtype {dtype}: float32 weights would not fit into memory")
     needed = (parameters + cache_values) * DTYPES[dtype]
-    device_map, room = False, ()
+    device_map = False
+    room: tuple[int, ...] = ()
     if device == "cuda":
         largest = max(free_cuda_bytes, default=0)
         device_map = needed * 1.1 > largest
