@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PEERS = ROOT / ".peers"
 KVPRESS = "0.5.5"
 KVPRESS_NEEDS = (
-    f"kvpress=={KVPRESS}", "transformers==5.2.0", "huggingface_hub==1.3.0", "tokenizers==0.22.2", "peft==0.20.0",
+    f"kvpress=={KVPRESS}", "transformers==5.2.0", "huggingface_hub==1.33.0", "tokenizers==0.22.2", "peft==0.20.0",
     "fire==0.6.0", "termcolor==2.5.0", "six==1.17.0", "pandas==2.3.3", "pytz==2025.2", "tzdata==2025.2",
     "python-dateutil==2.9.0.post0", "cachetools==5.5.2", "typer-slim==0.21.1",
 )  # fmt: skip
