@@ -112,6 +112,8 @@ def score(
         say(f"  {skipped} sliding-window layers keep no context and are not scored")
     tokens = sum(record.tokens for record in planned.corpora)
     say(f"  {len(planned.documents)} documents of {len(planned.corpora)} corpora, {tokens:,} tokens of context")
+    if fast:
+        say("  fast: local rows, half of the chunks, and an end once budgets settle; scores are not exact")
     if dry_run:
         from kvprofile.scoring.estimate import estimate
 
