@@ -77,6 +77,8 @@ def score(
     check_engine(engine, method)
     if fast and save_token_scores is not None:
         raise InputError("--save-token-scores needs every chunk; leave out --fast")
+    if fast and method != "kvzip-mean":
+        raise InputError("--fast keeps the ranking by mean, not by maximum (docs/scoring.md); add --method kvzip-mean")
     corpora = [load_corpus(reference, documents) for reference in corpus or bundled_names()]
     source = checkpoint.locate(model, revision, trust_remote_code)
     target = output or store.BUDGET_DIR / store.file_name(source.name)

@@ -17,6 +17,7 @@ from kvprofile.scoring.prompts import chat_frame, encode, frame_document
 from tests.models import random_model
 
 CORPORA = [option for seed in range(10) for option in ("--corpus", f"generate:prose:{seed}:3000")]
+FAST = ["--fast", "--method", "kvzip-mean"]
 SMALL = ["--context-tokens", "160", "--chunk-tokens", "32", "--dtype", "float32", "--device", "cpu"]
 
 
@@ -49,7 +50,7 @@ def test_local_rows_leave_out_the_rest_of_the_context(tokenizer, tmp_path):
 @pytest.fixture(scope="module")
 def fast_file(tiny_checkpoint, tmp_path_factory):
     output = tmp_path_factory.mktemp("fast") / "tiny.json"
-    assert run(arguments(tiny_checkpoint, output, "--fast")) == 0
+    assert run(arguments(tiny_checkpoint, output, *FAST)) == 0
     return output
 
 
@@ -79,15 +80,16 @@ def test_an_interrupted_fast_run_ends_in_the_same_bytes(tiny_checkpoint, fast_fi
     output = tmp_path / "tiny.json"
     monkeypatch.setattr(ChunkStore, "save", stop_after_five)
     with pytest.raises(Stopped):
-        run(arguments(tiny_checkpoint, output, "--fast"))
+        run(arguments(tiny_checkpoint, output, *FAST))
     monkeypatch.setattr(ChunkStore, "save", save)
-    assert run(arguments(tiny_checkpoint, output, "--fast")) == 0
+    assert run(arguments(tiny_checkpoint, output, *FAST)) == 0
     assert output.read_bytes() == fast_file.read_bytes()
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        ([], "--fast keeps the ranking by mean, not by maximum"),
         (["--method", "gate"], "--fast has no shortcut for --method gate"),
         (["--save-token-scores", "x.safetensors"], "--save-token-scores needs every chunk; leave out --fast"),
     ],
@@ -106,7 +108,7 @@ def test_a_dry_run_counts_and_writes_nothing(tiny_checkpoint, workplace, capsys,
 
     monkeypatch.setattr(hf_engine, "load_model", loaded)
     found = {}
-    for options in ((), ("--fast",)):
+    for options in ((), tuple(FAST)):
         assert run(arguments(tiny_checkpoint, "folder/out.json", "--dry-run", "--json", *options)) == 0
         found[options] = json.loads(capsys.readouterr().out)
     exact, fast = found.values()
