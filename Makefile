@@ -67,6 +67,9 @@ bench: install-vllm
 	$(BIN)/kvprofile report runs/bench/pocket --output runs/bench/pocket/report.html && exit $$status
 
 bench-profile: install-vllm
+	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/profile_speed.py
+	$(BIN)/python benchmarks/profile_speed.py --dtype bfloat16 --context 8192 --repeats 1
 	$(BIN)/python benchmarks/score_memory.py
 	$(BIN)/python benchmarks/engine_speed.py
 
@@ -75,4 +78,4 @@ bench-train: install
 	$(BIN)/python scripts/evaluate_pocket.py
 
 clean:
-	rm -rf $(VENV) .vllm-matrix .mypy_cache .ruff_cache .pytest_cache .hypothesis dist
+	rm -rf $(VENV) .vllm-matrix .peers .mypy_cache .ruff_cache .pytest_cache .hypothesis dist

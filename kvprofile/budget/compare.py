@@ -211,6 +211,7 @@ def _scoring_facts(profile: Profile) -> dict[str, object]:
         "text before the answer": (scoring.suffix or "") if recorded else scoring.suffix,
         "scoring dtype": scoring.dtype if recorded else None,
         "corpora": _corpora(profile) or None,
+        "chunks scored": "all, exactly" if scoring.shortcuts is None else scoring.shortcuts.describe(),
         "sink tokens": runtime.sink_tokens,
         "recent window in tokens": runtime.recent_tokens,
     }

@@ -5,6 +5,7 @@ Everything that can go wrong is found from the config and the tensor headers, be
 
 from kvprofile.checkpoint.describe import Description, describe
 from kvprofile.checkpoint.load import (
+    DTYPES,
     Placement,
     choose_placement,
     identity,
@@ -12,6 +13,7 @@ from kvprofile.checkpoint.load import (
     load_tokenizer,
     place,
     tokenizer_sha256,
+    weight_bytes_in,
 )
 from kvprofile.checkpoint.source import Source, locate
 
@@ -20,6 +22,7 @@ __all__ = [
     "locate",
     "Description",
     "describe",
+    "DTYPES",
     "Placement",
     "choose_placement",
     "place",
@@ -27,4 +30,5 @@ __all__ = [
     "tokenizer_sha256",
     "load_model",
     "identity",
+    "weight_bytes_in",
 ]

@@ -24,12 +24,16 @@ DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True)
 class Placement:
-    """Where and how a model is loaded, each choice with its reason."""
+    """Where and how a model is loaded, each choice with its reason.
+
+    ``gpu_weight_bytes`` of a device map: how many bytes of weights each GPU takes, so that the cache has room beside.
+    """
 
     device: str
     dtype: str
     device_map: bool
     reasons: tuple[str, ...]
+    gpu_weight_bytes: tuple[int, ...] = ()
 
 
 def load_tokenizer(source: Source, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -126,6 +130,7 @@ def choose_placement(
         reasons.append(f"dtype {dtype}: float32 weights would not fit into memory")
     needed = (parameters + cache_values) * DTYPES[dtype]
     device_map = False
+    room: tuple[int, ...] = ()
     if device == "cuda":
         largest = max(free_cuda_bytes, default=0)
         device_map = needed * 1.1 > largest
@@ -134,7 +139,23 @@ def choose_placement(
             reasons.append(
                 f"device map over {where}: weights and cache need {_gib(needed)}, the largest GPU has {_gib(largest)}"
             )
-    return Placement(device, dtype, device_map, tuple(reasons))
+            room = weight_room(free_cuda_bytes, cache_values * DTYPES[dtype])
+    return Placement(device, dtype, device_map, tuple(reasons), room)
+
+
+def weight_room(free_cuda_bytes: Sequence[int], cache_bytes: int) -> tuple[int, ...]:
+    """Bytes of weights for each GPU beside its share of the cache, with a tenth left for activations.
+
+    The whole cache lies on GPUs, also that of layers whose weights wait in CPU memory, because they run on a GPU.
+    Raises InputError where the cache alone does not fit.
+    """
+    usable = [int(free * 0.9) for free in free_cuda_bytes]
+    if cache_bytes >= sum(usable):
+        raise InputError(
+            f"the cache needs {_gib(cache_bytes)}, the GPUs have {_gib(sum(free_cuda_bytes))} free; "
+            "pass a smaller --context-tokens, or --device cpu"
+        )
+    return tuple(int(free * (1 - cache_bytes / sum(usable))) for free in usable)
 
 
 def cache_values(geometry: Geometry, tokens: int) -> int:
@@ -147,12 +168,18 @@ def load_model(description: Description, placement: Placement, *, needs_head: bo
 
     Without ``needs_head`` weights may lack the LM head, which reconstruction scores do not use.
     """
+    import psutil
     import torch
     from transformers import AutoModelForCausalLM
 
     quiet_transformers()
     source = description.source
-    options: dict[str, Any] = {"device_map": "auto"} if placement.device_map else {}
+    options: dict[str, Any] = {}
+    if placement.device_map:
+        room: dict[int | str, int] = dict(enumerate(placement.gpu_weight_bytes))
+        options = {"device_map": "auto"}
+        if room:
+            options["max_memory"] = {**room, "cpu": psutil.virtual_memory().available}
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
             source.folder,
@@ -175,6 +202,14 @@ def load_model(description: Description, placement: Placement, *, needs_head: bo
         )
     model.requires_grad_(False)
     return model.eval()
+
+
+def weight_bytes_in(description: Description, dtype: str) -> int:
+    """Bytes of the weights in a dtype. Weights that are quantised count as they are stored."""
+    if getattr(description.config, "quantization_config", None):
+        return description.weight_bytes
+    own_dtype = str(getattr(description.config, "dtype", None) or "float32").removeprefix("torch.")
+    return _parameter_count(description, own_dtype) * DTYPES[dtype]
 
 
 def _parameter_count(description: Description, own_dtype: str) -> int:

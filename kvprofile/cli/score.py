@@ -13,6 +13,7 @@ from kvprofile.cli.progress import TokenProgress
 
 if TYPE_CHECKING:
     from kvprofile.budget.profile import Profile
+    from kvprofile.scoring.estimate import Estimate
 
 
 def score(
@@ -43,6 +44,12 @@ def score(
     sink_tokens: Annotated[int, typer.Option(help="First tokens that a head without a budget keeps.")] = 128,
     recent_tokens: Annotated[int, typer.Option(help="Last tokens that a head without a budget keeps.")] = 256,
     seed: Annotated[int, typer.Option(help="Recorded in the file.")] = 0,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="Read less, score nearly the same (docs/scoring.md); the file says so.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what the run needs of time and memory; load and write nothing.")
+    ] = False,
     output: Annotated[
         Path | None, typer.Option(help="Budget file; models/kv_budget/<model>.json unless given.")
     ] = None,
@@ -62,10 +69,16 @@ def score(
     from kvprofile.errors import InputError
     from kvprofile.files import require_writable
     from kvprofile.scoring import run
+    from kvprofile.scoring.effort import EXACT, FAST
     from kvprofile.scoring.engines import Engine, check_engine, choose_engine
 
-    options = run.Options(method, chunk_tokens, context_tokens, seed, sink_tokens, recent_tokens)
+    effort = FAST if fast else EXACT
+    options = run.Options(method, chunk_tokens, context_tokens, seed, sink_tokens, recent_tokens, effort)
     check_engine(engine, method)
+    if fast and save_token_scores is not None:
+        raise InputError("--save-token-scores needs every chunk; leave out --fast")
+    if fast and method != "kvzip-mean":
+        raise InputError("--fast keeps the ranking by mean, not by maximum (docs/scoring.md); add --method kvzip-mean")
     corpora = [load_corpus(reference, documents) for reference in corpus or bundled_names()]
     source = checkpoint.locate(model, revision, trust_remote_code)
     target = output or store.BUDGET_DIR / store.file_name(source.name)
@@ -82,13 +95,16 @@ def score(
     if chosen == "vllm":
         from kvprofile.scoring.vllm_engine import place_in_vllm
 
+        if fast or dry_run:
+            raise InputError(f"--{'fast' if fast else 'dry-run'} belongs to --engine hf ({why})")
         runs = place_in_vllm(description, dtype, device, planned.positions, tensor_parallel_size, vllm_arg or ())
     else:
         from kvprofile.scoring.hf_engine import HfEngine
 
         if tensor_parallel_size != 1 or vllm_arg:
             raise InputError("--tensor-parallel-size and --vllm-arg belong to --engine vllm")
-        runs = HfEngine(checkpoint.place(description, dtype, device, planned.positions))
+        placement = checkpoint.place(description, dtype, device, planned.positions)
+        runs = HfEngine(placement)
 
     say(f"{source.name}: {description.geometry.describe()}, {description.architecture}")
     for reason in (why, *runs.reasons):
@@ -98,6 +114,13 @@ def score(
         say(f"  {skipped} sliding-window layers keep no context and are not scored")
     tokens = sum(record.tokens for record in planned.corpora)
     say(f"  {len(planned.documents)} documents of {len(planned.corpora)} corpora, {tokens:,} tokens of context")
+    if fast:
+        say("  fast: local rows, half of the chunks, and an end once budgets settle; scores are not exact")
+    if dry_run:
+        from kvprofile.scoring.estimate import estimate
+
+        _print_estimate(estimate(planned, placement), as_json)
+        return
 
     started = time.monotonic()
     with TokenProgress("scoring") as progress:
@@ -106,6 +129,22 @@ def score(
     run.finish(target)
     say(f"wrote {target} in {time.monotonic() - started:.0f} s; review and commit it")
     _print_result(made, target, save_token_scores, as_json)
+
+
+def _print_estimate(found: Estimate, as_json: bool) -> None:
+    if as_json:
+        print_json(found.payload())
+        return
+    gib = 2**30
+    tera = (found.prefill_multiply_adds * 2e-12, found.scoring_multiply_adds * 2e-12)
+    for line in (
+        f"reads {found.tokens_read:,} tokens: prefill {tera[0]:,.3g} TFLOP, scoring {tera[1]:,.3g} TFLOP",
+        f"large {found.dtype} products run at {found.multiply_adds_per_second * 2e-12:.3g} TFLOP/s on {found.device}",
+        f"so no run takes less than {found.least_seconds:,.3g} s; attention runs slower than large products",
+        f"weights {found.weight_bytes / gib:.2f} GiB, cache {found.cache_bytes / gib:.2f} GiB, "
+        f"work about {found.working_bytes / gib:.2f} GiB",
+    ):
+        typer.echo(line)
 
 
 def _print_result(made: Profile, target: Path, token_scores: Path | None, as_json: bool) -> None:

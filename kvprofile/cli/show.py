@@ -81,7 +81,8 @@ def provenance(profile: Profile) -> str:
         return f"imported from {source.repository or source.file}, not verified against weights"
     tokens = sum(corpus.tokens for corpus in scoring.corpora)
     documents = sum(corpus.documents for corpus in scoring.corpora)
-    return f"{scoring.method} over {documents} documents, {tokens:,} tokens of context"
+    told = f"{scoring.method} over {documents} documents, {tokens:,} tokens of context"
+    return told if scoring.shortcuts is None else f"{told}; fast: {scoring.shortcuts.describe()}"
 
 
 def heads_tied_at_the_cut(scores: Matrix, heads: Matrix) -> int:

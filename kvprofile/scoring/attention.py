@@ -22,8 +22,12 @@ from kvprofile.scoring import kernels
 from kvprofile.scoring.kernels import Part
 
 NAME = "kvprofile_reconstruction"
-LOGIT_BLOCK_VALUES = 4 * 2**20
-"""Most logits held at once while scoring (16 MiB), whatever context and chunk."""
+LOGIT_BLOCK_VALUES, DEVICE_LOGIT_BLOCK_VALUES = 2**19, 2**22
+"""Most logits held at once while scoring, whatever context and chunk: 2 MiB on a CPU, whose caches they should not
+leave, 16 MiB on other devices, where each block costs a launch."""
+
+SCORED_KEYS = 512
+"""Chunk keys in a block on a CPU: few, so that a block has enough rows to be worth packing them."""
 
 
 class AllLayersDone(Exception):  # noqa: N818 - it ends a forward pass early and is no error
@@ -34,10 +38,13 @@ class AllLayersDone(Exception):  # noqa: N818 - it ends a forward pass early and
 class Recorder:
     """What the attention function needs to know of the pass under way, and what it found.
 
-    ``chunk`` is None while prefilling, else the absolute positions [start, stop) of the chunk being repeated.
+    ``chunk`` is None while prefilling, else the absolute positions [start, stop) of the chunk being repeated. With
+    ``local_rows`` the rows of a repeat attend to prefix, chunk and themselves alone, so their cost does not grow with
+    the context; scores are no longer exact then.
     """
 
     geometry: Geometry
+    local_rows: bool = False
     prefix_tokens: int = 0
     query_start: int = 0
     chunk: tuple[int, int] | None = None
@@ -66,14 +73,14 @@ current: list[Recorder] = []
 
 
 @contextmanager
-def recording(model: PreTrainedModel, geometry: Geometry) -> Iterator[Recorder]:
+def recording(model: PreTrainedModel, geometry: Geometry, *, local_rows: bool = False) -> Iterator[Recorder]:
     """Route a model's attention through the recorder, and put everything back afterwards.
 
     Not re-entrant, and one model at a time: transformers' registry is global.
     """
     if current:
         raise RuntimeError("a model is being scored already in this process")
-    recorder = Recorder(geometry)
+    recorder = Recorder(geometry, local_rows)
     current.append(recorder)
     try:
         with routed(model, NAME, _attention):
@@ -167,7 +174,7 @@ def _full_layer(
     recorder.token_scores[layer] = chunk_scores(query, key[:, :, first:stop], normaliser, scale, softcap)
     if layer == recorder.last_layer:
         raise AllLayersDone
-    rest = part(recorder.prefix_tokens, first) + part(stop, start)
+    rest = [] if recorder.local_rows else part(recorder.prefix_tokens, first) + part(stop, start)
     return kernels.merge(scored + rest, sinks)
 
 
@@ -195,18 +202,32 @@ def chunk_scores(
     """Token scores [G, m] of a chunk's keys [1, G, m, D], on the CPU in float32.
 
     query [1, H, n, D]; normaliser [1, H, n] is the log-sum-exp over prefix, chunk and repeat. The maximum is taken
-    over logits minus normaliser, so each key is exponentiated once.
+    over logits minus normaliser, so each key is exponentiated once. Where logits are not capped, scale and normaliser
+    are part of the product, so that a block is written once and read once.
     """
     kv_heads, count = key.shape[1], key.shape[2]
-    group = query.shape[1] // kv_heads
-    rows_at_once = max(1, LOGIT_BLOCK_VALUES // (kv_heads * group * count))
+    on_cpu = key.device.type == "cpu"
+    keys_at_once = min(count, SCORED_KEYS) if on_cpu else count
+    block = LOGIT_BLOCK_VALUES if on_cpu else DEVICE_LOGIT_BLOCK_VALUES
+    rows_at_once = max(1, block // (query.shape[1] * keys_at_once))
     best = torch.full((kv_heads, count), -torch.inf, device=key.device)
-    for first in range(0, query.shape[2], rows_at_once):
-        rows = slice(first, first + rows_at_once)
-        folded = kernels.fold_groups(query[:, :, rows], kv_heads)
-        logits = kernels.logits_of(folded, key, scale, softcap)
-        logits -= normaliser[:, :, rows].reshape(1, kv_heads, -1, 1)
-        torch.maximum(best, logits[0].amax(1), out=best)
+    keys = key.float()
+    if softcap is None:
+        keys = torch.cat([keys, keys.new_ones(1, kv_heads, count, 1)], -1)
+    for first_row in range(0, query.shape[2], rows_at_once):
+        rows = slice(first_row, first_row + rows_at_once)
+        folded = kernels.fold_groups(query[:, :, rows], kv_heads).float()
+        less = normaliser[:, :, rows].reshape(1, kv_heads, -1, 1)
+        if softcap is None:
+            folded = torch.cat([folded * scale, -less], -1)
+        for first in range(0, count, keys_at_once):
+            some = keys[:, :, first : first + keys_at_once]
+            if softcap is None:
+                logits = torch.matmul(folded, some.transpose(-1, -2))
+            else:
+                logits = kernels.logits_of(folded, some, scale, softcap).sub_(less)
+            part = best[:, first : first + keys_at_once]
+            torch.maximum(part, logits[0].amax(1), out=part)
     return best.exp_().clamp_(max=1.0).cpu()
 
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from kvprofile.scoring.attention import Recorder
+    from kvprofile.scoring.kvzip import Scorer
     from kvprofile.scoring.progress import ChunkStore
     from kvprofile.scoring.prompts import Document
     from kvprofile.scoring.run import Plan, Progress
@@ -49,12 +50,16 @@ class HfEngine:
         from kvprofile.scoring.kvzip import Scorer, forward_tokens
 
         chunk_tokens = plan.options.chunk_tokens
-        work = [forward_tokens(d, plan.frame, chunk_tokens, store.finished(i)) for i, d in enumerate(plan.documents)]
+        work = [
+            forward_tokens(d, plan.frame, chunk_tokens, store.finished(i), plan.wanted(i))
+            for i, d in enumerate(plan.documents)
+        ]
         work += [_loss_tokens(plan, d) for i, d in enumerate(plan.documents) if store.loss(i) is None]
         loss_aware = METHODS[plan.options.method].loss_aware
         model = load_model(plan.description, self.placement, needs_head=loss_aware)
         progress.start(sum(work))
-        with recording(model, plan.description.geometry) as recorder:
+        local_rows = plan.options.effort.local_rows
+        with recording(model, plan.description.geometry, local_rows=local_rows) as recorder:
             scorer = Scorer(
                 model,
                 recorder,
@@ -63,13 +68,36 @@ class HfEngine:
                 chunk_tokens=chunk_tokens,
                 advance=progress.advance,
             )
-            for index, document in enumerate(plan.documents):
-                for scored in scorer.score(document, store.finished(index)):
-                    store.save(index, scored.chunk.index, scored.token_scores, keep_token_scores)
+            if _score_chunks(plan, scorer, store, keep_token_scores):
+                progress.say("the budgets have settled: stopping before the end of the corpora")
             attention = _kernel(model, recorder)
         if loss_aware:
             _score_losses(plan, model, store, progress)
         return attention
+
+
+def _score_chunks(plan: Plan, scorer: Scorer, store: ChunkStore, keep_token_scores: bool) -> bool:
+    """Score the chunks that are wanted; returns whether it stopped early.
+
+    Where the run may stop early, finished chunks of an interrupted run are looked at again in the same order, so it
+    stops where an undisturbed run does.
+    """
+    from kvprofile.scoring.stopping import FEWEST_PIECES, Stopping
+
+    options = plan.options
+    stopping = Stopping(METHODS[options.method].statistic, options.seed) if options.effort.stop_early else None
+    by_document = len(plan.documents) >= FEWEST_PIECES
+    for index in options.effort.order(len(plan.documents), options.seed):
+        done = sorted(store.finished(index))
+        if stopping and not by_document and any(stopping.add(store.chunk_statistics(index, chunk)) for chunk in done):
+            return True
+        for scored in scorer.score(plan.documents[index], set(done), plan.wanted(index)):
+            store.save(index, scored.chunk.index, scored.token_scores, keep_token_scores)
+            if stopping and not by_document and stopping.add(store.chunk_statistics(index, scored.chunk.index)):
+                return True
+        if stopping and by_document and stopping.add(store.statistics(index)):
+            return True
+    return False
 
 
 def _score_losses(plan: Plan, model: PreTrainedModel, store: ChunkStore, progress: Progress) -> None:

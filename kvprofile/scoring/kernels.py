@@ -38,8 +38,8 @@ def merge(parts: list[Part], sinks: torch.Tensor | None = None) -> Part:
     total = merge_lse([part.lse for part in parts], sinks)
     output: torch.Tensor | None = None
     for part in parts:
-        weighted = part.output.float() * (part.lse - total).exp()[..., None]
-        output = weighted if output is None else output.add_(weighted)
+        weight = (part.lse - total).exp()[..., None]
+        output = part.output.float() * weight if output is None else output.addcmul_(part.output.float(), weight)
     if output is None:
         raise ValueError("nothing to merge")
     return Part(output.to(parts[0].output.dtype), total)

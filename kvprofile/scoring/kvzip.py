@@ -64,13 +64,15 @@ class Scorer:
         )
 
     @torch.inference_mode()
-    def score(self, document: Document, finished: Set[int] = frozenset()) -> Iterator[ChunkScores]:
-        """Scores of the document's chunks in order, those in ``finished`` left out.
+    def score(
+        self, document: Document, finished: Set[int] = frozenset(), wanted: Set[int] | None = None
+    ) -> Iterator[ChunkScores]:
+        """Scores of the document's chunks in order: all, or those in ``wanted``, those in ``finished`` left out.
 
         The document's prefix and context together must not be longer than ``document_tokens``.
         """
-        wanted = [c for c in chunks(document, self.frame, self.chunk_tokens) if c.index not in finished]
-        if not wanted:
+        waiting = _waiting(document, self.frame, self.chunk_tokens, finished, wanted)
+        if not waiting:
             return
         self.cache.reset()
         self.recorder.prefix_tokens = len(document.prefix_ids)
@@ -79,7 +81,7 @@ class Scorer:
         for start in range(0, len(ids), self.slice_tokens):
             self._forward(ids[start : start + self.slice_tokens], start)
         check_routed(self.recorder)
-        for chunk in wanted:
+        for chunk in waiting:
             yield ChunkScores(chunk, self._repeat(chunk, len(ids)))
 
     def _repeat(self, chunk: Chunk, length: int) -> torch.Tensor:
@@ -126,12 +128,29 @@ def check_routed(recorder: Recorder) -> None:
         )
 
 
-def forward_tokens(document: Document, frame: Frame, chunk_tokens: int, finished: Set[int] = frozenset()) -> int:
+def forward_tokens(
+    document: Document,
+    frame: Frame,
+    chunk_tokens: int,
+    finished: Set[int] = frozenset(),
+    wanted: Set[int] | None = None,
+) -> int:
     """Tokens that scoring a document reads, for progress bars."""
-    wanted = [chunk for chunk in chunks(document, frame, chunk_tokens) if chunk.index not in finished]
-    if not wanted:
+    waiting = _waiting(document, frame, chunk_tokens, finished, wanted)
+    if not waiting:
         return 0
-    return len(document.prefix_ids) + len(document.context_ids) + sum(len(chunk.repeat_ids) for chunk in wanted)
+    return len(document.prefix_ids) + len(document.context_ids) + sum(len(chunk.repeat_ids) for chunk in waiting)
+
+
+def _waiting(
+    document: Document, frame: Frame, chunk_tokens: int, finished: Set[int], wanted: Set[int] | None
+) -> list[Chunk]:
+    """The chunks still to be repeated, in order."""
+    return [
+        chunk
+        for chunk in chunks(document, frame, chunk_tokens)
+        if chunk.index not in finished and (wanted is None or chunk.index in wanted)
+    ]
 
 
 def required_positions(document: Document, frame: Frame, chunk_tokens: int) -> int:

@@ -91,6 +91,10 @@ class ChunkStore:
             total = total + self._statistics(tensors)
         return total
 
+    def chunk_statistics(self, document: int, chunk: int) -> HeadStatistics:
+        """Statistics of one finished chunk."""
+        return self._statistics(self._load(document, chunk))
+
     def token_scores(self, document: int) -> torch.Tensor:
         """Token scores [L', G, T] of a whole document, kept if asked for."""
         chunks = sorted(self.finished(document))

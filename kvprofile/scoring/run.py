@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,11 +19,13 @@ from kvprofile.budget.profile import (
     Runtime,
     Scores,
     Scoring,
+    Shortcuts,
 )
 from kvprofile.checkpoint import Description, identity
 from kvprofile.corpus.sources import Corpus, cut
 from kvprofile.errors import InputError, plain
 from kvprofile.files import atomic_path, require_writable, sha256_of
+from kvprofile.scoring.effort import EXACT, Effort
 from kvprofile.scoring.methods import METHODS
 from kvprofile.scoring.prompts import PROMPTS_VERSION, Document, Frame, encode, frame_document
 
@@ -46,6 +49,7 @@ class Options:
     seed: int = 0
     sink_tokens: int = DEFAULT_SINK_TOKENS
     recent_tokens: int = DEFAULT_RECENT_TOKENS
+    effort: Effort = EXACT
 
     def __post_init__(self) -> None:
         for name in ("chunk_tokens", "context_tokens", "recent_tokens"):
@@ -58,6 +62,8 @@ class Options:
             raise InputError(f"--sink-tokens and --recent-tokens must not exceed {MOST_TOKENS:,}")
         if self.method not in METHODS:
             raise InputError(f"unknown method {self.method!r}; known: {', '.join(METHODS)}")
+        if METHODS[self.method].loss_aware and not self.effort.exact:
+            raise InputError(f"--fast has no shortcut for --method {self.method}, which differentiates every repeat")
 
 
 class Progress(Protocol):
@@ -88,6 +94,14 @@ class Plan:
     def document_tokens(self) -> int:
         """Prefix and context tokens of the longest document."""
         return max(len(d.prefix_ids) + len(d.context_ids) for d in self.documents)
+
+    def chunk_count(self, document: int) -> int:
+        """How many chunks a document has."""
+        return math.ceil(len(self.documents[document].context_ids) / self.options.chunk_tokens)
+
+    def wanted(self, document: int) -> frozenset[int]:
+        """Indices of the chunks of a document that are to be repeated."""
+        return self.options.effort.chunks(self.chunk_count(document), self.options.seed, document)
 
     @property
     def positions(self) -> int:
@@ -165,11 +179,12 @@ def finish(output: Path) -> None:
 def _assemble(plan: Plan, engine: Engine, attention: str, store: ChunkStore) -> Profile:
     from kvprofile.scoring.aggregate import merge_documents
 
-    statistics = [store.statistics(index) for index in range(len(plan.documents))]
     options = plan.options
+    read = [index for index in range(len(plan.documents)) if store.finished(index)]
+    statistics = [store.statistics(index) for index in read]
     statistic = METHODS[options.method].statistic
-    losses = [store.loss(index) for index in range(len(plan.documents))]
-    tokens = [len(document.context_ids) for document in plan.documents]
+    losses = [store.loss(index) for index in read]
+    tokens = [len(plan.documents[index].context_ids) for index in read]
     scores: Scores = merge_documents(statistics, plan.description.geometry, losses, tokens)
     return Profile(
         schema_version=1,
@@ -190,10 +205,27 @@ def _assemble(plan: Plan, engine: Engine, attention: str, store: ChunkStore) -> 
             seed=options.seed,
             corpora=list(plan.corpora),
             imported_from=None,
+            shortcuts=None if options.effort.exact else _shortcuts(plan, store),
         ),
         scores=scores,
         budgets=preset_budgets(scores, statistic),
         runtime=Runtime(sink_tokens=options.sink_tokens, recent_tokens=options.recent_tokens),
+    )
+
+
+def _shortcuts(plan: Plan, store: ChunkStore) -> Shortcuts:
+    """What the run left out, counted from what it has finished."""
+    effort = plan.options.effort
+    counts = [len(store.finished(index)) for index in range(len(plan.documents))]
+    wanted = sum(len(plan.wanted(index)) for index in range(len(plan.documents)))
+    return Shortcuts(
+        local_rows=effort.local_rows,
+        chunk_share=effort.chunk_share,
+        stop_early=effort.stop_early,
+        stopped_early=sum(counts) < wanted,
+        chunks_read=sum(counts),
+        chunks=sum(plan.chunk_count(index) for index in range(len(plan.documents))),
+        documents_read=sum(count > 0 for count in counts),
     )
 
 
@@ -251,6 +283,9 @@ def _run_key(plan: Plan, engine: Engine, keep_token_scores: bool) -> str:
         "frame": asdict(plan.frame),
         "keep_token_scores": keep_token_scores,
     }
+    if not plan.options.effort.exact:
+        facts["effort"] = asdict(plan.options.effort)
+        facts["seed"] = plan.options.seed
     if METHODS[plan.options.method].loss_aware:
         facts["trimmed"] = (plan.options.sink_tokens, plan.options.recent_tokens)
     ids: Sequence[object] = [(d.name, d.prefix_ids, d.context_ids) for d in plan.documents]

@@ -1,0 +1,121 @@
+"""What profiling cannot do without: products counted from shapes, and how fast this machine multiplies.
+
+Counted are multiply-adds of linear layers and of attention, every row against the keys it sees and no others. Not
+counted are exponentials, norms and copies, so no run reaches the time that follows from the count.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from kvprofile.budget.profile import Geometry
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class DecoderShape:
+    """A decoder as counting sees it: its heads, the width of its rows, what one MLP multiplies a row with, the window.
+
+    ``mlp`` is in multiply-adds for each row; of a mixture of experts, those of the experts that a row visits.
+    """
+
+    geometry: Geometry
+    width: int
+    mlp: int
+    window: int | None
+
+    @classmethod
+    def of(cls, config: Any, geometry: Geometry) -> DecoderShape:
+        """From a transformers config. MLPs are taken to be gated, as those of all decoders that can be profiled."""
+        experts = int(getattr(config, "num_experts_per_tok", None) or 1)
+        inner = getattr(config, "moe_intermediate_size", None) if experts > 1 else None
+        inner = int(inner or getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
+        width = int(config.hidden_size)
+        return cls(geometry, width, 3 * width * inner * experts, getattr(config, "sliding_window", None))
+
+    def projections(self, names: str) -> int:
+        """Multiply-adds a row of those of the projections q, k, v, o."""
+        heads = {"q": self.geometry.attention_heads, "o": self.geometry.attention_heads}
+        return sum(heads.get(name, self.geometry.kv_heads) for name in names) * self.geometry.head_size * self.width
+
+
+@dataclass(frozen=True)
+class Work:
+    """Multiply-adds of reading contexts and of scoring their repeats."""
+
+    prefill: int = 0
+    scoring: int = 0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.prefill + other.prefill, self.scoring + other.scoring)
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """A repeat of ``chunk`` context tokens that takes ``rows`` rows."""
+
+    rows: int
+    chunk: int
+
+
+def count(
+    shape: DecoderShape, prefix: int, context: int, repeats: Iterable[Repeat], *, local_rows: bool = False
+) -> Work:
+    """The work of one document: prefix and context tokens, and its repeats.
+
+    Of the last layer that is scored, reading the context needs the keys alone, and a repeat queries, keys and logits.
+    Layers behind it are not needed at all. ``local_rows``: repeats attend to prefix, chunk and themselves only.
+    """
+    geometry = shape.geometry
+    last = max(geometry.profiled_layers)
+    full = len(geometry.profiled_layers) - 1
+    sliding = last - full
+    length = prefix + context
+    pair = geometry.attention_heads * geometry.head_size  # multiply-adds of one row and one key, once
+    linear = shape.projections("qkvo") + shape.mlp
+
+    prefill = length * (last * linear + shape.projections("k"))
+    prefill += 2 * pair * (full * _causal(length, 0) + sliding * _causal(length, 0, shape.window))
+    scoring = 0
+    for repeat in repeats:
+        rows = repeat.rows
+        scored = rows * (prefix + repeat.chunk) + _causal(rows, 0)
+        seen = scored if local_rows else _causal(rows, length)
+        scoring += rows * (last * linear + shape.projections("qk"))
+        scoring += pair * (full * (2 * seen + rows * repeat.chunk) + scored)
+        scoring += 2 * pair * sliding * _causal(rows, length, shape.window)
+    return Work(prefill, scoring)
+
+
+def _causal(rows: int, before: int, window: int | None = None) -> int:
+    """Pairs of rows and the keys they see: each row itself, those before it and ``before`` others, or a window's."""
+    whole = rows if window is None else min(rows, max(0, window - before))
+    return whole * before + whole * (whole + 1) // 2 + (rows - whole) * (window or 0)
+
+
+def matrix_rate(device: str, dtype: str, size: int = 2048, seconds: float = 0.5) -> float:
+    """Multiply-adds a second of large square products on this machine, the best of those tried in ``seconds``."""
+    import torch
+
+    kind = getattr(torch, dtype)
+    left, right = (torch.randn(size, size, device=device).to(kind) for _ in range(2))
+    best, begun = 0.0, time.perf_counter()
+    _finish(torch.matmul(left, right))
+    while time.perf_counter() - begun < seconds or not best:
+        started = time.perf_counter()
+        _finish(torch.matmul(left, right))
+        best = max(best, size**3 / (time.perf_counter() - started))
+    return best
+
+
+def _finish(product: torch.Tensor) -> None:
+    """Wait until a device has computed it."""
+    import torch
+
+    if product.device.type == "cuda":
+        torch.cuda.synchronize(product.device)
