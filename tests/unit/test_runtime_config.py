@@ -286,6 +286,8 @@ def serve_metrics(text):
         ("kvprofile_enabled 1.0\nkvprofile_retention_ratio 0.5\nkvprofile_kv_bytes_reclaimed_total 7.0\n", True),
         ("kvprofile_enabled 0.0\n", False),
         ("vllm:num_requests_running 0.0\n", False),
+        ("kvprofile_enabled\nkvprofile_enabled yes\nkvprofile_retention_ratio \x1b[31m\n", False),
+        ("kvprofile_enabled nan\n", False),
     ],
 )
 def test_the_doctor_knows_a_server_that_applies_budgets(text, good):
