@@ -84,9 +84,9 @@ def _command(where: str, line: str, shown: list[str]) -> Command:
 
 
 def inline_code() -> list[tuple[str, str]]:
-    """(page, code) of everything in single backticks outside of fenced blocks."""
+    """(page, code) of everything in single backticks outside of fenced blocks; decisions are of their day."""
     found = []
-    for page in PAGES:
+    for page in (each for each in PAGES if "decisions" not in each.parts):
         prose = _BLOCK.sub("", page.read_text(encoding="utf-8"))
         found += [(page.relative_to(ROOT).as_posix(), code) for code in re.findall(r"`([^`\n]+)`", prose)]
     return found
