@@ -10,7 +10,7 @@ DEMO := models/pocket --context-tokens 480 --chunk-tokens 480 --sink-tokens 16 -
 BENCH := --preset seed --model models/pocket --provider loopback --dtype float32 --max-model-len 4096 --block-tokens 32 \
 	--pool-memory 64MiB --enforce-eager --concurrency 8 --requests 30 --max-output-tokens 32
 
-.PHONY: install install-vllm browser demo test test-slow test-vllm-matrix lint format bench bench-runtime bench-profile \
+.PHONY: install install-vllm browser demo test test-slow test-vllm-matrix lint format docs bench bench-runtime bench-profile \
 	bench-train clean
 
 install: $(VENV)/installed
@@ -52,10 +52,16 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/kvprofile validate
 	$(BIN)/python scripts/write_manifests.py --check
+	$(BIN)/python scripts/write_reference.py --check
+	$(MAKE) --no-print-directory docs
 
 format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# Strict: a link to nothing is an error. Open site/index.html.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
 
 # Benchmarks want a quiet machine. What each prints is a ratio against a peer or a bound, taken in one run.
 bench-runtime: install-vllm
@@ -78,4 +84,4 @@ bench-train: install
 	$(BIN)/python scripts/evaluate_pocket.py
 
 clean:
-	rm -rf $(VENV) .vllm-matrix .peers .mypy_cache .ruff_cache .pytest_cache .hypothesis dist
+	rm -rf $(VENV) .vllm-matrix .peers .mypy_cache .ruff_cache .pytest_cache .hypothesis dist site

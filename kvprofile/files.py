@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -98,7 +99,10 @@ def _render(value: Any, depth: int) -> str:
 def read_json(path: Path, max_bytes: int, kind: str) -> Any:
     """The JSON of a file. Raises ValueError with one phrase that says why it is no ``kind``: 'budget file'."""
     try:
-        if path.stat().st_size > max_bytes:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):  # would be read for ever
+            raise ValueError(f"not a regular file; not a {kind}")
+        if found.st_size > max_bytes:
             raise ValueError(f"larger than {max_bytes // 2**20} MiB; not a {kind}")
         return parse_json(path.read_bytes(), kind)
     except OSError as error:

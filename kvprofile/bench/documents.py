@@ -82,9 +82,9 @@ def load(references: tuple[str, ...]) -> list[Document]:
 
 
 def documents_folder() -> Path:
-    """The folder of bundled documents: beside the package in a checkout, inside it when installed."""
-    beside = Path(__file__).resolve().parents[2] / "benchmarks" / "documents"
-    return beside if beside.is_dir() else Path(str(files("kvprofile"))) / "data" / "documents"
+    """The folder of bundled documents: inside the package when installed, beside it in a checkout."""
+    inside = Path(str(files("kvprofile"))) / "data" / "documents"
+    return inside if inside.is_dir() else Path(__file__).resolve().parents[2] / "benchmarks" / "documents"
 
 
 def unique_opening(seed: int, request: int) -> str:
@@ -134,7 +134,11 @@ def _from_exercises(reference: str) -> list[Document]:
 
 
 def _from_folder(folder: Path) -> list[Document]:
-    found = sorted(path for path in folder.iterdir() if path.suffix in (".md", ".txt") and path.name != "README.md")
+    found = sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix in (".md", ".txt") and path.name != "README.md" and path.is_file()
+    )
     if not found:
         raise InputError(f"no .md files in {folder}")
     return [_from_file(path) for path in found]
@@ -147,7 +151,7 @@ def _from_file(path: Path) -> Document:
         raw = json.loads(beside.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"cannot read {error.filename}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         what = path if isinstance(error, UnicodeDecodeError) else beside
         raise InputError(f"{what}: {error}") from error
     if not isinstance(raw, dict):

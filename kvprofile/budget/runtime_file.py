@@ -91,6 +91,8 @@ class RuntimeFile:
 def load(path: Path) -> RuntimeFile:
     """Read a runtime file. Raises InputError with every problem of the file in one line."""
     try:
+        if path.exists() and not path.is_file():  # a pipe or device would be read for ever
+            raise InputError(f"{path}: not a regular file")
         if path.stat().st_size > MAX_FILE_BYTES:
             raise InputError(f"{path}: larger than {MAX_FILE_BYTES // 2**20} MiB; not a runtime file")
         content = path.read_bytes()

@@ -80,6 +80,8 @@ def _read_config(source: Source, trust_remote_code: bool) -> PretrainedConfig:
         raise InputError(f"{file}: not readable as JSON: {first_line(error)}") from error
     except (KeyError, TypeError) as error:
         raise InputError(f"{file}: no model_type; not the config of a Hugging Face checkpoint") from error
+    if not isinstance(model_type, str):
+        raise InputError(f"{file}: model_type is no text; not the config of a Hugging Face checkpoint")
     if "auto_map" in raw and not trust_remote_code and model_type not in CONFIG_MAPPING:
         raise InputError(f"{source.name} brings its own code; read it, then pass --trust-remote-code to run it")
     try:

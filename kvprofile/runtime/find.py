@@ -12,10 +12,11 @@ from pathlib import Path
 
 from kvprofile.budget import runtime_file, store
 from kvprofile.budget.allocate import Constraints
-from kvprofile.budget.formats.base import Export
+from kvprofile.budget.formats.base import Export, read_bytes
 from kvprofile.budget.formats.vllm import runtime
 from kvprofile.budget.profile import Profile
 from kvprofile.budget.runtime_file import RuntimeFile, RuntimeModel
+from kvprofile.errors import InputError
 from kvprofile.runtime.budget import Budget
 from kvprofile.runtime.settings import PREFIX, Settings
 
@@ -101,17 +102,17 @@ def _search(folder: Path, served: Served) -> Path:
 def _model_name(path: Path) -> str | None:
     """The model that a file names; None for what is no budget."""
     try:
-        raw = json.loads(path.read_bytes())
-        return str(raw["model"]["name"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return str(json.loads(read_bytes(path))["model"]["name"])
+    except (InputError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
 def _read(path: Path) -> Profile | RuntimeFile:
     """A profile or a runtime file. Raises InputError with everything wrong with it in one line."""
+    content = read_bytes(path)  # refuses pipes and devices, which would be read for ever
     try:
-        raw = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        raw = json.loads(content)
+    except (ValueError, RecursionError):
         raw = None  # both readers say what is wrong, and the profile's says it in general words
     if isinstance(raw, dict) and "format" in raw:
         return runtime_file.load(path)

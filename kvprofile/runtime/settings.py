@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from kvprofile.runtime.gate import ENABLED
 
@@ -17,18 +18,37 @@ SHARED = PREFIX + "SHARED"
 TESTED_VERSIONS = ("0.30.0", "0.31.0", "0.32.0")
 """vLLM releases, without build tags."""
 
-_FLAGS = {
-    "ALLOW_UNTESTED": "serve with vLLM versions, platforms and features that are not in the tested list",
-    "POISON": "debugging: fill freed blocks with NaN, so that reading one shows",
+FOLDER = Path("models/kv_budget")
+"""Where budget files lie, from where vLLM is started."""
+
+
+class Variable(NamedTuple):
+    """What an environment variable means, and what holds where it is not set; the reference is made from these."""
+
+    meaning: str
+    default: str
+
+
+SWITCH = Variable("1 loads the plugin into vLLM; then it serves with budgets or does not start", "0")
+FLAGS = {
+    "ALLOW_UNTESTED": Variable("1 serves with releases, platforms and features outside of the tested list", "0"),
+    "POISON": Variable("debugging on the CPU: 1 fills freed blocks with NaN, so that reading one shows", "0"),
 }
-_VALUES = {
-    "BUDGET": "a budget or runtime file",
-    "BUDGET_DIR": "the folder where the file of the served model is looked for",
-    "RETENTION": "the share of KV heads that keep the whole context",
-    "SINK": "sink tokens, instead of those in the file",
-    "RECENT": "window tokens, instead of those in the file",
-    "STATS": "file to append statistics to, as JSON lines",
+VALUES = {
+    "BUDGET": Variable("a budget file or a runtime file", "found in the folder by the served model"),
+    "BUDGET_DIR": Variable("where the file of the served model is looked for, by the model named inside", str(FOLDER)),
+    "RETENTION": Variable(
+        "share of KV heads that keep the whole context; needed with a budget file", "what a runtime file states"
+    ),
+    "SINK": Variable("first tokens that a trimmed head keeps", "that of the file"),
+    "RECENT": Variable("last tokens that a trimmed head keeps", "that of the file"),
+    "STATS": Variable(
+        "file to append statistics to, as JSON lines: the pool, at most once a second, and each request that gave its "
+        "blocks back",
+        "none",
+    ),
 }
+"""By name without the prefix."""
 
 logger = logging.getLogger("vllm.kvprofile")
 """A child of vLLM's logger, so that it is formatted and filtered as vLLM's own lines are."""
@@ -50,15 +70,15 @@ class Settings:
 
 def from_environment(environ: Mapping[str, str]) -> Settings:
     """The settings in ``environ``; unknown names are warned about. Raises ValueError for values that make no sense."""
-    known = {ENABLED, SHARED, *(PREFIX + name for name in (*_FLAGS, *_VALUES))}
+    known = {ENABLED, SHARED, *(PREFIX + name for name in (*FLAGS, *VALUES))}
     for name in sorted(environ):
         if name.startswith(PREFIX) and name not in known:
             logger.warning("%s is not known to kvprofile; known are %s", name, ", ".join(sorted(known - {SHARED})))
     _flag(environ, "ENABLED")
-    given = {name: environ.get(PREFIX + name) or None for name in _VALUES}
+    given = {name: environ.get(PREFIX + name) or None for name in VALUES}
     return Settings(
         budget=_path(given["BUDGET"]),
-        budget_dir=_path(given["BUDGET_DIR"]) or Path("models/kv_budget"),
+        budget_dir=_path(given["BUDGET_DIR"]) or FOLDER,
         retention=_share("RETENTION", given["RETENTION"]),
         sink_tokens=_tokens("SINK", given["SINK"], least=0),
         recent_tokens=_tokens("RECENT", given["RECENT"], least=1),

@@ -157,6 +157,45 @@ def test_chat_template_without_the_text(capsys, workplace, checkpoint):
     assert "does not hold the user's text exactly once" in refused(capsys, workplace, [checkpoint, *FAST])
 
 
+ESCAPES = {
+    "classes": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "globals": "{{ cycler.__init__.__globals__.os.system('touch attacked') }}",
+    "builtins": "{{ messages.append.__self__.__class__.__base__ }}",
+    "other files": "{% include '/etc/hostname' %}",
+    "endless": "{% for i in range(10 ** 9) %}{{ i }}{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("template", ESCAPES.values(), ids=ESCAPES)
+def test_chat_template_that_reaches_out_of_its_sandbox(capsys, workplace, checkpoint, template):
+    (checkpoint / "chat_template.jinja").write_text(template + "{{ messages[0]['content'] }}")
+    line = refused(capsys, workplace, [checkpoint, *FAST])
+    assert "the chat template" in line
+    assert not (workplace / "attacked").exists()
+
+
+def test_code_in_the_tokenizer_is_not_run(workplace, checkpoint):
+    config = checkpoint / "tokenizer_config.json"
+    named = {"tokenizer_class": "EvilTokenizer", "auto_map": {"AutoTokenizer": ["evil.EvilTokenizer", None]}}
+    config.write_text(json.dumps({**json.loads(config.read_text()), **named}))
+    (checkpoint / "evil.py").write_text(f"open({str(workplace / 'attacked')!r}, 'w')")
+    assert run(["score", str(checkpoint), *FAST, "--output", str(workplace / "out.json")]) in (0, 2)
+    assert not (workplace / "attacked").exists()
+
+
+@pytest.mark.parametrize(
+    "content", ["[" * 100_000, '{"weight_map": {"x": ["y"]}}', '{"weight_map": {"x": 1, "y": "z"}}']
+)
+def test_indices_that_are_none(capsys, workplace, checkpoint, content):
+    (checkpoint / "model.safetensors.index.json").write_text(content)
+    assert "not a safetensors index" in refused(capsys, workplace, [checkpoint, *FAST])
+
+
+def test_a_model_type_that_is_no_text(capsys, workplace, checkpoint):
+    change_config(checkpoint, model_type=["llama"], auto_map={"AutoConfig": "evil.Config"})
+    assert "model_type is no text" in refused(capsys, workplace, [checkpoint, *FAST])
+
+
 def test_vision_model(capsys, workplace, checkpoint):
     transformers.Gemma3Config().save_pretrained(checkpoint)
     line = refused(capsys, workplace, [checkpoint, *FAST])

@@ -90,7 +90,9 @@ def test_bad_settings_are_one_line(name, value):
 def test_releases_that_were_not_tested_are_refused_by_name():
     require_tested("0.32.0+cpu", settings())
     require_tested("0.28.0", settings(ALLOW_UNTESTED=1))
-    with pytest.raises(ValueError, match=r"tested with vLLM 0\.30\.0, 0\.31\.0, 0\.32\.0, this is 0\.28\.0; LLM_KVZIP_ALLOW_UNTESTED=1"):
+    with pytest.raises(
+        ValueError, match=r"tested with vLLM 0\.30\.0, 0\.31\.0, 0\.32\.0, this is 0\.28\.0; LLM_KVZIP_ALLOW_UNTESTED=1"
+    ):
         require_tested("0.28.0", settings())
 
 
@@ -286,6 +288,8 @@ def serve_metrics(text):
         ("kvprofile_enabled 1.0\nkvprofile_retention_ratio 0.5\nkvprofile_kv_bytes_reclaimed_total 7.0\n", True),
         ("kvprofile_enabled 0.0\n", False),
         ("vllm:num_requests_running 0.0\n", False),
+        ("kvprofile_enabled\nkvprofile_enabled yes\nkvprofile_retention_ratio \x1b[31m\n", False),
+        ("kvprofile_enabled nan\n", False),
     ],
 )
 def test_the_doctor_knows_a_server_that_applies_budgets(text, good):
