@@ -11,8 +11,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-COST_PER_GROUP = 0.002
-"""What one more group costs, as a share of the bytes of a request. A guess, until it is measured."""
+COST_PER_GROUP = 0.0014
+"""What one more group costs, in steps (``benchmarks/runtime.py groups``), set against the bytes of a request."""
 
 TOLERABLE_PREFILL_WASTE = 1.1
 """Peaks up to here are as good as none: a request's prefill is short."""
@@ -58,7 +58,7 @@ class Packing:
         return (
             f"{len(self.groups)} cache groups of up to {self.width} bytes a block: a request takes "
             f"{self.decode_waste - 1:.1%} more than its heads need while it decodes and {self.prefill_waste - 1:.1%} "
-            f"in prefill, and a group more is counted as {COST_PER_GROUP:.1%}"
+            f"in prefill, and a group more is counted as {COST_PER_GROUP:.2%}"
         )
 
 
