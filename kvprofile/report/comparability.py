@@ -41,11 +41,13 @@ def _failures(records: Sequence[RunRecord]) -> Iterator[str]:
 def _differences(groups: Groups) -> Iterator[str]:
     """Fields that all legs must share, and do not, or of which nothing is known."""
     dark = []
-    for label, value_of, all_kinds in _SHARED:
+    for label, value_of, all_kinds in (*_SHARED, ("pool sizes", _pool_sizes(groups), False)):
         compared = {name: legs for name, legs in groups.items() if all_kinds or legs[0].kind != "remote"}
         yield from _field_differences(label, value_of, compared)
         if len(compared) > 1 and all(value_of(leg) is None for legs in compared.values() for leg in legs):
             dark.append(label)
+    known = {name: [leg for leg in legs if _caching(leg)] for name, legs in groups.items()}  # elsewhere nobody knows
+    yield from _field_differences("cache settings", _caching, {name: legs for name, legs in known.items() if legs})
     if dark:
         yield f"not recorded, so perhaps not the same for all legs: {', '.join(dark)}"
     for number in sorted({leg.repetition for legs in groups.values() for leg in legs}):
@@ -111,7 +113,17 @@ def _seeds(leg: Leg) -> str | None:
 
 
 def load_words(leg: Leg) -> str | None:
-    """How requests were sent, in words; None where that is unknown."""
+    """How requests were sent and what the engine does with them, in words; None where that is unknown."""
+    words, caching = _sending(leg), leg.load.prefix_caching
+    return words if words is None or caching is None else f"{words}, {_caching(leg)}"
+
+
+def _caching(leg: Leg) -> str | None:
+    caching = leg.load.prefix_caching
+    return None if caching is None else f"prefix caching {'on' if caching else 'off'}"
+
+
+def _sending(leg: Leg) -> str | None:
     load = leg.load
     if load.mode == "unknown":
         return None
@@ -122,8 +134,17 @@ def load_words(leg: Leg) -> str | None:
     parts += [f"{load.requests} requests"] if load.requests is not None else []
     parts += [f"at most {load.max_output_tokens} output tokens"] if load.max_output_tokens is not None else []
     parts += [f"temperature {load.temperature:g}"] if load.temperature is not None else []
-    parts += [f"prefix caching {'on' if load.prefix_caching else 'off'}"] if load.prefix_caching is not None else []
     return ", ".join(parts)
+
+
+def _pool_sizes(groups: Groups) -> Callable[[Leg], str | None]:
+    """Pools in bytes; those within a hundredth are one size, because a pool is whole blocks and their widths differ."""
+    sizes = sorted({leg.pool_bytes for legs in groups.values() for leg in legs if leg.pool_bytes is not None})
+    smallest: dict[int, int] = {}
+    for size in sizes:
+        last = next(reversed(smallest.values()), size)
+        smallest[size] = last if size <= 1.01 * last else size
+    return lambda leg: None if leg.pool_bytes is None else _counted(smallest[leg.pool_bytes], "bytes")
 
 
 def _counted(value: int | None, unit: str) -> str | None:
@@ -138,8 +159,7 @@ _SHARED: tuple[tuple[str, Callable[[Leg], str | None], bool], ...] = (
     ("models", lambda leg: leg.model, False),
     ("dtypes", lambda leg: leg.dtype, False),
     ("documents", _documents, True),
-    ("loads", load_words, True),
-    ("pool sizes", lambda leg: _counted(leg.pool_bytes, "bytes"), False),
+    ("loads", _sending, True),
     ("block sizes", lambda leg: _counted(leg.block_tokens, "tokens"), False),
     ("engines", lambda leg: leg.engine, False),
     ("devices", lambda leg: leg.device, False),

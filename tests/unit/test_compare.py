@@ -196,6 +196,21 @@ def test_legs_that_share_everything_raise_no_doubt():
     assert summarise([record.model_copy(update={"legs": seeded})]).warnings == ()
 
 
+def test_pools_of_whole_blocks_and_unknown_caching_elsewhere_raise_no_doubt():
+    pool = 2**33
+    legs = [
+        make_leg(name, i, pool_bytes=size, load=Load(mode="closed", prefix_caching=False))
+        for name, size in (("baseline", pool), ("0.5", pool - pool // 200))
+        for i in range(2)
+    ]
+    legs += [make_leg("remote", i, kind="remote", model=legs[0].model, load=Load(mode="closed")) for i in range(2)]
+    record = make_record(1, made_up=False).model_copy(update={"legs": legs})
+    assert summarise([record]).warnings == ()
+    legs[2] = make_leg("0.5", 0, pool_bytes=pool, load=Load(mode="closed", prefix_caching=True))
+    record = record.model_copy(update={"legs": legs})
+    assert any(warning.startswith("cache settings differ") for warning in summarise([record]).warnings)
+
+
 def test_what_no_leg_records_is_told_in_one_line():
     legs = [make_leg(name, dtype=None, engine=None) for name in ("baseline", "0.5")]
     warnings = summarise(records_of(*legs)).warnings
