@@ -83,11 +83,11 @@ def test_scores_do_not_depend_on_slice_length(model, tokenizer, text_ids, tmp_pa
     geometry = geometry_of(model, tmp_path)
     whole = score_all(model, geometry, tokenizer, ids, 80, slice_tokens=4096)
     for slice_tokens in (1, 37, 64, 128):
-        # One token at a time, torch's linear layers take another path. The bundled model's logits reach a hundred,
-        # where float32 has steps of 8e-6, so its scores may differ by a few steps then.
-        sharp = slice_tokens == 1 and model.config.hidden_size == 256
+        # The bundled model's logits reach a hundred, where float32 has steps of 8e-6, so its scores may differ by two
+        # steps, and by a few more one token at a time, where torch's linear layers take another path.
+        allowed = 1e-5 if model.config.hidden_size != 256 else 5e-5 if slice_tokens == 1 else 2e-5
         sliced = score_all(model, geometry, tokenizer, ids, 80, slice_tokens=slice_tokens)
-        assert (whole - sliced).abs().max().item() < (5e-5 if sharp else 1e-5)
+        assert (whole - sliced).abs().max().item() < allowed
 
 
 def test_scores_do_not_depend_on_block_sizes(model, tokenizer, text_ids, tmp_path, monkeypatch):
