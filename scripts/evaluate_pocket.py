@@ -218,7 +218,7 @@ def rounded_down(share: float, digits: int = 1) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--model", type=Path, default=ROOT / "models" / "pocket")
-    parser.add_argument("--contexts", type=int, default=50, help=f"contexts a task, {QUESTIONS} questions each at most")
+    parser.add_argument("--contexts", type=int, default=30, help=f"contexts a task, {QUESTIONS} questions each at most")
     parser.add_argument("--sinks", type=int, default=16)
     parser.add_argument("--window", type=int, default=64)
     parser.add_argument("--write-card", action="store_true", help="write the figures into the model's README.md")
