@@ -17,7 +17,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,28 +30,16 @@ LAYERS, WIDTH, INNER, HEADS, KV_HEADS = 4, 512, 1024, 8, 4
 VOCABULARY = 1024
 
 
-@dataclass(frozen=True)
-class Work:
-    """Products of one document, counted in multiply-adds."""
+def counted(folder: Path, document: Any, frame: Any, chunk_tokens: int) -> Any:
+    """Multiply-adds of one document (``kvprofile.scoring.work``)."""
+    from kvprofile.checkpoint import Source, describe
+    from kvprofile.scoring.prompts import chunks
+    from kvprofile.scoring.work import DecoderShape, Repeat, count
 
-    context: int
-    repeats: int
-
-    @classmethod
-    def of(cls, document: Any, frame: Any, chunk_tokens: int) -> Work:
-        """Linear layers for every row, logits and weighted values for every row and key that it sees."""
-        from kvprofile.scoring.prompts import chunks
-
-        size = WIDTH // HEADS
-        linear = LAYERS * (2 * WIDTH * WIDTH + 2 * WIDTH * KV_HEADS * size + 3 * WIDTH * INNER)
-        prefix, length = len(document.prefix_ids), len(document.prefix_ids) + len(document.context_ids)
-        context = length * linear + LAYERS * 2 * WIDTH * length * length // 2
-        repeats = 0
-        for chunk in chunks(document, frame, chunk_tokens):
-            rows = len(chunk.repeat_ids)
-            seen = prefix + chunk.stop - chunk.start + rows // 2
-            repeats += rows * (linear + LAYERS * WIDTH * (2 * (length + rows // 2) + seen))
-        return cls(context, repeats)
+    description = describe(Source("random", folder, None))
+    repeats = [Repeat(len(part.repeat_ids), part.stop - part.start) for part in chunks(document, frame, chunk_tokens)]
+    shape = DecoderShape.of(description.config, description.geometry)
+    return count(shape, len(document.prefix_ids), len(document.context_ids), repeats)
 
 
 def frame_and_document(context_tokens: int) -> tuple[Any, Any]:
@@ -178,10 +165,10 @@ def compare(contexts: tuple[int, ...], chunk_tokens: int, repeats: int) -> Itera
                     taken[engine].append(run_child(engine, folder, context, chunk_tokens, files[engine]))
             scores = [load_file(files[engine])["scores"] for engine in ENGINES]
             frame, document = frame_and_document(context)
-            work = Work.of(document, frame, chunk_tokens)
+            work = counted(folder, document, frame, chunk_tokens)
             yield {
                 "context_tokens": context,
-                "bound_repeats_over_context": work.repeats / work.context,
+                "bound_repeats_over_context": work.scoring / work.prefill,
                 "worst_score_difference": (scores[0] - scores[1]).abs().max().item(),
                 **{
                     f"{engine}_{part}": statistics.median(run[part] for run in runs)

@@ -25,9 +25,7 @@ class Watch:
 
     def __init__(self) -> None:
         gc.collect()
-        with contextlib.suppress(
-            OSError, AttributeError
-        ):  # glibc: what the warm-up freed is not there to be used again
+        with contextlib.suppress(OSError, AttributeError):  # glibc's own: what the warm-up freed is not used again
             ctypes.CDLL(None).malloc_trim(0)
         if CLEAR.exists():
             CLEAR.write_text("5")  # proc(5): the peak starts again from what is resident now

@@ -19,9 +19,7 @@ import random
 import statistics
 import subprocess
 import sys
-import sysconfig
 import tempfile
-import venv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -30,6 +28,10 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+
+from beside import interpreter
 
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = ROOT / ".peers"
@@ -164,23 +166,6 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
     return {**measured, "threads": torch.get_num_threads()}
 
 
-# ---- kvpress' environment ----
-
-
-def peer_python() -> Path:
-    """The interpreter of an environment with kvpress, made where it is missing."""
-    folder = PEERS / f"kvpress-{KVPRESS}"
-    python = folder / "bin" / "python"
-    if not (folder / "complete").exists():
-        venv.create(folder, with_pip=True, clear=True)
-        site = next(folder.glob("lib/python*/site-packages"))
-        (site / "rest.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
-        command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        subprocess.run([*command, *KVPRESS_NEEDS], check=True)
-        (folder / "complete").touch()
-    return python
-
-
 # ---- all of it ----
 
 
@@ -198,7 +183,11 @@ def run_child(side: str, setting: Setting, folder: Path, scores: Path) -> dict[s
     """One measurement in a process of its own."""
     command: list[str | Path] = ["--model", folder, "--ids", folder / "ids.json", "--scores", scores]
     command += ["--chunk-tokens", str(setting.chunk_tokens), "--dtype", setting.dtype]
-    peer = [peer_python(), Path(__file__).with_name("peer_kvpress.py")] if side == "kvpress" else None
+    peer = (
+        [interpreter(PEERS / f"kvpress-{KVPRESS}", *KVPRESS_NEEDS), Path(__file__).with_name("peer_kvpress.py")]
+        if side == "kvpress"
+        else None
+    )
     start = peer or [sys.executable, __file__, "--side", side]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     if peer:

@@ -83,7 +83,7 @@ class Model:
             made = (
                 self._greedy(planned)
                 if method == "greedy"
-                else run.profile(planned, HfEngine(placement), file, Silent())
+                else run.profile(planned, HfEngine(placement), file, run.Silent())
             )
             store.save(made, file)
             run.finish(file)
@@ -129,19 +129,6 @@ class Model:
             names = [document.name for document in planned.documents]
             write(file, {"documents": names, "gate": slopes, "kvzip": largest})
         return dict(json.loads(file.read_text()))
-
-
-class Silent(run.Progress):
-    """Progress that nobody watches."""
-
-    def start(self, total: int) -> None:
-        """Nothing."""
-
-    def advance(self, tokens: int) -> None:
-        """Nothing."""
-
-    def say(self, message: str) -> None:
-        """Nothing."""
 
 
 def write(path: Path, document: Any) -> None:

