@@ -156,7 +156,7 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
         )
         return [found.token_scores for found in scorer.score(some, wanted=effort.chunks(count, 0, 0))]
 
-    with recording(model, description.geometry, local_rows=effort.local_rows) as recorder:
+    with recording(model, description.geometry, sparse_rows=effort.sparse_rows) as recorder:
         score(128)
         watch = Watch()
         scores = torch.cat(score(len(document.context_ids)), -1)
@@ -242,12 +242,13 @@ def counted(folder: Path, ids: list[int], chunk_tokens: int, *, fast: bool) -> A
     source = Source("random", folder, None)
     description, frame = describe(source), chat_frame(load_tokenizer(source))
     prefix = len(frame.prefix_ids)
-    parts = list(chunks(frame_document("context", ids[prefix:], frame), frame, chunk_tokens))
+    document = frame_document("context", ids[prefix:], frame)
+    parts = list(chunks(document, frame, chunk_tokens))
     effort = FAST if fast else EXACT
     wanted = effort.chunks(len(parts), 0, 0)
-    repeats = [Repeat(len(part.repeat_ids), part.stop - part.start) for part in parts if part.index in wanted]
+    repeats = [Repeat.of(document, part, sparse_rows=effort.sparse_rows) for part in parts if part.index in wanted]
     shape = DecoderShape.of(description.config, description.geometry)
-    return count(shape, prefix, len(ids) - prefix, repeats, local_rows=effort.local_rows)
+    return count(shape, prefix, len(ids) - prefix, repeats)
 
 
 def agreement(ours: Path, theirs: Path) -> dict[str, float]:

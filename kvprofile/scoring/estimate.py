@@ -49,12 +49,12 @@ def estimate(plan: Plan, placement: Placement, rate: Callable[[str, str], float]
     for index, document in enumerate(plan.documents):
         wanted = plan.wanted(index)
         repeats = [
-            Repeat(len(chunk.repeat_ids), chunk.stop - chunk.start)
+            Repeat.of(document, chunk, sparse_rows=options.effort.sparse_rows)
             for chunk in chunks(document, plan.frame, options.chunk_tokens)
             if chunk.index in wanted
         ]
         prefix, context = len(document.prefix_ids), len(document.context_ids)
-        work += count(shape, prefix, context, repeats, local_rows=options.effort.local_rows)
+        work += count(shape, prefix, context, repeats)
         read += prefix + context + sum(repeat.rows for repeat in repeats)
     speed = rate(placement.device, placement.dtype)
     value_bytes = DTYPES[placement.dtype]
