@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+MOST_CHARACTERS = 2000
+
 
 class InputError(Exception):
-    """A bad file, model, flag or environment: says what is wrong, where, and what to do, in one printable line."""
+    """A bad file, model, flag or environment: says what is wrong, where, and what to do, in one printable line.
+
+    Of very long lines, which files and servers can cause, the beginning and the end are kept.
+    """
 
     def __init__(self, message: str) -> None:
-        super().__init__(plain(message.strip()))
+        line = plain(message.strip())
+        super().__init__(line if len(line) <= MOST_CHARACTERS else f"{line[:1500]} … {line[-400:]}")
 
 
 def plain(text: object) -> str:

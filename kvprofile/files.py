@@ -76,6 +76,13 @@ def require_writable(path: Path) -> None:
                 folder.rmdir()
 
 
+def refuse_links(folder: Path) -> None:
+    """Raise InputError where a folder of ours holds a link: what is written or removed there would be elsewhere."""
+    linked = next((path for path in sorted(folder.glob("*")) if path.is_symlink()), None)
+    if linked is not None:
+        raise InputError(f"{linked} is a link out of a folder of results; remove it or choose another --output")
+
+
 def missing_folders(path: Path) -> list[Path]:
     """``path`` and those of its parents that do not exist yet, innermost first."""
     return [folder for folder in (path, *path.parents) if not folder.exists()]
@@ -110,9 +117,19 @@ def read_json(path: Path, max_bytes: int, kind: str) -> Any:
 
 
 def parse_json(content: bytes, kind: str) -> Any:
-    """The JSON in ``content``. Raises ValueError as ``read_json`` does; NaN and infinities are refused."""
+    """The JSON in ``content``. Raises ValueError as ``read_json`` does.
+
+    Refused is what readers disagree about and what no measurement reaches: NaN and infinities, a key twice, whole
+    numbers of more than 64 bits, others from 1e100.
+    """
     try:
-        return json.loads(content.decode("utf-8"), parse_constant=_no_constant)
+        return json.loads(
+            content.decode("utf-8"),
+            parse_constant=_no_constant,
+            parse_int=_integer,
+            parse_float=_float,
+            object_pairs_hook=_once,
+        )
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 at byte {error.start}; not a {kind}") from error
     except RecursionError as error:
@@ -123,6 +140,28 @@ def parse_json(content: bytes, kind: str) -> Any:
 
 def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is not allowed")
+
+
+def _integer(text: str) -> int:
+    if len(text) > 20 or not -(2**63) <= (value := int(text)) < 2**64:
+        raise ValueError(f"a whole number of {len(text)} digits is not allowed")
+    return value
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if not -1e100 < value < 1e100:
+        raise ValueError(f"{text[:20]} is not allowed")
+    return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice[:40]!r} is there twice")
+    return found
 
 
 def sha256_of(*parts: bytes) -> str:

@@ -130,7 +130,7 @@ def _from_exercises(reference: str) -> list[Document]:
     name, found = sources.load(reference, contexts=10**6, questions=10**6)
     if any(exercise.conversation for exercise in found):
         raise InputError(f"{reference}: a benchmark asks single questions; leave conversations to 'kvprofile evaluate'")
-    return [_of_exercise(exercise, f"{plain(name)}/{number}") for number, exercise in enumerate(found)]
+    return [_of_exercise(exercise, f"{plain(name)[:180]}/{number}") for number, exercise in enumerate(found)]
 
 
 def _from_folder(folder: Path) -> list[Document]:
@@ -141,6 +141,10 @@ def _from_folder(folder: Path) -> list[Document]:
     )
     if not found:
         raise InputError(f"no .md files in {folder}")
+    inside = folder.resolve()
+    for path in found:  # what is read here is sent to providers
+        if not path.resolve().is_relative_to(inside):
+            raise InputError(f"{path} is a link out of its folder; copy the document there, or name it itself")
     return [_from_file(path) for path in found]
 
 
@@ -157,7 +161,7 @@ def _from_file(path: Path) -> Document:
     if not isinstance(raw, dict):
         raise InputError(f'{beside} is no object; write {{"questions": [...]}}')
     try:
-        return Document(name=plain(path.stem), text=text, **raw)
+        return Document(name=plain(path.stem)[:200], text=text, **raw)
     except (ValidationError, TypeError) as error:
         found = phrases(error) if isinstance(error, ValidationError) else [str(error)]
         raise InputError(f"{beside}: {'; '.join(found[:5])}") from error

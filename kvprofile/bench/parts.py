@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from kvprofile.bench.scenario import LegPlan, Plan
 from kvprofile.budget.store import file_name
 from kvprofile.errors import InputError
-from kvprofile.files import json_bytes, parse_json, write_atomically
+from kvprofile.files import json_bytes, parse_json, refuse_links, write_atomically
 from kvprofile.report.record import Leg, Request
 
 RECORD, PARTS = "record.json", "parts"
@@ -33,6 +33,8 @@ class Parts:
         try:
             if self.folder.exists() and not self.folder.is_dir():
                 raise InputError(f"{self.folder} is no folder; choose another --output")
+            refuse_links(self.folder)
+            refuse_links(self.parts)
             foreign = self.folder.is_dir() and any(self.folder.iterdir()) and not marker.is_file()
             if foreign:
                 raise InputError(f"{self.folder} exists and is no benchmark's folder; choose another --output")

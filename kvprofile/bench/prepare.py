@@ -212,7 +212,7 @@ def _repetitions(wish: Wish) -> int:
 def _model_name(model: str) -> str:
     """What records call a model: a folder's last part, else the hub id itself."""
     path = Path(model).expanduser()
-    return plain(path.resolve().name) if store.is_dir(path) else plain(model)
+    return plain(path.resolve().name if store.is_dir(path) else model)[:200]
 
 
 def _documents(wish: Wish) -> tuple[tuple[str, ...], str | None]:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from kvprofile.budget.profile import Printable
 from kvprofile.budget.store import is_file, phrases
 from kvprofile.errors import InputError
 
@@ -41,7 +42,7 @@ class Provider(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str
+    name: Annotated[Printable, Field(min_length=1, max_length=100)]
     base_url: Annotated[str, Field(pattern=r"^https?://[^\s@]+$")] | None = None
     serve: bool = False
     key_env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = None

@@ -21,7 +21,7 @@ from kvprofile.budget.formats.base import Export
 from kvprofile.budget.formats.vllm import runtime
 from kvprofile.budget.profile import FULL_ATTENTION
 from kvprofile.budget.runtime_file import RuntimeFile
-from kvprofile.errors import InputError, plain
+from kvprofile.errors import MOST_CHARACTERS, InputError, plain
 from kvprofile.report import provenance, record, run_files
 
 PACKAGES = (*provenance.PACKAGES, "openai", "sacrebleu", "rouge-score")
@@ -76,7 +76,7 @@ def _measured(
     try:
         running.run()
     except LegFailedError as error:
-        reason = str(error)
+        reason = plain(error)[:MOST_CHARACTERS]
         say(f"{title}: failed: {reason}")
     except KeyboardInterrupt:
         reason = f"interrupted after {len(running.outcome.rows)} of {plan.requests} requests"
@@ -111,7 +111,7 @@ def _leg(plan: Plan, leg: LegPlan, repetition: int, outcome: Outcome, began: str
         retention_realised=(_realised(budget) if budget is not None else 1.0) if local else None,
         provider=None if leg.provider is None else leg.provider.name,
         engine=outcome.facts.get("engine"),
-        model=outcome.model or _model_of(plan, leg),
+        model=plain(outcome.model or _model_of(plan, leg))[:200] or "unknown",
         dtype=outcome.facts.get("dtype"),
         device=outcome.facts.get("device"),
         pool_bytes=outcome.pool_bytes,
@@ -138,7 +138,7 @@ def _leg(plan: Plan, leg: LegPlan, repetition: int, outcome: Outcome, began: str
         attention=outcome.attention,
         cost=_cost(leg, outcome),
         heads=_heads(plan, budget),
-        warnings=outcome.warnings,
+        warnings=[plain(warning)[:MOST_CHARACTERS] for warning in outcome.warnings],
     )
 
 

@@ -154,7 +154,7 @@ def _from_stdin() -> list[Text]:
             continue
         try:
             item = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f'stdin line {number} is not JSON; give one {{"text": "..."}} a line') from error
         text = item.get("text") if isinstance(item, dict) else item
         if not isinstance(text, str):

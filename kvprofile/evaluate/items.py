@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kvprofile.errors import InputError
-from kvprofile.files import missing_folders, write_atomically
+from kvprofile.files import missing_folders, refuse_links, write_atomically
 
 RUN, ITEMS, SUMMARY = "run.json", "items.jsonl", "summary.json"
 DIGITS = 6
@@ -105,6 +105,7 @@ class ItemStore:
         ``run`` is what ``run.json`` will say. A half-written end is cut off. Raises InputError where the folder holds
         an evaluation with other settings, unless ``force``, and where it holds anything else.
         """
+        refuse_links(self.folder)
         same = self._same_run()
         if same is False and not force:
             raise InputError(

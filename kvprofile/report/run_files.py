@@ -47,7 +47,7 @@ def parse(raw: Any, name: str) -> RunRecord:
     version = raw.get("schema_version")
     if version != SCHEMA_VERSION or isinstance(version, bool):
         raise InputError(
-            f"{name}: schema_version of this run record is {version!r}, this kvprofile reads {SCHEMA_VERSION}"
+            f"{name}: schema_version of this run record is {version!r:.40}, this kvprofile reads {SCHEMA_VERSION}"
         )
     return _validated(lambda: RunRecord.model_validate(raw), name)
 

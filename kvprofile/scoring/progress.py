@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from kvprofile.errors import InputError
-from kvprofile.files import missing_folders, write_atomically
+from kvprofile.files import missing_folders, refuse_links, write_atomically
 from kvprofile.scoring.aggregate import HeadStatistics
 
 
@@ -35,6 +35,7 @@ class ChunkStore:
         ``replaced`` then tells how many chunks of another run were removed. Raises InputError where a folder of that
         name was not made by a run.
         """
+        refuse_links(self.folder)
         marker = self.folder / "run.json"
         if self.folder.exists() and not marker.is_file() and (not self.folder.is_dir() or any(self.folder.iterdir())):
             raise InputError(f"{self.folder} exists and is no run's folder; move it or choose another --output")

@@ -116,7 +116,7 @@ def sample(block: Block):
 def test_samples_say_what_the_page_shows(block: Block):
     for command in commands(block):
         assert command.words[0] == "kvprofile", f"{command}: mark the block 'parsed: WHY'"
-        env = {**os.environ, **command.environment, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
+        env = {**os.environ, **command.environment, "PYTHONUNBUFFERED": "1"}
         run = subprocess.run(
             [sys.executable, "-m", "kvprofile", *command.words[1:]],
             env=env,

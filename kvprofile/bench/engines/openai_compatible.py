@@ -58,8 +58,9 @@ def _offered(provider: Provider, where: Endpoint, *, required: bool) -> tuple[li
     import openai
 
     client = openai.OpenAI(
-        base_url=where.base_url, api_key=where.key or "none", max_retries=2, timeout=min(60.0, where.timeout_s)
-    )
+        base_url=where.base_url, api_key=where.key or "none", max_retries=2, timeout=min(60.0, where.timeout_s),
+        http_client=openai.DefaultHttpxClient(follow_redirects=False),
+    )  # fmt: skip
     try:
         with client:
             return [plain(model.id) for model in client.models.list()], ()
