@@ -164,6 +164,18 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def bundled_model(reference: str) -> Path | None:
+    """The folder of the bundled checkpoint where ``reference`` means it and no folder of that name lies here.
+
+    The docs call it models/pocket. From an installed package that would be a name to ask the hub for.
+    """
+    if reference not in ("pocket", "models/pocket") or os.path.exists(reference):  # noqa: PTH110
+        return None
+    inside = Path(__file__).resolve().parent / "data" / "pocket"
+    found = inside if inside.is_dir() else Path(__file__).resolve().parents[1] / "models" / "pocket"
+    return found if found.is_dir() else None
+
+
 def sha256_of(*parts: bytes) -> str:
     """Hex digest over the parts, each preceded by its length so that no two lists of parts collide."""
     digest = hashlib.sha256()
