@@ -110,17 +110,8 @@ def default_folder(plan: Plan) -> Path:
 
 
 def missing(plan: Plan, environ: Mapping[str, str] = os.environ) -> list[str]:
-    """What is not here and would make legs fail, one line each."""
-    found = []
-    kinds = {leg.kind for leg in plan.legs}
-    serves = any(leg.kind == "local" or (leg.provider is not None and leg.provider.serve) for leg in plan.legs)
-    if serves and importlib.util.find_spec("vllm") is None:
-        found.append("vLLM is not installed here: pip install vllm, or 'make install-vllm' in a checkout")
-    extra = [
-        name for name in ("openai", "sacrebleu", "rouge_score", "jsonschema") if importlib.util.find_spec(name) is None
-    ]
-    if extra and kinds:
-        found.append(f"{', '.join(extra)} not installed: pip install 'kvprofile[bench]'")
+    """What is not here and would make legs fail, one line each: libraries, then keys."""
+    found = _missing_libraries(plan)
     for leg in plan.legs:
         if leg.provider is not None:
             try:
@@ -132,9 +123,21 @@ def missing(plan: Plan, environ: Mapping[str, str] = os.environ) -> list[str]:
 
 def require_installed(plan: Plan) -> None:
     """Raise InputError where a library that every leg needs is missing. Missing keys fail their own leg only."""
-    for line in missing(plan):
-        if "install" in line:
-            raise InputError(line)
+    for line in _missing_libraries(plan):
+        raise InputError(line)
+
+
+def _missing_libraries(plan: Plan) -> list[str]:
+    found = []
+    serves = any(leg.kind == "local" or (leg.provider is not None and leg.provider.serve) for leg in plan.legs)
+    if serves and importlib.util.find_spec("vllm") is None:
+        found.append("vLLM is not installed here: pip install vllm, or 'make install-vllm' in a checkout")
+    extra = [
+        name for name in ("openai", "sacrebleu", "rouge_score", "jsonschema") if importlib.util.find_spec(name) is None
+    ]
+    if extra:
+        found.append(f"{', '.join(extra)} not installed: pip install 'kvprofile[bench]'")
+    return found
 
 
 def estimate(plan: Plan) -> dict[str, Any]:

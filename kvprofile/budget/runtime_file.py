@@ -82,6 +82,11 @@ class RuntimeFile:
     recent_tokens: int
     provenance: RuntimeProvenance
 
+    def budgets(self) -> list[list[float | None]]:
+        """Budgets [L][G]: 1.0 for full heads, 0.0 for trimmed ones, None in layers that slide."""
+        heads = range(self.model.kv_heads)
+        return [[None] * len(heads) if full is None else [float(h in full) for h in heads] for full in self.full_heads]
+
     def to_bytes(self) -> bytes:
         """The file's bytes, equal for equal content: sorted keys, one line for each layer."""
         document = {"format": FORMAT, "version": VERSION, **asdict(self)}

@@ -5,14 +5,13 @@ Result files of `vllm bench serve` are read into the same model (``vllm_serve``)
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from kvprofile.budget.store import phrases
+from kvprofile.budget.store import is_dir, phrases
 from kvprofile.errors import InputError
 from kvprofile.files import json_bytes, parse_json, read_json, write_atomically
 from kvprofile.report import vllm_serve
@@ -66,7 +65,7 @@ def collect(places: Iterable[Path]) -> tuple[dict[Path, RunRecord], list[Path]]:
     found: dict[Path, RunRecord] = {}
     others: list[Path] = []
     for place in places:
-        if not os.path.isdir(place):  # noqa: PTH112 -- False where Path.is_dir raises: no permission above
+        if not is_dir(place):
             found[place] = load(place)
             continue
         for path in sorted(p for p in place.rglob("*.json") if p.is_file()):

@@ -232,7 +232,7 @@ def _shortcuts(plan: Plan, store: ChunkStore) -> Shortcuts:
     counts = [len(store.finished(index)) for index in range(len(plan.documents))]
     wanted = sum(len(plan.wanted(index)) for index in range(len(plan.documents)))
     return Shortcuts(
-        local_rows=effort.local_rows,
+        sparse_rows=effort.sparse_rows,
         chunk_share=effort.chunk_share,
         stop_early=effort.stop_early,
         stopped_early=sum(counts) < wanted,

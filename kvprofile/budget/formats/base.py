@@ -30,6 +30,7 @@ from kvprofile.budget.allocate import (
     require_retention,
     require_scores,
 )
+from kvprofile.budget.compare import ranking_scores, tie_breaks
 from kvprofile.budget.known_models import ModelFacts
 from kvprofile.budget.profile import (
     DEFAULT_RECENT_TOKENS,
@@ -115,11 +116,7 @@ class Export:
     def scores(self) -> Matrix:
         """The statistic that ranks heads, [L][G]. Raises InputError where the profile has no scores."""
         require_scores(self.profile)
-        return self._statistic
-
-    @property
-    def _statistic(self) -> Matrix:
-        return self.profile.scores.statistics()[self.profile.scoring.statistic]
+        return ranking_scores(self.profile)
 
     def allocation(self, retention: float, *, fractions: bool = False) -> Allocation:
         """The heads to keep at a retention, ties broken by the profile's other statistics.
@@ -135,7 +132,9 @@ class Export:
         whole = stated is None or all(value in (None, 0.0, 1.0) for row in stated.heads for value in row)
         if stated is not None and free and (whole or fractions):
             reason = self._origin(retention, stated.heads, others)
-            return as_given(self._statistic, retention, stated.heads, others, reason if whole else _FRACTIONS)
+            return as_given(
+                ranking_scores(self.profile), retention, stated.heads, others, reason if whole else _FRACTIONS
+            )
         chosen = allocate_within(self.scores, retention, self.constraints, others)
         if stated is None or stated.heads == allocate(self.scores, retention, others).heads:
             return chosen
@@ -181,8 +180,7 @@ class Export:
 
     @property
     def _tie_breaks(self) -> list[Matrix]:
-        statistics = self.profile.scores.statistics()
-        return [matrix for name, matrix in statistics.items() if name != self.profile.scoring.statistic]
+        return tie_breaks(self.profile, self.profile.scoring.statistic)
 
     def dense_scores(self, format_name: str) -> list[list[float]]:
         """Scores without nulls, or InputError where sliding layers leave the format nothing to write."""
@@ -373,6 +371,4 @@ def validation_as_input_error(what: str) -> Iterator[None]:
     try:
         yield
     except ValidationError as error:
-        items = error.errors(include_url=False, include_input=False)
-        phrases = [f"{'.'.join(map(str, item['loc']))}: {item['msg'].removeprefix('Value error, ')}" for item in items]
-        raise InputError(f"{what}: {'; '.join(phrase.removeprefix(': ') for phrase in phrases)}") from error
+        raise InputError(f"{what}: {'; '.join(store.phrases(error))}") from error
