@@ -125,6 +125,6 @@ def test_the_bundled_checkpoint_is_there_wherever_one_is(name, workplace):
     own = workplace / name
     own.mkdir(parents=True)
     assert checkpoint.locate(name).folder.resolve() == own.resolve()
+    (workplace / "models").mkdir(exist_ok=True)
     with pytest.raises(InputError, match="no checkpoint folder models/other"):
-        (workplace / "models").mkdir(exist_ok=True)
         checkpoint.locate("models/other")
