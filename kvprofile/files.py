@@ -14,6 +14,11 @@ from typing import Any
 
 from kvprofile.errors import InputError
 
+MAX_FILE_BYTES = 64 * 2**20
+"""Of a file of numbers; texts may be larger."""
+
+MAX_TEXT_BYTES = 2**30
+
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write ``content`` to ``path`` through a temporary file in the same folder, fsync and rename.
@@ -101,6 +106,20 @@ def _render(value: Any, depth: int) -> str:
     if isinstance(value, list) and any(isinstance(item, (dict, list)) for item in value):
         return "[\n" + ",\n".join(indent + _render(item, depth + 1) for item in value) + f"\n{closing}]"
     return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+
+def read_bytes(path: Path, most: int = MAX_FILE_BYTES) -> bytes:
+    """A file's content. Raises InputError where it cannot be read, is no file, or is larger than ``most`` bytes."""
+    try:
+        if path.exists() and not path.is_file() and not path.is_dir():  # a pipe or device would be read for ever
+            raise InputError(f"{path}: not a regular file")
+        with open(path, "rb") as stream:
+            content = b"" if path.stat().st_size > most else stream.read(most + 1)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot read: {getattr(error, 'strerror', None) or error}") from error
+    if path.stat().st_size > most or len(content) > most:
+        raise InputError(f"{path}: larger than {most // 2**20} MiB; no such file is that large")
+    return content
 
 
 def read_json(path: Path, max_bytes: int, kind: str) -> Any:
