@@ -97,8 +97,8 @@ def test_constraints_are_exact_versions_and_nothing_else():
 @pytest.mark.skipif(Path(sys.prefix).resolve() != (ROOT / ".venv").resolve(), reason="not the environment of `make`")
 def test_what_is_installed_is_what_is_pinned():
     pinned = {normalised(name): version for name, version in pins().items()}
-    here = metadata.distributions(path=[sysconfig.get_paths()["purelib"]])  # setuptools brings more for itself
-    installed = {normalised(each.name): each.version.partition("+")[0] for each in here}
+    found = metadata.distributions(path=[sysconfig.get_path("purelib")])  # not what setuptools brings inside itself
+    installed = {normalised(each.name): each.version.partition("+")[0] for each in found}
     other = {name: version for name, version in installed.items() if name not in UNPINNED | {"vllm"}}
     assert {name: version for name, version in other.items() if pinned.get(name) != version} == {}
 
