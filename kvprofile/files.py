@@ -14,6 +14,11 @@ from typing import Any
 
 from kvprofile.errors import InputError
 
+MAX_FILE_BYTES = 64 * 2**20
+"""Of a file of numbers; texts may be larger."""
+
+MAX_TEXT_BYTES = 2**30
+
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write ``content`` to ``path`` through a temporary file in the same folder, fsync and rename.
@@ -103,6 +108,20 @@ def _render(value: Any, depth: int) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
+def read_bytes(path: Path, most: int = MAX_FILE_BYTES) -> bytes:
+    """A file's content. Raises InputError where it cannot be read, is no file, or is larger than ``most`` bytes."""
+    try:
+        if path.exists() and not path.is_file() and not path.is_dir():  # a pipe or device would be read for ever
+            raise InputError(f"{path}: not a regular file")
+        with open(path, "rb") as stream:
+            content = b"" if path.stat().st_size > most else stream.read(most + 1)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot read: {getattr(error, 'strerror', None) or error}") from error
+    if path.stat().st_size > most or len(content) > most:
+        raise InputError(f"{path}: larger than {most // 2**20} MiB; no such file is that large")
+    return content
+
+
 def read_json(path: Path, max_bytes: int, kind: str) -> Any:
     """The JSON of a file. Raises ValueError with one phrase that says why it is no ``kind``: 'budget file'."""
     try:
@@ -162,6 +181,18 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"{twice[:40]!r} is there twice")
     return found
+
+
+def bundled_model(reference: str) -> Path | None:
+    """The folder of the bundled checkpoint where ``reference`` means it and no folder of that name lies here.
+
+    The docs call it models/pocket. From an installed package that would be a name to ask the hub for.
+    """
+    if reference not in ("pocket", "models/pocket") or os.path.exists(reference):  # noqa: PTH110
+        return None
+    inside = Path(__file__).resolve().parent / "data" / "pocket"
+    found = inside if inside.is_dir() else Path(__file__).resolve().parents[1] / "models" / "pocket"
+    return found if found.is_dir() else None
 
 
 def sha256_of(*parts: bytes) -> str:

@@ -20,6 +20,7 @@ from kvprofile.budget.store import is_dir, is_file, phrases
 from kvprofile.corpus.generate import blocks
 from kvprofile.errors import InputError, plain
 from kvprofile.evaluate import sources, tasks
+from kvprofile.files import read_bytes
 
 BUNDLED, POCKET = "bundled", "pocket"
 POCKET_TASKS = {"persona": 8000, "needle": 4000, "lookup": 3000}
@@ -151,10 +152,8 @@ def _from_folder(folder: Path) -> list[Document]:
 def _from_file(path: Path) -> Document:
     beside = path.with_suffix(".json")
     try:
-        text = path.read_text(encoding="utf-8")
-        raw = json.loads(beside.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read {error.filename}: {error.strerror}") from error
+        text = read_bytes(path).decode("utf-8").replace("\r\n", "\n")
+        raw = json.loads(read_bytes(beside).decode("utf-8"))
     except (ValueError, RecursionError) as error:
         what = path if isinstance(error, UnicodeDecodeError) else beside
         raise InputError(f"{what}: {error}") from error

@@ -7,7 +7,7 @@ import importlib.util
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from kvprofile.bench.verifiers import choose
 from kvprofile.budget import store
 from kvprofile.budget.model_shape import find_shape
 from kvprofile.errors import InputError, plain
+from kvprofile.files import bundled_model
 
 PRESETS = ("seed",)
 SEED_PROVIDER = "moonshot"
@@ -62,6 +63,7 @@ def prepare(wish: Wish) -> Prepared:
     """The plan that a wish stands for. Raises InputError where there is none."""
     if wish.preset not in (None, *PRESETS):
         raise InputError(f"no preset {wish.preset!r}; there is {', '.join(PRESETS)}")
+    wish = replace(wish, model=str(bundled_model(wish.model) or wish.model))
     reasons = []
     if wish.preset is not None:
         reasons.append(

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from kvprofile.budget.profile import Printable
 from kvprofile.budget.store import is_file, phrases
 from kvprofile.errors import InputError
+from kvprofile.files import read_bytes
 
 OWN_FILE = Path("providers.toml")
 
@@ -75,11 +76,7 @@ def load(own: Path | None = None) -> dict[str, Provider]:
     if own is None and is_file(OWN_FILE):
         own = OWN_FILE
     if own is not None:
-        try:
-            content = own.read_bytes()
-        except OSError as error:
-            raise InputError(f"cannot read providers {own}: {error.strerror}") from error
-        found |= _parse(content, str(own))
+        found |= _parse(read_bytes(own), str(own))
     return found
 
 

@@ -24,6 +24,7 @@ from kvprofile.budget.profile import (
     Profile,
 )
 from kvprofile.errors import InputError, plain
+from kvprofile.files import bundled_model
 
 MAX_LAYERS = 4096
 _WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -79,6 +80,9 @@ def find_shape(reference: str) -> ModelShape:
         path = Path(reference).expanduser()
     except RuntimeError:  # ~somebody who has no home here
         path = Path(reference)
+    bundled = bundled_model(reference)
+    if bundled is not None and not store.is_file(store.BUDGET_DIR / store.file_name(reference)):
+        path = bundled
     if store.is_dir(path) or path.name == "config.json":
         config = path / "config.json" if store.is_dir(path) else path
         if not store.is_file(config):

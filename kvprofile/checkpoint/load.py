@@ -49,6 +49,8 @@ def load_tokenizer(source: Source, trust_remote_code: bool = False) -> PreTraine
         raise InputError(f"{source.folder}: cannot load the tokenizer: {first_line(error)}") from error
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise InputError(f"{source.folder}: no tokenizer files; copy the model's tokenizer.json there")
+    if not isinstance(tokenizer.model_max_length, int | float):  # every text would be compared with it
+        raise InputError(f"{source.folder}: model_max_length in tokenizer_config.json is no number")
     return tokenizer
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvprofile.errors import InputError, plain
+from kvprofile.files import bundled_model
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -26,10 +27,11 @@ class Source:
 def locate(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Source:
     """Find a checkpoint folder, or fetch the small files of a hub id.
 
-    A folder never touches the network. Raises InputError where there is no such folder or repository.
+    A folder never touches the network; nor does "pocket", the bundled checkpoint. Raises InputError where there is no
+    such folder or repository.
     """
     try:
-        folder = Path(model).expanduser()
+        folder = bundled_model(model) or Path(model).expanduser()
         is_folder, exists = folder.is_dir(), folder.exists()
     except (OSError, RuntimeError, ValueError) as error:
         raise InputError(f"cannot look for {model[:100]}: {first_line(error)}") from error

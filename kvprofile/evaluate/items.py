@@ -164,7 +164,7 @@ class ItemStore:
             return None
         try:
             found = json.loads((self.folder / RUN).read_bytes())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return False
         return isinstance(found, dict) and found.get("run_key") == self.run_key
 
@@ -203,7 +203,7 @@ def _parse(line: str) -> Item | None:
     try:
         found = json.loads(line) if line.endswith("\n") else None
         return Item(**found) if isinstance(found, dict) and set(found) == _NAMES else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 

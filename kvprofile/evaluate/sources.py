@@ -13,6 +13,7 @@ from typing import Any
 
 from kvprofile.errors import InputError, plain
 from kvprofile.evaluate.tasks import TASKS, Exercise, Question
+from kvprofile.files import MAX_TEXT_BYTES
 
 _SCHEME = "datasets:"
 _USAGE = "use datasets:ID_OR_FOLDER[:SPLIT[:CONFIG]]"
@@ -74,7 +75,9 @@ def _file(reference: str) -> Path:
 def _lines(path: Path) -> Iterator[Exercise]:
     try:
         with open(path, encoding="utf-8") as stream:
-            for number, line in enumerate(stream, 1):
+            number = 0
+            while line := stream.readline(MAX_TEXT_BYTES):  # of what never ends no more than that
+                number += 1
                 if line.strip():
                     yield _exercise(line, f"{path}: line {number}")
     except OSError as error:

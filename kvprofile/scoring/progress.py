@@ -41,7 +41,7 @@ class ChunkStore:
             raise InputError(f"{self.folder} exists and is no run's folder; move it or choose another --output")
         try:
             same = json.loads(marker.read_text())["run_key"] == self.run_key
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             same = False
         if not same:
             self.replaced = len(self._listed())

@@ -168,6 +168,20 @@ def test_broken_tokenizer(capsys, workplace, checkpoint):
     assert "cannot load the tokenizer" in refused(capsys, workplace, [checkpoint, *FAST])
 
 
+@pytest.mark.parametrize("value", ["", "many", [], {}])
+def test_tokenizer_whose_longest_text_is_no_number(capsys, workplace, checkpoint, value):
+    config = checkpoint / "tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "model_max_length": value}))
+    assert "model_max_length in tokenizer_config.json is no number" in refused(capsys, workplace, [checkpoint, *FAST])
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "tokenizer.json", "generation_config.json"])
+def test_nesting_without_end(capsys, workplace, checkpoint, name):
+    (checkpoint / name).write_text("[" * 100_000)
+    code = run(["score", str(checkpoint), *FAST, "--output", str(workplace / "out.json")])
+    assert code in (0, 2), capsys.readouterr().err
+
+
 def test_chat_template_that_fails(capsys, workplace, checkpoint):
     (checkpoint / "chat_template.jinja").write_text("{{ raise_exception('no') }}")
     assert "the chat template fails" in refused(capsys, workplace, [checkpoint, *FAST])

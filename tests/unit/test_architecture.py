@@ -36,7 +36,7 @@ ARROWS = {
         "runtime",
         "statistics",
     },
-    "runtime": {"budget", "errors"},
+    "runtime": {"budget", "errors", "files"},
     "cli": {"budget", "checkpoint", "corpus", "errors", "evaluate", "files", "report", "bench", "runtime", "scoring"},
     "__main__": {"cli"},
 }

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from kvprofile import __version__
 from tests.models import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -126,3 +127,16 @@ def stated(name: str) -> str:
     said += [text for text in found.metadata.get_all("Classifier") or [] if text.startswith("License")]
     said += [file.read_text()[:60] for file in found.files or [] if file.name == "LICENSE" and not any(said)]
     return " ".join(filter(None, said))
+
+
+def test_the_version_is_stated_once_and_the_changelog_begins_with_it():
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.findall(r"^## (\S+)", changelog, re.MULTILINE)[0] in (__version__, "Unreleased")
+    assert f"\n## {__version__}\n" in changelog
+    written = [
+        file.relative_to(ROOT).as_posix()
+        for folder in ("kvprofile", "scripts", "docs")
+        for file in (ROOT / folder).rglob("*")
+        if file.suffix in (".py", ".toml", ".md") and f'"{__version__}"' in file.read_text(encoding="utf-8")
+    ]
+    assert written == ["kvprofile/__init__.py"]

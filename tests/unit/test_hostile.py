@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from kvprofile.bench import providers
 from kvprofile.bench.documents import Document, Question
 from kvprofile.bench.documents import load as load_documents
 from kvprofile.bench.parts import Parts
@@ -300,3 +301,43 @@ def test_a_schema_fetches_nothing(address):
     question = Question(text="?", json_schema={"$ref": address})
     with pytest.raises(InputError, match=r"^x: json_schema refers to .*, which is not in it$"):
         JsonSchema().judge(case(question, "{}"))
+
+
+def test_nesting_without_end_in_a_folder_of_results_is_not_continued(tmp_path):
+    (tmp_path / "run").mkdir()
+    for name in ("run.json", "items.jsonl"):
+        (tmp_path / "run" / name).write_text("[" * 100_000 + "\n")
+    with pytest.raises(InputError, match="holds an evaluation with other settings"):
+        ItemStore(tmp_path / "run", "key").open({}, [])
+    assert ItemStore(tmp_path / "run", "key").open({}, [("a", 1)], force=True) == 0
+    (tmp_path / "out.json.partial").mkdir()
+    (tmp_path / "out.json.partial" / "run.json").write_text("[" * 100_000)
+    assert ChunkStore(tmp_path / "out.json", "key").open() == 0
+
+
+HUGE = 10 * 2**40
+
+
+def huge(path: Path) -> Path:
+    """A file of ten TiB that takes no space."""
+    with open(path, "wb") as stream:
+        stream.truncate(HUGE)
+    return path
+
+
+def test_texts_of_any_size_are_refused_unread(tmp_path):
+    with pytest.raises(InputError, match="larger than 1024 MiB"):
+        load_corpus(str(huge(tmp_path / "huge.txt")))
+    (tmp_path / "good.md").write_text("a text")
+    for name in ("good.json", "good.md"):
+        huge(tmp_path / name)
+        with pytest.raises(InputError, match=f"{name}: larger than 64 MiB"):
+            load_documents((str(tmp_path / "good.md"),))
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(InputError, match="larger than 64 MiB"):
+        providers.load(huge(tmp_path / "providers.toml"))
+
+
+def test_providers_are_read_from_files_alone(trap):
+    with pytest.raises(InputError, match=r"not a regular file|cannot read"):
+        providers.load(trap)

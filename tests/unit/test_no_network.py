@@ -65,6 +65,7 @@ COMMANDS = [
     ["diff", "made.json", BUDGET],
     ["plot", "made.json", "--output", "made.svg"],
     ["plan", POCKET, "--gpu-memory", "24GiB", "--context", "1000"],
+    ["plan", "models/pocket", "--gpu-memory", "1GiB", "--context", "500"],  # no such folder here: the bundled one
     ["plan", BUDGET, "--gpu-memory", "H100", "--context", "1000"],
     ["export", BUDGET, "--format", "vllm", "--retention", "0.5", "--output", "made.vllm"],
     ["export", BUDGET, "--format", "csv", "--retention", "0.5", "--output", "made.csv"],

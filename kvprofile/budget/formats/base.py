@@ -51,12 +51,12 @@ from kvprofile.budget.profile import (
     round_significant,
 )
 from kvprofile.errors import InputError, plain
+from kvprofile.files import read_bytes
 
 _FRACTIONS = "the file's own budget holds fractions of heads"
 _BUDGET_FORMATS = ("csv", "lu-kv")
 """Formats whose imports bring budgets that were not chosen by score here."""
 
-MAX_FILE_BYTES = 64 * 1024 * 1024
 SIGNIFICANT_DIGITS = 9
 """Enough to tell every float32 from its neighbours, so imported numbers come out as they went in."""
 
@@ -322,20 +322,6 @@ def refuse_other(path: Path, found: str | None, model: str, *, force: bool) -> N
             f"{path} exists and names no model, so it may be another model's; pass --force or another --output"
         )
     raise InputError(f"{path} is for {found}, not for {model}; pass --force to replace it or choose another --output")
-
-
-def read_bytes(path: Path, most: int = MAX_FILE_BYTES) -> bytes:
-    """A file's content. Raises InputError where it cannot be read or is larger than any file of these forms."""
-    try:
-        if path.exists() and not path.is_file():  # a pipe or device would be read for ever
-            raise InputError(f"{path}: not a regular file")
-        with open(path, "rb") as stream:
-            content = stream.read(most + 1)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot read: {getattr(error, 'strerror', None) or error}") from error
-    if len(content) > most:
-        raise InputError(f"{path}: larger than {most // 2**20} MiB; no such file is that large")
-    return content
 
 
 def require_matrix(path: Path, matrix: Matrix, geometry: Geometry) -> None:

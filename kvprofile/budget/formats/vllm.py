@@ -11,14 +11,13 @@ from kvprofile.budget.formats.base import (
     Export,
     ForeignScores,
     Format,
-    read_bytes,
     single,
     validation_as_input_error,
 )
 from kvprofile.budget.profile import Geometry, ModelIdentity, Profile, retention_key
 from kvprofile.budget.runtime_file import RuntimeFile, RuntimeModel, RuntimeProvenance
 from kvprofile.errors import InputError
-from kvprofile.files import sha256_of, write_atomically
+from kvprofile.files import read_bytes, sha256_of, write_atomically
 
 
 class VLLM(Format):
