@@ -172,7 +172,7 @@ def started(arguments: Mapping[str, Any]) -> Iterator[Any]:
             config = EngineArgs(**arguments).create_engine_config(UsageContext.LLM_CLASS)
         except Exception as error:  # vLLM validates with whatever is at hand
             raise InputError(f"vLLM does not take this model so: {_reason(error)}") from error
-        told = list(refuse.problems(config))
+        told = refuse.problems(config)
         if told:
             raise InputError(f"kvprofile does not score with {'; '.join(told)}")
         try:
