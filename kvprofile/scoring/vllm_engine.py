@@ -19,8 +19,7 @@ from kvprofile.capture import ENGINE_ARGUMENTS, SCHEDULER, refuse
 from kvprofile.capture.session import Session
 from kvprofile.checkpoint import Description
 from kvprofile.checkpoint.load import DTYPES, cache_values
-from kvprofile.checkpoint.source import first_line
-from kvprofile.errors import InputError
+from kvprofile.errors import InputError, first_line
 
 if TYPE_CHECKING:
     from kvprofile.scoring.progress import ChunkStore
