@@ -1,4 +1,4 @@
-"""The one error that users see as a single line; ``kvprofile.cli`` turns it into exit code 2."""
+"""The one error that users see as a line, which ``kvprofile.cli`` turns into exit code 2, and texts fit for it."""
 
 from __future__ import annotations
 
@@ -19,6 +19,13 @@ class InputError(Exception):
 def plain(text: object) -> str:
     """Printable text: control characters and bytes that are no UTF-8, as file names may hold, are escaped."""
     return "".join(c if c.isprintable() else _escape(c) for c in str(text))
+
+
+def first_line(error: Exception) -> str:
+    """What a library says went wrong, short enough for one line."""
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    told = lines[0] if not lines[0].endswith(":") else " ".join(line.strip() for line in lines[:3])
+    return told[:300]
 
 
 def _escape(character: str) -> str:

@@ -202,7 +202,7 @@ class HeadBudgets(_Part):
 
 
 class Runtime(_Part):
-    """What a head without a budget keeps."""
+    """What a trimmed head keeps."""
 
     sink_tokens: int = Field(ge=0, le=1_000_000)
     recent_tokens: int = Field(ge=1, le=10_000_000)

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from kvprofile.budget.profile import FULL_ATTENTION, SLIDING_ATTENTION, Geometry
-from kvprofile.checkpoint.source import Source, fetch_weights, first_line
+from kvprofile.checkpoint.source import Source, fetch_weights
 from kvprofile.checkpoint.weights import fingerprint, read_header, weight_files
-from kvprofile.errors import InputError, plain
+from kvprofile.errors import InputError, first_line, plain
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

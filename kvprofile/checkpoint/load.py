@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from kvprofile.budget.profile import Geometry, ModelIdentity
 from kvprofile.checkpoint.describe import Description, quiet_transformers
-from kvprofile.checkpoint.source import Source, first_line
-from kvprofile.errors import InputError
+from kvprofile.checkpoint.source import Source
+from kvprofile.errors import InputError, first_line
 from kvprofile.files import sha256_of
 
 if TYPE_CHECKING:

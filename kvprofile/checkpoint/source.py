@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvprofile.errors import InputError, plain
+from kvprofile.errors import InputError, first_line, plain
 from kvprofile.files import bundled_model
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -97,10 +97,3 @@ def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
         ) from error
     except (HfHubHTTPError, OSError) as error:
         raise InputError(f"cannot fetch {model}: {first_line(error)}") from error
-
-
-def first_line(error: Exception) -> str:
-    """What a library says went wrong, short enough for one line."""
-    lines = (str(error).strip() or type(error).__name__).splitlines()
-    told = lines[0] if not lines[0].endswith(":") else " ".join(line.strip() for line in lines[:3])
-    return told[:300]

@@ -7,8 +7,7 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvprofile.checkpoint.source import first_line
-from kvprofile.errors import InputError
+from kvprofile.errors import InputError, first_line
 from kvprofile.files import sha256_of
 
 _SAMPLE_BYTES = 4096

@@ -15,7 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from kvprofile.corpus.generate import KINDS, generate_text
-from kvprofile.errors import InputError, plain
+from kvprofile.errors import InputError, first_line, plain
 from kvprofile.files import MAX_TEXT_BYTES, read_bytes, sha256_of
 
 GENERATED_CHARACTERS = 20_000
@@ -201,8 +201,7 @@ def _from_datasets(reference: str, rest: str, limit: int | None) -> list[Text]:
         rows = table.select(range(min(limit or table.num_rows, table.num_rows)))
         found = list(rows[column]) if column in table.column_names else None
     except Exception as error:  # datasets and its readers raise all kinds
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{reference}: cannot load the data set: {first[:300]}") from error
+        raise InputError(f"{reference}: cannot load the data set: {first_line(error)}") from error
     if found is None:
         raise InputError(f"{reference}: no column {column!r}; it has {', '.join(table.column_names)}")
     strange = [index for index, text in enumerate(found) if not isinstance(text, str)]

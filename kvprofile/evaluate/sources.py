@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from kvprofile.errors import InputError, plain
+from kvprofile.errors import InputError, first_line, plain
 from kvprofile.evaluate.tasks import TASKS, Exercise, Question
 from kvprofile.files import MAX_TEXT_BYTES
 
@@ -135,8 +135,7 @@ def _from_datasets(reference: str) -> tuple[str, Iterator[Exercise]]:
     except InputError:
         raise
     except Exception as error:  # datasets and its readers raise all kinds
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{reference}: cannot load the data set: {first[:300]}") from error
+        raise InputError(f"{reference}: cannot load the data set: {first_line(error)}") from error
     read = _reader(columns)
     if read is None:
         raise InputError(

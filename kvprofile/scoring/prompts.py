@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kvprofile.errors import InputError
+from kvprofile.errors import InputError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -149,8 +149,7 @@ def _render(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
         with _at_most(TEMPLATE_TIMEOUT_S):
             text = tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], **options)
     except Exception as error:  # a template is a program and fails in its own ways
-        first = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"{tokenizer.name_or_path}: the chat template fails: {first}") from error
+        raise InputError(f"{tokenizer.name_or_path}: the chat template fails: {first_line(error)}") from error
     if isinstance(text, str) and len(text) > MOST_TEMPLATE_CHARACTERS:
         raise InputError(f"{tokenizer.name_or_path}: the chat template writes {len(text):,} characters around one text")
     if not isinstance(text, str) or text.count(_MARK) != 1:
