@@ -131,17 +131,30 @@ class Parts:
 
 
 class Rows:
-    """Rows of a leg while it runs, one JSON line each, written as they come."""
+    """Rows of a leg while it runs, one JSON line each, written as they come. Raises InputError on a full disk."""
 
     def __init__(self, path: Path) -> None:
-        self._file = open(path, "wb")  # noqa: SIM115 - open as long as the leg runs
+        self.path = path
+        with self._on_disk():
+            self._file = open(path, "wb")  # noqa: SIM115 - open as long as the leg runs
 
     def add(self, request: Request) -> None:
         """Append a row so that a crash keeps it."""
-        self._file.write(request.model_dump_json().encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with self._on_disk():
+            self._file.write(request.model_dump_json().encode() + b"\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """No more rows."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # of a full disk, said before
+            self._file.close()
+
+    @contextmanager
+    def _on_disk(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise InputError(
+                f"cannot write {self.path}: {error.strerror or error}; free space and run the same command again"
+            ) from error

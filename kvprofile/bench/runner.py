@@ -36,7 +36,8 @@ def run(plan: Plan, folder: Path, say: Say, force: bool = False) -> record.RunRe
     """Run what is left of a plan and write ``record.json`` after each leg; gives the whole record.
 
     A leg that fails is recorded with its reason, and tried again by the next run. Raises InputError where the folder
-    belongs to something else or another process is at work there, KeyboardInterrupt after keeping what was measured.
+    belongs to something else, another process is at work there or the disk is full, and KeyboardInterrupt; what was
+    measured is kept.
     """
     parts = Parts(folder, plan)
     with parts.opened(force):
@@ -83,6 +84,9 @@ def _measured(
     except LegFailedError as error:
         reason = str(error)
         say(f"{title}: failed: {reason}")
+    except InputError as error:  # a full disk, which the other legs would meet too
+        reason = str(error)
+        raise
     except KeyboardInterrupt:
         reason = f"interrupted after {len(running.outcome.rows)} of {plan.requests} requests"
         raise
