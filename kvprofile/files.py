@@ -6,9 +6,10 @@ import hashlib
 import json
 import os
 import stat
+import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ MAX_FILE_BYTES = 64 * 2**20
 """Of a file of numbers; texts may be larger."""
 
 MAX_TEXT_BYTES = 2**30
+
+LOCK, PARTIAL = ".lock", ".partial"
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -34,18 +37,18 @@ def write_atomically(path: Path, content: bytes) -> None:
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary path beside ``path`` that replaces it when the block ends without an error.
 
-    For libraries that write files themselves. Errors as in write_atomically.
+    For libraries that write files themselves. Errors as in write_atomically. What killed processes left of the same
+    path is removed.
     """
-    partial: Path | None = None
+    handle, partial = -1, None
     path = path.resolve()  # a link stays a link, and what it points to is replaced
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name[:80]}.", suffix=".partial", dir=path.parent)
-        os.close(handle)
-        partial = Path(name)
+        prefix = f".{path.name[:80]}."
+        _remove_abandoned(path.parent, prefix)
+        handle, partial = _temporary(path.parent, prefix)
         yield partial
-        with open(partial, "rb") as stream:
-            os.fsync(stream.fileno())
+        os.fsync(handle)
         partial.chmod(0o666 & ~_umask())
         partial.replace(path)
         partial = None
@@ -56,6 +59,96 @@ def atomic_path(path: Path) -> Iterator[Path]:
     finally:
         if partial is not None:
             partial.unlink(missing_ok=True)
+        if handle != -1:
+            os.close(handle)
+
+
+@contextmanager
+def alone(lock: Path, output: Path) -> Iterator[None]:
+    """Keep other kvprofile processes away from ``output`` while the block lasts, by a lock on the file ``lock``.
+
+    The lock ends with the process, however that ends; its file and folders made for it go with the block. Raises
+    InputError where another process has it. File systems without locks keep nobody away.
+    """
+    made = missing_folders(lock.parent)
+    handle = -1
+    try:
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            while handle == -1:
+                handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+                if _lock(handle) is False:
+                    raise InputError(
+                        f"another kvprofile process is writing {output}; wait for it or choose another --output"
+                    )
+                if not _is_open_at(handle, lock):  # its last holder has just removed it
+                    os.close(handle)
+                    handle = -1
+        except OSError as error:
+            raise InputError(f"cannot write {output}: {error.strerror or error}; choose another --output") from error
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+    finally:
+        if handle != -1:
+            os.close(handle)
+        for folder in made:
+            with suppress(OSError):
+                folder.rmdir()
+
+
+def holdings(folder: Path) -> list[Path]:
+    """What a folder holds, but for locks and for what killed processes left half-written."""
+    return [path for path in folder.iterdir() if path.name != LOCK and not _is_temporary(path.name)]
+
+
+def _is_temporary(name: str) -> bool:
+    return name.startswith(".") and name.endswith(PARTIAL)
+
+
+def _temporary(folder: Path, prefix: str) -> tuple[int, Path]:
+    """A new file, open and locked, so that it does not pass for abandoned."""
+    while True:
+        handle, name = tempfile.mkstemp(prefix=prefix, suffix=PARTIAL, dir=folder)
+        if _lock(handle) is not False and _is_open_at(handle, Path(name)):
+            return handle, Path(name)
+        os.close(handle)
+
+
+def _remove_abandoned(folder: Path, prefix: str) -> None:
+    """Remove temporary files whose process is gone: their locks can be had."""
+    for path in folder.iterdir():
+        if path.name.startswith(prefix) and _is_temporary(path.name) and not path.is_dir():
+            with suppress(OSError):
+                handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+                try:
+                    if _lock(handle):
+                        path.unlink()
+                finally:
+                    os.close(handle)
+
+
+def _lock(handle: int) -> bool | None:
+    """Take an open file's lock; False where another process has it, None where there are no locks."""
+    if sys.platform == "win32":
+        return None
+    import fcntl
+
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _is_open_at(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def require_writable(path: Path) -> None:

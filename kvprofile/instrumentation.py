@@ -163,6 +163,7 @@ class GPUMemoryManager:
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._devices = _devices()
+        self._epoch = time.time() - time.perf_counter()
 
     def __enter__(self) -> GPUMemoryManager:
         self._stop.clear()
@@ -178,6 +179,10 @@ class GPUMemoryManager:
             self._thread.join()
         self._note(self.sample())
 
+    def now(self) -> float:
+        """Seconds since 1970 by the clock as it stood when this object was made; steps of the clock change nothing."""
+        return self._epoch + time.perf_counter()
+
     def sample(self) -> Look:
         """One look, now."""
         values = self._values()
@@ -189,7 +194,7 @@ class GPUMemoryManager:
             width = None if per_token is None or block_tokens is None else per_token * block_tokens
         usable = None if blocks is None or width is None else (blocks - 1) * width  # one block is never given out
         return Look(
-            time=time.time(),
+            time=self.now(),
             cache_bytes_in_use=None if usable is None or usage is None else round(usage * usable),
             cache_bytes_total=None if blocks is None or width is None else blocks * width,
             cache_usage=usage,

@@ -8,6 +8,7 @@ import shutil
 import pytest
 from hypothesis import settings
 
+from tests.disks import disks
 from tests.models import POCKET, random_model, save_checkpoint
 
 settings.register_profile("everywhere", deadline=None, derandomize=True)  # a slow machine is no failure
@@ -60,3 +61,9 @@ def workplace(tmp_path, monkeypatch):
     place.mkdir()
     monkeypatch.chdir(place)
     return place
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A file system of 1 MiB. Gives its folder and a function that mounts it with other options."""
+    yield from disks(tmp_path)

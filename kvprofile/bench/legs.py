@@ -102,12 +102,12 @@ class LegRun:
                 return
             own = running.endpoint
             remote = openai_compatible.endpoint(provider, own.base_url, own.model, own.key)
-            yield Running(remote, warnings=("a rehearsal: this provider ran on this machine",))
+            yield Running(remote, warnings=("a rehearsal: this provider ran on this machine",), ended=running.ended)
 
     def _budgets(self) -> vllm.Budgets | None:
         if self.leg.kind == "remote" or self.leg.retention is None or self.plan.profile is None:
             return None
-        return vllm.Budgets(Path(self.plan.profile), self.leg.retention, self._path("stats"))
+        return vllm.Budgets(self.parts.profile, self.leg.retention, self._path("stats"))
 
     def _path(self, ending: str) -> Path:
         return self.parts.path(self.leg, self.repetition, ending)
@@ -135,7 +135,7 @@ class LegRun:
             stats=running.stats,
         )
         self.outcome.preemptions_before = manager.sample().preemptions  # those of warm-up and of trials
-        self.outcome.began = time.time()
+        self.outcome.began = manager.now()
         began = time.perf_counter()
 
         def note(prompt: Prompt, answer: Answer) -> None:
@@ -146,6 +146,8 @@ class LegRun:
             rows.add(row)
             if answer.error is not None:
                 self.say(f"{self.leg.name}: {prompt.document.name}: {answer.error}")
+                if running.ended():
+                    sender.give_up()
 
         try:
             with manager:

@@ -62,6 +62,10 @@ class Sender:
         """The id under which the engine knows a request."""
         return f"{self.tag}.{prompt.number}"
 
+    def give_up(self) -> None:
+        """Send no more: the other requests would fail the same way."""
+        self._hopeless = True
+
     def closed(self, batch: Sequence[Prompt], concurrency: int | None, on_answer: OnAnswer) -> float:
         """Keep so many requests in flight (None: all at once) until all are answered; gives the seconds it took."""
         return asyncio.run(self._timed(lambda send: _closed(batch, concurrency or len(batch), send), on_answer))

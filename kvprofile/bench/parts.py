@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ from pydantic import ValidationError
 from kvprofile.bench.scenario import LegPlan, Plan
 from kvprofile.budget.store import file_name
 from kvprofile.errors import InputError
-from kvprofile.files import json_bytes, parse_json, refuse_links, write_atomically
+from kvprofile.files import LOCK, alone, holdings, json_bytes, parse_json, refuse_links, write_atomically
 from kvprofile.report.record import Leg, Request
 
 RECORD, PARTS = "record.json", "parts"
@@ -25,20 +28,22 @@ class Parts:
     def __init__(self, folder: Path, plan: Plan) -> None:
         self.folder, self.plan = folder, plan
         self.parts = folder / PARTS
+        self.marker = self.parts / "plan"
+
+    @contextmanager
+    def opened(self, force: bool) -> Iterator[None]:
+        """The folder, for this process alone. Raises InputError as ``open``, and where another is at work in it."""
+        self._refuse_foreign()
+        with alone(self.parts / LOCK, self.folder):
+            self.open(force)
+            yield
 
     def open(self, force: bool) -> None:
         """Make the folder, or recognise it. Raises InputError where it holds something else."""
-        marker = self.parts / "plan"
+        self._refuse_foreign()
         wanted = json_bytes({"run_key": self.plan.run_key()})
         try:
-            if self.folder.exists() and not self.folder.is_dir():
-                raise InputError(f"{self.folder} is no folder; choose another --output")
-            refuse_links(self.folder)
-            refuse_links(self.parts)
-            foreign = self.folder.is_dir() and any(self.folder.iterdir()) and not marker.is_file()
-            if foreign:
-                raise InputError(f"{self.folder} exists and is no benchmark's folder; choose another --output")
-            if marker.is_file() and marker.read_bytes() != wanted:
+            if self.marker.is_file() and self.marker.read_bytes() != wanted:
                 if not force:
                     raise InputError(
                         f"{self.folder} holds a benchmark with other settings; give --force to replace it, or another "
@@ -47,11 +52,17 @@ class Parts:
                 self._empty()
         except OSError as error:
             raise InputError(f"cannot use {self.folder}: {error.strerror}; choose another --output") from error
-        write_atomically(marker, wanted)
+        write_atomically(self.marker, wanted)
+        self._keep_profile()
 
     def path(self, leg: LegPlan, repetition: int, ending: str) -> Path:
         """A file of a leg: its record, its rows as they come, its server's log, its statistics."""
         return self.parts / f"{file_name(f'{repetition}-{leg.name}').removesuffix('.json')}.{ending}"
+
+    @property
+    def profile(self) -> Path:
+        """The budget file as it was when the benchmark was planned: what legs are served with."""
+        return self.parts / "profile"
 
     def finished(self, leg: LegPlan, repetition: int) -> Leg | None:
         """The leg if it ran to its end under the same settings."""
@@ -82,6 +93,29 @@ class Parts:
                     found.append(Request.model_validate(parse_json(line, "row")))
         return found
 
+    def _refuse_foreign(self) -> None:
+        try:
+            if self.folder.exists() and not self.folder.is_dir():
+                raise InputError(f"{self.folder} is no folder; choose another --output")
+            refuse_links(self.folder)
+            refuse_links(self.parts)
+            inside = [path for folder in (self.folder, self.parts) if folder.is_dir() for path in holdings(folder)]
+            if any(path != self.parts for path in inside) and not self.marker.is_file():
+                raise InputError(f"{self.folder} exists and is no benchmark's folder; choose another --output")
+        except OSError as error:
+            raise InputError(f"cannot use {self.folder}: {error.strerror}; choose another --output") from error
+
+    def _keep_profile(self) -> None:
+        if self.plan.profile is None:
+            return
+        try:
+            content = Path(self.plan.profile).read_bytes()
+        except OSError as error:
+            raise InputError(f"cannot read {self.plan.profile}: {error.strerror}; run the command again") from error
+        if self.plan.profile_sha256 not in (None, hashlib.sha256(content).hexdigest()):
+            raise InputError(f"{self.plan.profile} was changed while the benchmark started; run the command again")
+        write_atomically(self.profile, content)
+
     def _read(self, path: Path) -> dict[str, Any] | None:
         try:
             found = parse_json(path.read_bytes(), "leg")
@@ -92,22 +126,37 @@ class Parts:
     def _empty(self) -> None:
         """Remove what benchmarks write, and nothing else."""
         (self.folder / RECORD).unlink(missing_ok=True)
-        for path in self.parts.iterdir():
-            path.unlink()
+        for path in holdings(self.parts):
+            if path != self.marker:
+                path.unlink()
+        self.marker.unlink()  # last: a folder without it passes for someone else's
 
 
 class Rows:
-    """Rows of a leg while it runs, one JSON line each, written as they come."""
+    """Rows of a leg while it runs, one JSON line each, written as they come. Raises InputError on a full disk."""
 
     def __init__(self, path: Path) -> None:
-        self._file = open(path, "wb")  # noqa: SIM115 - open as long as the leg runs
+        self.path = path
+        with self._on_disk():
+            self._file = open(path, "wb")  # noqa: SIM115 - open as long as the leg runs
 
     def add(self, request: Request) -> None:
         """Append a row so that a crash keeps it."""
-        self._file.write(request.model_dump_json().encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with self._on_disk():
+            self._file.write(request.model_dump_json().encode() + b"\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """No more rows."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # of a full disk, said before
+            self._file.close()
+
+    @contextmanager
+    def _on_disk(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise InputError(
+                f"cannot write {self.path}: {error.strerror or error}; free space and run the same command again"
+            ) from error

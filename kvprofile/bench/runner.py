@@ -36,10 +36,15 @@ def run(plan: Plan, folder: Path, say: Say, force: bool = False) -> record.RunRe
     """Run what is left of a plan and write ``record.json`` after each leg; gives the whole record.
 
     A leg that fails is recorded with its reason, and tried again by the next run. Raises InputError where the folder
-    belongs to something else, KeyboardInterrupt after keeping what was measured.
+    belongs to something else, another process is at work there or the disk is full, and KeyboardInterrupt; what was
+    measured is kept.
     """
     parts = Parts(folder, plan)
-    parts.open(force)
+    with parts.opened(force):
+        return _run(plan, parts, say)
+
+
+def _run(plan: Plan, parts: Parts, say: Say) -> record.RunRecord:
     started = provenance.now()
     token_bytes = _token_bytes(plan)
     legs: dict[tuple[str, int], record.Leg] = {}
@@ -64,8 +69,9 @@ def run(plan: Plan, folder: Path, say: Say, force: bool = False) -> record.RunRe
             found = parts.finished(leg, repetition)
             if found is not None:
                 legs[leg.name, repetition] = found
-            _write(plan, folder, legs, started)
-    return _write(plan, folder, legs, started)
+            if legs:
+                _write(plan, parts, legs, started)
+    return _write(plan, parts, legs, started)
 
 
 def _measured(
@@ -78,6 +84,9 @@ def _measured(
     except LegFailedError as error:
         reason = plain(error)[:MOST_CHARACTERS]
         say(f"{title}: failed: {reason}")
+    except InputError as error:  # a full disk, which the other legs would meet too
+        reason = str(error)
+        raise
     except KeyboardInterrupt:
         reason = f"interrupted after {len(running.outcome.rows)} of {plan.requests} requests"
         raise
@@ -87,16 +96,18 @@ def _measured(
         reason = plain(f"{type(error).__name__}: {error}")[:500]
         say(f"{title}: failed: {reason}; run with kvprofile --debug for the traceback")
     finally:
-        found = _leg(plan, leg, repetition, running.outcome, began, reason)
+        found = _leg(plan, leg, repetition, running.outcome, began, reason, parts.profile)
         parts.save(leg, repetition, found)
     if reason is None:
         say(f"{title}: {_summary(found)}")
     return found
 
 
-def _leg(plan: Plan, leg: LegPlan, repetition: int, outcome: Outcome, began: str, reason: str | None) -> record.Leg:
+def _leg(
+    plan: Plan, leg: LegPlan, repetition: int, outcome: Outcome, began: str, reason: str | None, profile: Path
+) -> record.Leg:
     local = leg.kind == "local"
-    budget = _runtime_file(plan, leg)
+    budget = _runtime_file(plan, leg, profile)
     rows = sorted(outcome.rows, key=lambda row: row.start_s or 0.0)
     load = plan.load
     return record.Leg(
@@ -194,11 +205,11 @@ def _cost(leg: LegPlan, outcome: Outcome) -> record.Cost | None:
     )
 
 
-def _runtime_file(plan: Plan, leg: LegPlan) -> RuntimeFile | None:
+def _runtime_file(plan: Plan, leg: LegPlan, profile: Path) -> RuntimeFile | None:
     """The budgets that a leg is served with, as the runtime makes them of the profile."""
     if leg.kind == "remote" or leg.retention is None or plan.profile is None:
         return None
-    return budget_at(Path(plan.profile), leg.retention, plan.engine.tensor_parallel_size)
+    return budget_at(profile, leg.retention, plan.engine.tensor_parallel_size)
 
 
 def budget_at(path: Path, retention: float, tensor_parallel_size: int) -> RuntimeFile:
@@ -255,11 +266,9 @@ def _bounded(leg: record.Leg, baseline: float | None) -> record.Leg:
     return leg.model_copy(update={"bound": bound})
 
 
-def _write(plan: Plan, folder: Path, legs: dict[tuple[str, int], record.Leg], started: str) -> record.RunRecord:
+def _write(plan: Plan, parts: Parts, legs: dict[tuple[str, int], record.Leg], started: str) -> record.RunRecord:
     order = [(leg.name, repetition) for leg, repetition in plan.schedule]
     found = [legs[place] for place in order if place in legs]
-    if not found:
-        raise InputError(f"nothing was measured into {folder}")
     judged = judge(plan, with_bounds(found))
     began = min((leg.started for leg in found if leg.started is not None), default=started)
     result = record.RunRecord(
@@ -273,7 +282,7 @@ def _write(plan: Plan, folder: Path, legs: dict[tuple[str, int], record.Leg], st
         provenance=provenance.collect(began, provenance.now(), PACKAGES),
         legs=judged,
     )
-    run_files.save(result, folder / RECORD)
+    run_files.save(result, parts.folder / RECORD)
     return result
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
 from typing import Annotated
 
@@ -59,6 +60,7 @@ def _options(
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit; every failure is one line on stderr unless --debug is given."""
     _mend_streams()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: keep what is finished, leave nothing about
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 

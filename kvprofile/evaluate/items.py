@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kvprofile.errors import InputError
-from kvprofile.files import missing_folders, refuse_links, write_atomically
+from kvprofile.files import holdings, missing_folders, refuse_links, write_atomically
 
 RUN, ITEMS, SUMMARY = "run.json", "items.jsonl", "summary.json"
 DIGITS = 6
@@ -105,12 +105,7 @@ class ItemStore:
         ``run`` is what ``run.json`` will say. A half-written end is cut off. Raises InputError where the folder holds
         an evaluation with other settings, unless ``force``, and where it holds anything else.
         """
-        refuse_links(self.folder)
-        same = self._same_run()
-        if same is False and not force:
-            raise InputError(
-                f"{self.folder} holds an evaluation with other settings; pass --force to replace it or another --output"
-            )
+        same = self.refuse_foreign(force)
         self._mine = True
         if not same:
             self._remove_files()
@@ -154,11 +149,21 @@ class ItemStore:
         """Write ``summary.json``."""
         write_atomically(self.folder / SUMMARY, document(summary))
 
+    def refuse_foreign(self, force: bool = False) -> bool | None:
+        """Whether the folder holds this run; None where it holds nothing. Raises InputError as ``open``."""
+        refuse_links(self.folder)
+        same = self._same_run()
+        if same is False and not force:
+            raise InputError(
+                f"{self.folder} holds an evaluation with other settings; pass --force to replace it or another --output"
+            )
+        return same
+
     def _same_run(self) -> bool | None:
         """Whether the folder belongs to this run; None where nothing is in it. Raises InputError for other things."""
         if not self.folder.exists():
             return None
-        if not self.folder.is_dir() or (not (self.folder / RUN).is_file() and any(self.folder.iterdir())):
+        if not self.folder.is_dir() or (not (self.folder / RUN).is_file() and holdings(self.folder)):
             raise InputError(f"{self.folder} exists and is no evaluation's folder; move it or choose another --output")
         if not (self.folder / RUN).is_file():
             return None
@@ -169,7 +174,7 @@ class ItemStore:
         return isinstance(found, dict) and found.get("run_key") == self.run_key
 
     def _remove_files(self) -> None:
-        for name in (RUN, ITEMS, SUMMARY):
+        for name in (ITEMS, SUMMARY, RUN):  # RUN last: a folder without it passes for someone else's
             with contextlib.suppress(OSError):
                 (self.folder / name).unlink()
 

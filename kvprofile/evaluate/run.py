@@ -22,7 +22,7 @@ from kvprofile.evaluate.options import Options
 from kvprofile.evaluate.summary import Results, summarise
 from kvprofile.evaluate.tasks import TASKS
 from kvprofile.evaluate.variants import Contender, Variant, build
-from kvprofile.files import sha256_of
+from kvprofile.files import LOCK, alone, sha256_of
 from kvprofile.scoring.run import Progress, Silent
 
 if TYPE_CHECKING:
@@ -103,6 +103,12 @@ def evaluate(
     disk is full; finished exercises stay for the next run.
     """
     kept = ItemStore(folder, run_key(planned, placement))
+    kept.refuse_foreign(force)
+    with alone(folder / LOCK, folder):
+        return _evaluate(planned, placement, kept, progress, force)
+
+
+def _evaluate(planned: Plan, placement: Placement, kept: ItemStore, progress: Progress, force: bool) -> dict[str, Any]:
     count = len(planned.variants)
     expected = [(asked.name, count * len(asked.exercise.questions)) for asked in planned.asked]
     try:

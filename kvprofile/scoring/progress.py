@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from kvprofile.errors import InputError
-from kvprofile.files import missing_folders, refuse_links, write_atomically
+from kvprofile.files import holdings, missing_folders, refuse_links, write_atomically
 from kvprofile.scoring.aggregate import HeadStatistics
 
 
@@ -37,7 +37,7 @@ class ChunkStore:
         """
         refuse_links(self.folder)
         marker = self.folder / "run.json"
-        if self.folder.exists() and not marker.is_file() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+        if self.folder.exists() and not marker.is_file() and (not self.folder.is_dir() or holdings(self.folder)):
             raise InputError(f"{self.folder} exists and is no run's folder; move it or choose another --output")
         try:
             same = json.loads(marker.read_text())["run_key"] == self.run_key
@@ -104,9 +104,9 @@ class ChunkStore:
     def discard(self) -> None:
         """Remove what a run puts into the folder, and the folder."""
         for file in [
-            self.folder / "run.json",
             *self.folder.glob("document-*.safetensors"),
             *self.folder.glob(".*.partial"),
+            self.folder / "run.json",  # last: a folder without it passes for someone else's
         ]:
             file.unlink(missing_ok=True)
         with contextlib.suppress(OSError):

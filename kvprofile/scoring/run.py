@@ -267,6 +267,7 @@ def _write_token_scores(plan: Plan, store: ChunkStore, path: Path) -> None:
     """One tensor [L, G, T] for each document, NaN in layers that slide, in one safetensors file."""
     import safetensors.torch
     import torch
+    from safetensors import SafetensorError
 
     geometry = plan.description.geometry
     tensors = {}
@@ -281,7 +282,10 @@ def _write_token_scores(plan: Plan, store: ChunkStore, path: Path) -> None:
         "prefix_tokens": [len(document.prefix_ids) for document in plan.documents],
     }
     with atomic_path(path) as partial:
-        safetensors.torch.save_file(tensors, partial, metadata={"kvprofile": json.dumps(notes, sort_keys=True)})
+        try:
+            safetensors.torch.save_file(tensors, partial, metadata={"kvprofile": json.dumps(notes, sort_keys=True)})
+        except SafetensorError as error:  # what it makes of a full disk
+            raise OSError(str(error)) from error
 
 
 def _run_key(plan: Plan, engine: Engine, keep_token_scores: bool) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +23,7 @@ class Running:
 
     ``metrics_url`` and ``process`` are of engines on this machine; ``stats`` is the runtime's statistics file.
     ``token_bytes`` is what a token takes in a cache without budgets.
+    ``ended`` says whether its process is gone.
     ``facts`` go into the leg as they are: engine, dtype, device.
     """
 
@@ -33,3 +34,4 @@ class Running:
     token_bytes: int | None = None
     facts: Mapping[str, str | int | None] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    ended: Callable[[], bool] = lambda: False

@@ -85,7 +85,10 @@ def serving(
     secret_names: Sequence[str] = (),
     token_bytes: int | None = None,
 ) -> Iterator[Running]:
-    """A server while the block lasts. Raises LegFailedError where it does not start, or not with its budgets."""
+    """A server while the block lasts.
+
+    Raises LegFailedError where it does not start, or not with its budgets, and where it ended before the block did.
+    """
     port, key = _free_port(), secrets.token_urlsafe(24)
     environment = environment_of(budgets, options, secret_names)
     environment["VLLM_API_KEY"] = key  # not on the command line, which `ps` shows
@@ -101,14 +104,22 @@ def serving(
         try:
             _wait(process, address, options.start_timeout_s, log)
             _require(address, budgets)
-            yield Running(
-                endpoint=Endpoint(f"{address}/v1", name, key),
-                metrics_url=address,
-                process=process.pid,
-                stats=None if budgets is None else budgets.stats,
-                token_bytes=token_bytes,
-                facts=facts(log),
-            )
+            failed = None
+            try:
+                yield Running(
+                    endpoint=Endpoint(f"{address}/v1", name, key),
+                    metrics_url=address,
+                    process=process.pid,
+                    stats=None if budgets is None else budgets.stats,
+                    token_bytes=token_bytes,
+                    facts=facts(log),
+                    ended=lambda: process.poll() is not None,
+                )
+            except LegFailedError as error:
+                failed = error
+            _require_running(process, log)  # of a server that is gone, requests only say that nobody listens
+            if failed is not None:
+                raise failed
         finally:
             _stop(process)
 
@@ -166,6 +177,14 @@ def _require(address: str, budgets: Budgets | None) -> None:
         raise LegFailedError(f"budgets are not in force: {applied.detail}")
     if budgets is None and applied.good:
         raise LegFailedError("budgets are in force in a leg that must not have any")
+
+
+def _require_running(process: subprocess.Popen[bytes], log: Path) -> None:
+    code = process.poll()
+    if code is None:
+        return
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    raise LegFailedError(f"vLLM {how} in the middle of the leg: {reason_in(log)}")
 
 
 def _healthy(address: str) -> bool:

@@ -1,0 +1,135 @@
+"""Files that are written at once or not at all, and the lock that keeps two processes off one output."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from kvprofile.bench.parts import Parts
+from kvprofile.errors import InputError
+from kvprofile.evaluate.items import ItemStore
+from kvprofile.files import alone, atomic_path, write_atomically
+from kvprofile.scoring.progress import ChunkStore
+from tests.models import ROOT
+from tests.unit.test_bench_parts import make_plan
+
+HALF_WAY = """
+import sys, time
+from pathlib import Path
+from kvprofile.files import alone, atomic_path
+with alone(Path(sys.argv[1] + ".lock"), Path(sys.argv[1])), atomic_path(Path(sys.argv[1])) as partial:
+    partial.write_bytes(b"half")
+    print("half way", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def half_way(tmp_path):
+    """A process in the middle of writing a file, and that file."""
+    path = tmp_path / "deep" / "out.json"
+    process = subprocess.Popen([sys.executable, "-c", HALF_WAY, str(path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "half way\n"
+    yield process, path
+    process.kill()
+    process.communicate()
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_write(half_way):
+    process, path = half_way
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert len(names(path.parent)) == 2  # its lock and half a file
+    write_atomically(path.with_name("other.json"), b"whole")
+    assert len(names(path.parent)) == 3, "half a file of another name is not ours to remove"
+    with alone(path.with_name("out.json.lock"), path):
+        write_atomically(path, b"whole")
+    assert names(path.parent) == ["other.json", "out.json"]
+
+
+def test_what_another_writer_has_under_way_is_left_alone(half_way):
+    _, path = half_way
+    write_atomically(path, b"mine")
+    (partial,) = path.parent.glob(".*.partial")
+    assert partial.read_bytes() == b"half"
+    assert path.read_bytes() == b"mine"
+
+
+def test_a_second_process_is_refused_and_a_lock_ends_with_its_process(half_way):
+    process, path = half_way
+    lock = path.with_name("out.json.lock")
+    with pytest.raises(InputError, match=r"another kvprofile process is writing .*out.json; wait for it or choose"):
+        alone(lock, path).__enter__()
+    assert lock.exists()
+    process.kill()
+    process.wait()
+    with alone(lock, path):
+        assert lock.exists()
+    assert not lock.exists()
+
+
+def test_folders_made_for_a_lock_go_with_it_unless_they_are_used(tmp_path):
+    with alone(tmp_path / "a" / "b" / ".lock", tmp_path / "a"):
+        pass
+    assert names(tmp_path) == []
+    with alone(tmp_path / "a" / "b" / ".lock", tmp_path / "a"):
+        (tmp_path / "a" / "kept").write_text("")
+    assert names(tmp_path / "a") == ["kept"]
+
+
+def test_an_error_leaves_neither_file_nor_lock(tmp_path):
+    def fail():
+        with alone(tmp_path / ".lock", tmp_path), atomic_path(tmp_path / "out") as partial:
+            partial.write_bytes(b"half")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("left", [[], [".lock"], [".run.json.abc.partial", ".plan.abc.partial", ".lock"]])
+def test_a_folder_in_which_a_run_was_killed_at_its_very_beginning_is_not_foreign(tmp_path, left):
+    folders = {"score": tmp_path / "out.json.partial", "evaluate": tmp_path / "run", "bench": tmp_path / "bench/parts"}
+    for folder in folders.values():
+        folder.mkdir(parents=True)
+        for name in left:
+            (folder / name).write_text("")
+    assert ChunkStore(tmp_path / "out.json", "key").open() == 0
+    assert ItemStore(folders["evaluate"], "key").open({}, []) == 0
+    with Parts(tmp_path / "bench", make_plan()).opened(force=False):
+        assert (folders["bench"] / "plan").is_file()
+    for folder in folders.values():
+        (folder / "thesis.txt").write_text("mine")
+        for name in ("run.json", "plan"):
+            (folder / name).unlink(missing_ok=True)
+    with pytest.raises(InputError, match="no run's folder"):
+        ChunkStore(tmp_path / "out.json", "key").open()
+    with pytest.raises(InputError, match="no evaluation's folder"):
+        ItemStore(folders["evaluate"], "key").open({}, [])
+    with pytest.raises(InputError, match="no benchmark's folder"), Parts(tmp_path / "bench", make_plan()).opened(True):
+        pass
+
+
+def test_a_benchmark_serves_the_budgets_that_it_was_planned_with(tmp_path):
+    import hashlib
+
+    profile = tmp_path / "b.json"
+    profile.write_bytes(b"planned")
+    plan = make_plan(profile=str(profile), profile_sha256=hashlib.sha256(b"planned").hexdigest())
+    parts = Parts(tmp_path / "run", plan)
+    parts.open(force=False)
+    profile.write_bytes(b"edited")
+    assert parts.profile.read_bytes() == b"planned"
+    with pytest.raises(InputError, match="was changed while the benchmark started"):
+        parts.open(force=False)
+    profile.unlink()
+    with pytest.raises(InputError, match="cannot read"):
+        parts.open(force=False)
