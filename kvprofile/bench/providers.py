@@ -80,10 +80,11 @@ def load(own: Path | None = None) -> dict[str, Provider]:
         return found | _parse(read_bytes(own), str(own))
     added = _parse(read_bytes(OWN_FILE), str(OWN_FILE)) if is_file(OWN_FILE) else {}
     for name in found.keys() & added.keys():  # a folder of somebody else's may hold such a file
-        if added[name].key_env is not None and added[name].base_url != found[name].base_url:
+        new = added[name]
+        if new.key_env is not None and new.base_url != found[name].base_url:
             raise InputError(
-                f"{OWN_FILE} here sends {added[name].key_env} to {added[name].base_url} under the name {name}; if that is "
-                f"meant, give --providers {OWN_FILE}"
+                f"{OWN_FILE} here sends {new.key_env} to {new.base_url} under the name {name}; "
+                f"if that is meant, give --providers {OWN_FILE}"
             )
     return found | added
 
