@@ -41,7 +41,7 @@ soak.main()
 
 
 def test_hundreds_of_requests_leave_nothing_behind(tmp_path):
-    found = soak(400, tmp_path, pool_blocks=90)
+    found = soak(400, tmp_path)
     counts = found["counts"]
     print(counts)
     assert found["problems"] == []

@@ -17,7 +17,6 @@ import subprocess
 import sys
 from collections import Counter, deque
 from pathlib import Path
-from types import SimpleNamespace
 
 from tests.models import POCKET, ROOT
 
@@ -201,19 +200,22 @@ def budgets(retention, rule, folder):
     return subject, heads, write_budget(folder / "soak.json", subject, heads, rule, name="pocket")
 
 
-def soak(count, folder, *, seed=0, retention=0.5, sink_tokens=16, recent_tokens=64, pool_blocks=None, program=()):
-    """Serve ``count`` requests and compare. Gives counts and problems in words."""
+def soak(
+    count, folder, *, seed=0, retention=0.5, sink_tokens=16, recent_tokens=64, pool_blocks=90, stock=False, program=()
+):
+    """Serve ``count`` requests and compare; ``stock`` leaves the budget out. Gives counts and problems in words."""
     from kvprofile.budget.trim import TrimRule
     from kvprofile.evaluate.simulate import simulating
     from tests.vllm.engine import compare, environment
 
     rule = TrimRule(sink_tokens, recent_tokens, BLOCK_TOKENS)
     subject, heads, budget = budgets(retention, rule, folder)
+    heads = [[1.0] * len(row) for row in heads] if stock else heads
     asked = requests(count, seed)
     engine = {
         "model": str(POCKET), "skip_tokenizer_init": True, "dtype": "float32", "enforce_eager": True,
         "max_model_len": LONGEST, "block_size": BLOCK_TOKENS, "max_num_batched_tokens": 256, "max_num_seqs": 12,
-        "enable_prefix_caching": True, "num_gpu_blocks_override": pool_blocks or 420,
+        "enable_prefix_caching": True, "num_gpu_blocks_override": pool_blocks,
     }  # fmt: skip
     job = {"engine": engine, "requests": asked, "seed": seed}
     command = [sys.executable, *(program or ("-m", "tests.vllm.soak")), "--serve"]
@@ -221,7 +223,7 @@ def soak(count, folder, *, seed=0, retention=0.5, sink_tokens=16, recent_tokens=
     with log.open("w") as errors:
         child = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=ROOT,
-            env=environment(budget),
+            env=environment(None if stock else budget),
         )  # fmt: skip
         child.stdin.write(json.dumps(job))
         child.stdin.close()
@@ -241,8 +243,9 @@ def soak(count, folder, *, seed=0, retention=0.5, sink_tokens=16, recent_tokens=
                     problems.append(f"request {output['number']} differs from the simulation: {error}")
                     continue
                 counts.update({"compared": 1, "tokens compared": tokens, "near ties": ties})
-    settings = SimpleNamespace(retention=retention, sink=sink_tokens, recent=recent_tokens, seed=seed)
-    return {"settings": vars(settings), "counts": counts, "problems": problems,
+    settings = {"requests": count, "retention": None if stock else retention, "sink_tokens": sink_tokens}
+    settings |= {"recent_tokens": recent_tokens, "pool_blocks": pool_blocks, "seed": seed}
+    return {"settings": settings, "counts": counts, "problems": problems,
             "mib_per_1000_steps": end["mib_per_1000_steps"]}  # fmt: skip
 
 
@@ -253,7 +256,8 @@ def main():
     parser.add_argument("--retention", type=float, default=0.5)
     parser.add_argument("--sink-tokens", type=int, default=16)
     parser.add_argument("--recent-tokens", type=int, default=64)
-    parser.add_argument("--pool-blocks", type=int)
+    parser.add_argument("--pool-blocks", type=int, default=90)
+    parser.add_argument("--stock", action="store_true", help="without budgets, to compare memory")
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "soak")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     asked = parser.parse_args()
@@ -269,6 +273,7 @@ def main():
         sink_tokens=asked.sink_tokens,
         recent_tokens=asked.recent_tokens,
         pool_blocks=asked.pool_blocks,
+        stock=asked.stock,
     )
     print(json.dumps(found, indent=2))
     sys.exit(bool(found["problems"]))
