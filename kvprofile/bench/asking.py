@@ -24,6 +24,9 @@ FIRST_WAIT_S = 0.5
 MOST_BYTES = 64 * 2**20
 """Of an answer, with all that surrounds it. A server that sends more is broken or hostile."""
 
+MOST_CHARACTERS = 2**20
+"""Of an answer's text. The longest that models write are shorter, and verifiers read each."""
+
 MOST_TIMEOUTS = 12
 """So many times ``timeout_s``, the wait for the next byte, may a whole answer take."""
 
@@ -176,11 +179,12 @@ async def _once(client: AsyncOpenAI, endpoint: Endpoint, body: dict[str, Any], r
         if not choices:
             raise _BrokenAnswerError("an answer without choices")
         text = _text(getattr(choices[0], "message", None), "content")
+        _require_short(len(text))
         answer = Answer(sent, ended, text, finish_reason=_reason(choices[0]))
         return replace(answer, **_usage(getattr(found, "usage", None)))
     pieces: list[str] = []
     arrivals: list[float] = []
-    reason, usage = None, None
+    reason, usage, written = None, None, 0
     async with await client.chat.completions.create(**body, extra_headers=headers) as stream:
         async for chunk in stream:
             now = time.perf_counter()
@@ -192,6 +196,8 @@ async def _once(client: AsyncOpenAI, endpoint: Endpoint, body: dict[str, Any], r
                 if text or _thought(delta):
                     arrivals.append(now)
                     pieces.append(text)
+                    written += len(text)
+                    _require_short(written)
     ended = time.perf_counter()
     if reason is None:
         raise _BrokenAnswerError("the stream ended before the answer did")
@@ -215,6 +221,11 @@ def _text(part: Any, name: str) -> str:
     if not isinstance(value, str):
         raise _BrokenAnswerError(f"an answer whose {name} is no text")
     return value
+
+
+def _require_short(characters: int) -> None:
+    if characters > MOST_CHARACTERS:
+        raise _BrokenAnswerError(f"an answer of more than {MOST_CHARACTERS:,} characters")
 
 
 def _reason(choice: Any) -> str | None:

@@ -72,6 +72,10 @@ def prepare(wish: Wish) -> Prepared:
     name = _model_name(wish.model)
     chosen = wish.providers or ((SEED_PROVIDER,) if wish.preset else ())
     remote = remote_legs([providers.choose(each, wish.providers_file) for each in chosen])
+    for each in (leg.provider for leg in remote if leg.provider is not None):
+        if each.base_url is not None:
+            key = f", with {each.key_env}" if each.key_env else ""
+            reasons.append(f"provider {each.name}: {each.base_url}{key}")
     retentions = wish.retentions or SEED_RETENTIONS
     local = local_legs(retentions, wish.baseline) if wish.local else ()
     profile = wish.profile

@@ -70,14 +70,23 @@ class Provider(BaseModel):
 
 
 def load(own: Path | None = None) -> dict[str, Provider]:
-    """All providers by name. ``own`` defaults to ./providers.toml where that exists. Raises InputError."""
+    """All providers by name. ``own`` defaults to ./providers.toml where that exists, which nobody may have asked for.
+
+    Raises InputError.
+    """
     bundled = files("kvprofile.bench") / "providers.toml"
     found = _parse(bundled.read_bytes(), "bundled providers")
-    if own is None and is_file(OWN_FILE):
-        own = OWN_FILE
     if own is not None:
-        found |= _parse(read_bytes(own), str(own))
-    return found
+        return found | _parse(read_bytes(own), str(own))
+    added = _parse(read_bytes(OWN_FILE), str(OWN_FILE)) if is_file(OWN_FILE) else {}
+    for name in found.keys() & added.keys():  # a folder of somebody else's may hold such a file
+        new = added[name]
+        if new.key_env is not None and new.base_url != found[name].base_url:
+            raise InputError(
+                f"{OWN_FILE} here sends {new.key_env} to {new.base_url} under the name {name}; "
+                f"if that is meant, give --providers {OWN_FILE}"
+            )
+    return found | added
 
 
 def choose(name: str, own: Path | None = None) -> Provider:

@@ -14,6 +14,7 @@ from kvprofile.bench import providers
 from kvprofile.bench.documents import Document, Question
 from kvprofile.bench.documents import load as load_documents
 from kvprofile.bench.parts import Parts
+from kvprofile.bench.verifiers import BUILT_IN
 from kvprofile.bench.verifiers.base import Case
 from kvprofile.bench.verifiers.expected import JsonSchema
 from kvprofile.budget import runtime_file, store
@@ -341,3 +342,15 @@ def test_texts_of_any_size_are_refused_unread(tmp_path):
 def test_providers_are_read_from_files_alone(trap):
     with pytest.raises(InputError, match=r"not a regular file|cannot read"):
         providers.load(trap)
+
+
+def test_outputs_of_a_million_characters_are_judged():
+    """Compared whole, two of them take more memory than there is."""
+    question = Question(text="?", expected=("a",))
+    document = Document(name="x", text="x", questions=(question,))
+    text = "a b c d " * 2**17
+    judged = Case(document, question, text, "0.5", 0, "stop", text[::-1])
+    found = {name: make().judge(judged) for name, make in BUILT_IN.items()}
+    assert found["expected"].passed
+    assert found["agreement"].score is not None
+    assert not found["loops"].passed

@@ -9,6 +9,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import openai
 import pytest
 
 from kvprofile.bench import asking
@@ -18,6 +19,7 @@ from kvprofile.bench.parts import Parts
 from kvprofile.bench.providers import Provider
 from kvprofile.bench.runner import run
 from kvprofile.bench.scenario import Load, remote_legs
+from kvprofile.client import VLLMClient
 from kvprofile.report import run_files
 from tests.unit.test_bench_parts import make_plan
 
@@ -127,7 +129,15 @@ def test_an_answer_without_end_is_cut_off(monkeypatch, stream, piece):
     monkeypatch.setattr(asking, "MOST_BYTES", 2**22)
     with server(lambda handler: endless(handler, piece)) as (address, _):
         answer = ask(address, stream=stream)
-    assert "an answer of more than 4 MiB" in answer.error
+    assert "an answer of more than " in answer.error
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_text_that_no_model_writes_is_refused(stream):
+    text = "x" * (asking.MOST_CHARACTERS + 1)
+    body = events(*streamed(text)) if stream else json.dumps(whole(text)).encode()
+    with server(lambda handler: send(handler, body, "text/event-stream" if stream else "application/json")) as (to, _):
+        assert "an answer of more than 1,048,576 characters" in ask(to, stream=stream).error
 
 
 def test_an_answer_that_drips_is_cut_off(monkeypatch):
@@ -150,6 +160,17 @@ def test_an_answer_that_unpacks_to_more_is_refused():
     with server(lambda handler: send(handler, b"\x1f\x8b", **{"Content-Encoding": "gzip"})) as (address, got):
         assert "an answer that is packed" in ask(address, stream=False).error
     assert got[0][1]["accept-encoding"] == "identity"
+
+
+def test_an_application_s_client_follows_no_redirect_either():
+    with (
+        server(lambda handler: send(handler, whole())) as (elsewhere, got),
+        server(lambda h: send(h, b"", status=307, Location=f"{elsewhere}/completions")) as (address, _),
+        VLLMClient("m", url=address, api_key=KEY) as client,
+        pytest.raises(openai.APIStatusError),
+    ):
+        client.generate_response("mine")
+    assert [body for _, headers, body in got if body or "authorization" in headers] == []  # neither key nor prompt
 
 
 STRANGE = [float("nan"), float("inf"), -1, 1e300, 10**30, "many", None, [], {}]
