@@ -5,13 +5,17 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 
+from kvprofile.bench import runner
 from kvprofile.bench.parts import Parts
+from kvprofile.bench.scenario import LegPlan
 from kvprofile.errors import InputError
 from kvprofile.evaluate.items import ItemStore
 from kvprofile.files import alone, atomic_path, write_atomically
+from kvprofile.report.record import Leg
 from kvprofile.scoring.progress import ChunkStore
 from tests.models import ROOT
 from tests.unit.test_bench_parts import make_plan
@@ -55,7 +59,7 @@ def test_what_a_killed_writer_left_goes_with_the_next_write(half_way):
 
 
 def test_what_another_writer_has_under_way_is_left_alone(half_way):
-    process, path = half_way
+    _, path = half_way
     write_atomically(path, b"mine")
     (partial,) = path.parent.glob(".*.partial")
     assert partial.read_bytes() == b"half"
@@ -85,7 +89,7 @@ def test_folders_made_for_a_lock_go_with_it_unless_they_are_used(tmp_path):
 
 
 def test_an_error_leaves_neither_file_nor_lock(tmp_path):
-    with pytest.raises(KeyError), alone(tmp_path / ".lock", tmp_path), atomic_path(tmp_path / "out") as partial:
+    with suppress(KeyError), alone(tmp_path / ".lock", tmp_path), atomic_path(tmp_path / "out") as partial:
         partial.write_bytes(b"half")
         raise KeyError
     assert names(tmp_path) == []
@@ -129,3 +133,15 @@ def test_a_benchmark_serves_the_budgets_that_it_was_planned_with(tmp_path):
     profile.unlink()
     with pytest.raises(InputError, match="cannot read"):
         parts.open(force=False)
+
+
+def test_rows_of_a_leg_that_was_kept_and_then_killed_go_with_the_next_run(tmp_path):
+    plan = make_plan(legs=(LegPlan("0.9", 0.9),))
+    parts = Parts(tmp_path / "run", plan)
+    parts.open(force=False)
+    parts.save(plan.legs[0], 0, Leg(name="0.9", kind="local", status="ok", model="pocket", load={"mode": "closed"}))
+    parts.rows(plan.legs[0], 0).close()
+    said = []
+    runner.run(plan, tmp_path / "run", said.append)
+    assert said == ["[1/1] 0.9: done before"]
+    assert names(tmp_path / "run" / "parts") == ["0-0.9.leg", "plan", "profile"]
