@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import os
 import random
 import signal
@@ -20,6 +21,8 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import psutil
 
 from kvprofile.report import run_files
 
@@ -118,10 +121,12 @@ class Bench(Command):
     def problems(self, place: Path, finished: bool, killed: bool) -> list[str]:
         """As of other commands."""
         path = place / "run/record.json"
+        servers = left_running(place)
+        found = [f"process {each} still runs" for each in servers]
         if not path.exists():
-            return ["no record"] if finished else []
+            return [*found, "no record"] if finished else found
         record = run_files.load(path)
-        found = [f"{leg.name}: {leg.reason}" for leg in record.legs if finished and leg.status != "ok"]
+        found += [f"{leg.name}: {leg.reason}" for leg in record.legs if finished and leg.status != "ok"]
         done = {leg.name: leg.model_dump_json(exclude={"requests": {"__all__": {"verdicts"}}, "bound": True})
                 for leg in record.legs if leg.status == "ok"}  # fmt: skip
         found += [f"{name} was measured again" for name, leg in self.kept.items() if done.get(name) != leg]
@@ -133,6 +138,19 @@ class Bench(Command):
             if (temporary and not killed) or (finished and each.suffix == ".rows"):
                 found.append(f"{each.relative_to(place)} lies about")
         return found
+
+
+def left_running(place: Path) -> list[int]:
+    """Processes that have a file of a place open, after some time to end."""
+    deadline = time.monotonic() + 90
+    while True:
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                found += [process.pid for opened in process.open_files() if opened.path.startswith(str(place))]
+        if not found or time.monotonic() > deadline:
+            return found
+        time.sleep(0.5)
 
 
 def popen(arguments: list[str]) -> subprocess.Popen[str]:
@@ -183,7 +201,7 @@ def trial(command: Command, kills: int, chain: int, rng: random.Random, table: c
                     ended = "wrong"
                 table[command.name, sent, how, ended, "bad" if found else "good"] += 1
                 problems += [f"{command.name}, {sent} by {how}, {ended}: {each}" for each in found]
-                done += 1
+                done += ended != "finished before"
             process = command.run(place)
             errors = process.communicate(timeout=300)[1]
             found = [f"run again: {errors[-500:]}"] if process.returncode else command.problems(place, True, False)
@@ -201,6 +219,7 @@ def main() -> None:
     parser.add_argument(
         "--bench-url", help="a vLLM server of pocket, whose answers bench asks for; key in VLLM_API_KEY"
     )
+    parser.add_argument("--vllm", action="store_true", help="bench with servers of its own too, a minute each time")
     arguments = parser.parse_args()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it, and so would children
     score = ["score", POCKET, *CORPUS, *SMALL, "--output", "PLACE/out.json"]
@@ -222,6 +241,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="faults-") as name:
         if arguments.bench_url:
             commands.append(bench(arguments.bench_url, Path(name)))
+        if arguments.vllm:
+            commands.append(bench_with_servers())
         if arguments.only:
             commands = [each for each in commands if each.name in arguments.only]
         table: collections.Counter = collections.Counter()
@@ -246,6 +267,15 @@ def bench(url: str, place: Path) -> Bench:
     options = ["--model", POCKET, "--remote-only", "--providers", str(table), "--documents", "pocket", "--requests",
                "12", "--concurrency", "2", "--warmup-requests", "1", "--max-output-tokens", "16"]  # fmt: skip
     return Bench("bench", ["bench", *options, *legs, "--output", "PLACE/run"], ("run/record.json",))
+
+
+def bench_with_servers() -> Bench:
+    """A leg with budgets and one without, each with a server that the command starts."""
+    options = ["--model", POCKET, "--profile", "models/kv_budget/pocket.json", "--dtype", "float32", "--max-model-len",
+               "4096", "--block-tokens", "32", "--pool-memory", "64MiB", "--enforce-eager", "--no-attention",
+               "--documents", "pocket", "--requests", "12", "--concurrency", "2", "--max-output-tokens", "16",
+               "--retention", "0.5"]  # fmt: skip
+    return Bench("bench with vLLM", ["bench", *options, "--output", "PLACE/run"], ("run/record.json",))
 
 
 if __name__ == "__main__":

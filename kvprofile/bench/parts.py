@@ -78,7 +78,11 @@ class Parts:
         """Keep a leg, finished or failed."""
         content = {"leg_key": self.plan.leg_key(plan, repetition), "leg": leg.model_dump(mode="json")}
         write_atomically(self.path(plan, repetition, "leg"), json.dumps(content).encode() + b"\n")
-        self.path(plan, repetition, "rows").unlink(missing_ok=True)
+        self.forget_rows(plan, repetition)
+
+    def forget_rows(self, leg: LegPlan, repetition: int) -> None:
+        """Remove the rows of a leg that is kept."""
+        self.path(leg, repetition, "rows").unlink(missing_ok=True)
 
     def rows(self, leg: LegPlan, repetition: int) -> Rows:
         """A fresh file for the rows of a leg that begins."""

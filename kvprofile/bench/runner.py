@@ -59,6 +59,7 @@ def _run(plan: Plan, parts: Parts, say: Say) -> record.RunRecord:
         )
         known = legs.get((leg.name, repetition))
         if known is not None and known.status == "ok":
+            parts.forget_rows(leg, repetition)  # where it was killed right after the leg was kept
             say(f"{title}: done before")
             continue
         left = len(parts.interrupted(leg, repetition))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import re
 import shutil
 import signal
 import subprocess
@@ -204,3 +206,18 @@ def test_the_file_says_how_it_was_made(tiny_checkpoint, undisturbed):
     assert document["budgets"]["0.5"]["retention_realised"] == 0.5
     assert str(tiny_checkpoint.parent) not in undisturbed.decode()
     assert os.uname().nodename not in undisturbed.decode()
+
+
+def test_steps_of_the_clock_change_nothing(tiny_checkpoint, undisturbed, tmp_path, capsys, monkeypatch):
+    output = tmp_path / "tiny.json"
+    stepping(monkeypatch)
+    assert run_here([*map(str, command(tiny_checkpoint, output)[3:])]) == 0
+    assert output.read_bytes() == undisturbed
+    seconds = int(re.search(r"wrote .* in (-?\d+) s;", capsys.readouterr().err)[1])
+    assert 0 <= seconds < 600
+
+
+def stepping(monkeypatch):
+    """A clock that is set back or forward by days whenever someone looks."""
+    rng, stock = random.Random("clock"), time.time
+    monkeypatch.setattr(time, "time", lambda: stock() + rng.uniform(-5, 5) * 86400)

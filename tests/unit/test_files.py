@@ -5,13 +5,17 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 
+from kvprofile.bench import runner
 from kvprofile.bench.parts import Parts
+from kvprofile.bench.scenario import LegPlan
 from kvprofile.errors import InputError
 from kvprofile.evaluate.items import ItemStore
 from kvprofile.files import alone, atomic_path, write_atomically
+from kvprofile.report.record import Leg
 from kvprofile.scoring.progress import ChunkStore
 from tests.models import ROOT
 from tests.unit.test_bench_parts import make_plan
@@ -133,3 +137,15 @@ def test_a_benchmark_serves_the_budgets_that_it_was_planned_with(tmp_path):
     profile.unlink()
     with pytest.raises(InputError, match="cannot read"):
         parts.open(force=False)
+
+
+def test_rows_of_a_leg_that_was_kept_and_then_killed_go_with_the_next_run(tmp_path):
+    plan = make_plan(legs=(LegPlan("0.9", 0.9),))
+    parts = Parts(tmp_path / "run", plan)
+    parts.open(force=False)
+    parts.save(plan.legs[0], 0, Leg(name="0.9", kind="local", status="ok", model="pocket", load={"mode": "closed"}))
+    parts.rows(plan.legs[0], 0).close()
+    said = []
+    runner.run(plan, tmp_path / "run", said.append)
+    assert said == ["[1/1] 0.9: done before"]
+    assert names(tmp_path / "run" / "parts") == ["0-0.9.leg", "plan", "profile"]

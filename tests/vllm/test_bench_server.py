@@ -23,8 +23,10 @@ from kvprofile.budget.trim import TrimRule
 from kvprofile.client import BudgetsNotAppliedError, VLLMClient
 from kvprofile.errors import InputError
 from kvprofile.instrumentation import GPUMemoryManager, RequestLog
-from kvprofile.report import run_files
+from kvprofile.report import provenance, run_files
+from tests.disks import fill
 from tests.faulty import FaultyProxy
+from tests.integration.test_score_run import stepping
 from tests.models import POCKET, ROOT
 from tests.vllm.engine import environment
 from tests.vllm.served import KEY, serving_pocket
@@ -347,6 +349,48 @@ def test_a_leg_that_is_interrupted_keeps_its_rows_and_runs_again(server, tmp_pat
         posts = proxy.posts
         whole = runner.run(plan, tmp_path / "run", lambda _: None)
         assert proxy.posts == posts + 4  # the second leg and its warm-up, nothing else
+    assert [leg.status for leg in whole.legs] == ["ok", "ok"]
+    assert whole.legs[0] == kept.legs[0]
+
+
+def test_steps_of_the_clock_change_no_times(server, tmp_path, monkeypatch):
+    url, stats = server
+    plan = plan_of((LegPlan("0.5", 0.5),), profile=str(BUDGET))
+    parts = Parts(tmp_path / "run", plan)
+    parts.open(force=False)
+    running = LegRun(plan, plan.legs[0], 0, parts, None, lambda _: None)
+    stepping(monkeypatch)
+    running._load(Running(endpoint(url), metrics_url=url, stats=stats))
+    leg = runner._leg(plan, plan.legs[0], 0, running.outcome, provenance.now(), None, parts.profile)
+    assert 0 < leg.metrics.duration < 600
+    times = [sample.t_s for sample in leg.samples]
+    assert times == sorted(times)
+    assert 0 <= times[0] <= times[-1] < leg.metrics.duration + 60
+    for row in leg.requests:
+        assert 0 <= row.start_s <= row.start_s + row.e2el_ms / 1000 <= leg.metrics.duration
+        assert 0 < row.ttft_ms < row.e2el_ms
+
+
+def test_a_full_disk_in_a_leg_stops_the_benchmark_and_loses_nothing(server, monkeypatch, disk):
+    url, _ = server
+    monkeypatch.setenv("GOOD_KEY", KEY)
+    place, _ = disk
+    provider = Provider(name="works", base_url=f"{url}/v1", key_env="GOOD_KEY")
+    plan = plan_of((LegPlan("first", provider=provider), LegPlan("second", provider=provider)))
+    said = []
+
+    def say(line):
+        said.append(line)
+        if line.startswith("[2/2]") and "starting" in line and not (place / "ballast").exists():
+            fill(place)
+
+    with pytest.raises(InputError, match=r"^cannot write .*; free space"):
+        runner.run(plan, place / "run", say)
+    kept = run_files.load(place / "run" / "record.json")
+    assert [(leg.name, leg.status) for leg in kept.legs] == [("first", "ok")]
+    assert not list(place.rglob(".*"))
+    (place / "ballast").unlink()
+    whole = runner.run(plan, place / "run", lambda _: None)
     assert [leg.status for leg in whole.legs] == ["ok", "ok"]
     assert whole.legs[0] == kept.legs[0]
 
