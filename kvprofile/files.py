@@ -113,10 +113,10 @@ def _temporary(folder: Path, prefix: str) -> tuple[int, Path]:
 
 def _remove_abandoned(folder: Path, prefix: str) -> None:
     """Remove temporary files whose process is gone: their locks can be had."""
-    for path in folder.iterdir():
-        if path.name.startswith(prefix) and _is_temporary(path.name) and not path.is_dir():
-            with suppress(OSError):
-                handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with suppress(OSError):  # a folder that may be written and not listed
+        for path in folder.iterdir():
+            if path.name.startswith(prefix) and _is_temporary(path.name) and path.is_file():
+                handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
                 try:
                     if _lock(handle):
                         path.unlink()
