@@ -10,7 +10,7 @@ DEMO := models/pocket --context-tokens 480 --chunk-tokens 480 --sink-tokens 16 -
 BENCH := --preset seed --model models/pocket --provider loopback --dtype float32 --max-model-len 4096 --block-tokens 32 \
 	--pool-memory 64MiB --enforce-eager --concurrency 8 --requests 30 --max-output-tokens 32
 
-.PHONY: install install-vllm browser demo test test-slow test-vllm-matrix lint format docs bench bench-runtime bench-profile \
+.PHONY: install install-vllm browser demo test test-slow test-vllm-matrix lint format audit docs bench bench-runtime bench-profile \
 	bench-train clean
 
 install: $(VENV)/installed
@@ -59,6 +59,13 @@ format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# Known vulnerabilities of everything in constraints.txt, asked of PyPI: needs the network, so lint and test do without.
+# Strict: what cannot be looked up fails, and does not pass unseen.
+audit:
+	$(PYTHON) -m venv .audit
+	.audit/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) 'pip-audit>=2.9'
+	.audit/bin/pip-audit --strict --disable-pip --no-deps --requirement constraints.txt
+
 # Strict: a link to nothing is an error. Open site/index.html.
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
@@ -84,4 +91,4 @@ bench-train: install
 	$(BIN)/python scripts/evaluate_pocket.py
 
 clean:
-	rm -rf $(VENV) .vllm-matrix .peers .mypy_cache .ruff_cache .pytest_cache .hypothesis dist site
+	rm -rf $(VENV) .audit .vllm-matrix .peers .mypy_cache .ruff_cache .pytest_cache .hypothesis dist site

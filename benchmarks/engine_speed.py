@@ -37,7 +37,7 @@ def counted(folder: Path, document: Any, frame: Any, chunk_tokens: int) -> Any:
     from kvprofile.scoring.work import DecoderShape, Repeat, count
 
     description = describe(Source("random", folder, None))
-    repeats = [Repeat(len(part.repeat_ids), part.stop - part.start) for part in chunks(document, frame, chunk_tokens)]
+    repeats = [Repeat.of(document, part) for part in chunks(document, frame, chunk_tokens)]
     shape = DecoderShape.of(description.config, description.geometry)
     return count(shape, len(document.prefix_ids), len(document.context_ids), repeats)
 

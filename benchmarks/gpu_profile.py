@@ -2,8 +2,8 @@
 
 Parity first: token scores of a checkpoint on the device, float32 and bfloat16, against float32 on the CPU. Then cost:
 models of real shapes with random weights, made on the device, because speed does not depend on the weights; seconds
-for reading and for scoring, exact and with local rows, memory over weights and cache, and the fraction of the machine's
-matrix rate. `--device cpu --shape tiny --context 600` tries it without a GPU.
+for reading and for scoring, exact and with sparse rows, memory over weights and cache, and the fraction of the
+machine's matrix rate. `--device cpu --shape tiny --context 600` tries it without a GPU.
 """
 
 from __future__ import annotations
@@ -90,13 +90,13 @@ def random_model(shape: str, device: str, dtype: str, positions: int) -> tuple[A
 
 
 def cost(model: Any, geometry: Geometry, context: int, asked: argparse.Namespace, rate: float) -> list[dict[str, Any]]:
-    """Seconds and memory of one context, exact and with local rows."""
+    """Seconds and memory of one context, exact and with sparse rows."""
     ids = torch.randint(64, model.config.vocab_size, (context,), generator=torch.Generator().manual_seed(0)).tolist()
     document = Document("random", FRAME.prefix_ids, tuple(ids))
     length = len(FRAME.prefix_ids) + context
     on_gpu = asked.device.startswith("cuda")
     rows = []
-    for local_rows in (False, True):
+    for sparse_rows in (False, True):
         split = read = 0.0
 
         def advance(tokens: int) -> None:
@@ -106,7 +106,7 @@ def cost(model: Any, geometry: Geometry, context: int, asked: argparse.Namespace
                 synchronize(asked.device)
                 split = time.perf_counter()
 
-        with recording(model, geometry, local_rows=local_rows) as recorder:
+        with recording(model, geometry, sparse_rows=sparse_rows) as recorder:
             scorer = Scorer(
                 model, recorder, FRAME, document_tokens=length, chunk_tokens=asked.chunk_tokens, advance=advance
             )
@@ -125,14 +125,14 @@ def cost(model: Any, geometry: Geometry, context: int, asked: argparse.Namespace
             extra = torch.cuda.max_memory_allocated() - before if on_gpu else None
             cache = scorer.cache.nbytes()
         repeats = [
-            Repeat(len(part.repeat_ids), part.stop - part.start) for part in chunks(document, FRAME, asked.chunk_tokens)
+            Repeat.of(document, part, sparse_rows=sparse_rows) for part in chunks(document, FRAME, asked.chunk_tokens)
         ]
         shape = DecoderShape.of(model.config, geometry)
-        work = count(shape, len(FRAME.prefix_ids), context, repeats, local_rows=local_rows)
+        work = count(shape, len(FRAME.prefix_ids), context, repeats)
         rows.append(
             {
                 "context_tokens": context,
-                "rows": "local" if local_rows else "exact",
+                "rows": "sparse" if sparse_rows else "exact",
                 "prefill_s": split - started,
                 "scoring_s": ended - split,
                 "tokens_per_second": context / (ended - started),

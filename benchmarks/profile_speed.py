@@ -20,8 +20,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -156,14 +156,26 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
         )
         return [found.token_scores for found in scorer.score(some, wanted=effort.chunks(count, 0, 0))]
 
-    with recording(model, description.geometry, local_rows=effort.local_rows) as recorder:
+    with recording(model, description.geometry, sparse_rows=effort.sparse_rows) as recorder:
         score(128)
+        if asked.side == "operators":
+            return {"operators": operators(lambda: score(len(document.context_ids)))}
         watch = Watch()
         scores = torch.cat(score(len(document.context_ids)), -1)
         watch.part("scoring")
     measured = watch.found()
     save_file({"scores": scores.contiguous()}, asked.scores)
     return {**measured, "threads": torch.get_num_threads()}
+
+
+def operators(work: Callable[[], object]) -> dict[str, float]:
+    """Share of the time that each of torch's operators takes by itself, the largest first."""
+    import torch
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+        work()
+    taken = {event.key: event.self_cpu_time_total for event in found.key_averages()}
+    return {name: taken[name] / sum(taken.values()) for name in sorted(taken, key=lambda name: -taken[name])}
 
 
 # ---- all of it ----
@@ -227,6 +239,12 @@ def compare(folder: Path, context: int, setting: Setting) -> dict[str, Any]:
         row["agreement"] = agreement(files["exact"], files["kvpress"])
         row["speed_up"] = row["sides"]["kvpress"]["total_s"] / row["sides"]["exact"]["total_s"]
         row["memory_ratio"] = row["sides"]["exact"]["extra_bytes"] / row["sides"]["kvpress"]["extra_bytes"]
+        if setting.dtype != "float32":
+            exact = run_child("exact", replace(setting, dtype="float32"), folder, folder / "scores-float32")
+            runs["float32"] = [exact]
+            row["against_float32"] = {
+                side: agreement(files[side], folder / "scores-float32") for side in ("exact", "kvpress")
+            }
     if {"fast", "kvpress"} <= set(setting.sides):
         row["fast_speed_up"] = row["sides"]["kvpress"]["total_s"] / row["sides"]["fast"]["total_s"]
     return row
@@ -242,12 +260,13 @@ def counted(folder: Path, ids: list[int], chunk_tokens: int, *, fast: bool) -> A
     source = Source("random", folder, None)
     description, frame = describe(source), chat_frame(load_tokenizer(source))
     prefix = len(frame.prefix_ids)
-    parts = list(chunks(frame_document("context", ids[prefix:], frame), frame, chunk_tokens))
+    document = frame_document("context", ids[prefix:], frame)
+    parts = list(chunks(document, frame, chunk_tokens))
     effort = FAST if fast else EXACT
     wanted = effort.chunks(len(parts), 0, 0)
-    repeats = [Repeat(len(part.repeat_ids), part.stop - part.start) for part in parts if part.index in wanted]
+    repeats = [Repeat.of(document, part, sparse_rows=effort.sparse_rows) for part in parts if part.index in wanted]
     shape = DecoderShape.of(description.config, description.geometry)
-    return count(shape, prefix, len(ids) - prefix, repeats, local_rows=effort.local_rows)
+    return count(shape, prefix, len(ids) - prefix, repeats)
 
 
 def agreement(ours: Path, theirs: Path) -> dict[str, float]:
@@ -256,10 +275,22 @@ def agreement(ours: Path, theirs: Path) -> dict[str, float]:
     from scipy.stats import spearmanr
 
     left, right = load_file(ours)["scores"], load_file(theirs)["scores"]
-    right = right[..., right.shape[-1] - left.shape[-1] :]  # kvpress gives its prefix a place too
+    both = min(left.shape[-1], right.shape[-1])  # kvpress gives its prefix a place too
+    left, right = left[..., -both:], right[..., -both:]
     pairs = {"max": (left.amax(-1), right.amax(-1)), "mean": (left.mean(-1), right.mean(-1)), "token": (left, right)}
     found = {name: float(spearmanr(a.flatten(), b.flatten()).statistic) for name, (a, b) in pairs.items()}
     return {**found, "worst_difference": (left - right).abs().max().item()}
+
+
+def show_operators(folder: Path, context: int, setting: Setting) -> None:
+    """Print what exact scoring of one context spends its time on, down to a hundredth."""
+    (folder / "ids.json").write_text(json.dumps(context_ids(folder, context)))
+    found = run_child("operators", setting, folder, folder / "scores")["operators"]
+    table = Table("operator", "share of time")
+    for name, share in found.items():
+        if share >= 0.01:
+            table.add_row(name, f"{share:.1%}")
+    Console().print(table)
 
 
 def growth(rows: Sequence[dict[str, Any]], side: str, part: str) -> float | None:
@@ -318,6 +349,10 @@ def render(document: dict[str, Any], console: Console) -> None:
         "score/read and its bound: exact scoring over reading the context, taken and counted; agreement: the least of\n"
         "the rank correlations of head maxima, head means and token scores with kvpress; memory includes the cache."
     )
+    for row in document["rows"]:
+        for side, found in row.get("against_float32", {}).items():
+            shown = ", ".join(f"{name} {found[name]:.4f}" for name in ("max", "mean", "token"))
+            console.print(f"{row['context_tokens']:,} tokens, {side}, rank correlation with float32: {shown}")
     rate = max(row["multiply_adds_per_second"] for row in document["rows"])
     console.print(f"{document['dtype']}, large products {2e-9 * rate:.0f} GFLOP/s, {json.dumps(document['facts'])}")
 
@@ -328,6 +363,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--repeats", type=int, default=REPEATS)
     parser.add_argument("--only", action="append", choices=SIDES, help="measure this side; repeatable")
+    parser.add_argument("--operators", action="store_true", help="what takes the time of exact scoring, and no speeds")
     parser.add_argument("--smoke", action="store_true", help="one short context: whether it runs")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--chunk-tokens", type=int, default=None)
@@ -343,6 +379,9 @@ def main() -> None:
     setting = Setting(asked.dtype, chunk_tokens, 1 if asked.smoke else asked.repeats, sides)
     with tempfile.TemporaryDirectory() as place:
         write_model(Path(place), max(contexts) + 2 * chunk_tokens)
+        if asked.operators:
+            show_operators(Path(place), contexts[-1], setting)
+            return
         rows = [compare(Path(place), context, setting) for context in contexts]
     document = {
         "dtype": asked.dtype,

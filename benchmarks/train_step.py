@@ -18,7 +18,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
-from train_pocket import PLANS, RowMaker, Shape, Trainer, build_model, build_tokenizer
+from pocket_model import Shape, build_model
+from pocket_rows import RowMaker, build_tokenizer
+from train_pocket import PLANS, Trainer
 
 
 def peer_step(vocabulary: int) -> Callable[[dict[str, torch.Tensor]], None]:

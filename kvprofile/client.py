@@ -206,8 +206,9 @@ class _Server:
         self.root = url.rstrip("/").removesuffix("/v1")
         if not self.root.startswith(("http://", "https://")):
             raise InputError(f"{url} is no http address")
+        http = openai.DefaultHttpxClient(follow_redirects=False)  # prompts and the key go to this address alone
         key = api_key or os.environ.get("OPENAI_API_KEY") or "none"
-        self.client = openai.OpenAI(base_url=f"{self.root}/v1", api_key=key, timeout=timeout_s)
+        self.client = openai.OpenAI(base_url=f"{self.root}/v1", api_key=key, timeout=timeout_s, http_client=http)
         self.model = model or self._only_model()
 
     def budgets_applied(self) -> bool:

@@ -1,18 +1,31 @@
-"""The one error that users see as a single line; ``kvprofile.cli`` turns it into exit code 2."""
+"""The one error that users see as a line, which ``kvprofile.cli`` turns into exit code 2, and texts fit for it."""
 
 from __future__ import annotations
 
+MOST_CHARACTERS = 2000
+
 
 class InputError(Exception):
-    """A bad file, model, flag or environment: says what is wrong, where, and what to do, in one printable line."""
+    """A bad file, model, flag or environment: says what is wrong, where, and what to do, in one printable line.
+
+    Of very long lines, which files and servers can cause, the beginning and the end are kept.
+    """
 
     def __init__(self, message: str) -> None:
-        super().__init__(plain(message.strip()))
+        line = plain(message.strip())
+        super().__init__(line if len(line) <= MOST_CHARACTERS else f"{line[:1500]} … {line[-400:]}")
 
 
 def plain(text: object) -> str:
     """Printable text: control characters and bytes that are no UTF-8, as file names may hold, are escaped."""
     return "".join(c if c.isprintable() else _escape(c) for c in str(text))
+
+
+def first_line(error: Exception) -> str:
+    """What a library says went wrong, short enough for one line."""
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    told = lines[0] if not lines[0].endswith(":") else " ".join(line.strip() for line in lines[:3])
+    return told[:300]
 
 
 def _escape(character: str) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import stat
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,6 +15,11 @@ from typing import Any
 
 from kvprofile.errors import InputError
 
+MAX_FILE_BYTES = 64 * 2**20
+"""Of a file of numbers; texts may be larger."""
+
+MAX_TEXT_BYTES = 2**30
+
 LOCK, PARTIAL = ".lock", ".partial"
 
 
@@ -22,30 +27,21 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Write ``content`` to ``path`` through a temporary file in the same folder, fsync and rename.
 
     Folders on the way are made. Raises InputError where the disk is full or the place cannot be written; then
-    ``path`` is as it was and no temporary file is left.
+    ``path`` is as it was and no temporary file is left. What killed processes left of the same path is removed.
     """
-    with atomic_path(path) as partial, open(partial, "wb") as stream:
-        stream.write(content)
-
-
-@contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that replaces it when the block ends without an error.
-
-    For libraries that write files themselves. Errors as in write_atomically. What killed processes left of the same
-    path is removed.
-    """
-    handle, partial = -1, None
+    partial: Path | None = None
     path = path.resolve()  # a link stays a link, and what it points to is replaced
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         prefix = f".{path.name[:80]}."
         _remove_abandoned(path.parent, prefix)
         handle, partial = _temporary(path.parent, prefix)
-        yield partial
-        os.fsync(handle)
-        partial.chmod(0o666 & ~_umask())
-        partial.replace(path)
+        with open(handle, "wb") as stream:  # locked as long as it is open
+            stream.write(content)
+            stream.flush()
+            os.fsync(handle)
+            partial.chmod(0o666 & ~_umask())
+            partial.replace(path)
         partial = None
     except OSError as error:
         raise InputError(
@@ -54,8 +50,6 @@ def atomic_path(path: Path) -> Iterator[Path]:
     finally:
         if partial is not None:
             partial.unlink(missing_ok=True)
-        if handle != -1:
-            os.close(handle)
 
 
 @contextmanager
@@ -126,6 +120,10 @@ def _remove_abandoned(folder: Path, prefix: str) -> None:
 
 def _lock(handle: int) -> bool | None:
     """Take an open file's lock; False where another process has it, None where there are no locks."""
+    if sys.platform == "win32":
+        return None
+    import fcntl
+
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -165,6 +163,13 @@ def require_writable(path: Path) -> None:
                 folder.rmdir()
 
 
+def refuse_links(folder: Path) -> None:
+    """Raise InputError where a folder of ours holds a link: what is written or removed there would be elsewhere."""
+    linked = next((path for path in sorted(folder.glob("*")) if path.is_symlink()), None)
+    if linked is not None:
+        raise InputError(f"{linked} is a link out of a folder of results; remove it or choose another --output")
+
+
 def missing_folders(path: Path) -> list[Path]:
     """``path`` and those of its parents that do not exist yet, innermost first."""
     return [folder for folder in (path, *path.parents) if not folder.exists()]
@@ -185,6 +190,20 @@ def _render(value: Any, depth: int) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
+def read_bytes(path: Path, most: int = MAX_FILE_BYTES) -> bytes:
+    """A file's content. Raises InputError where it cannot be read, is no file, or is larger than ``most`` bytes."""
+    try:
+        if path.exists() and not path.is_file() and not path.is_dir():  # a pipe or device would be read for ever
+            raise InputError(f"{path}: not a regular file")
+        with open(path, "rb") as stream:
+            content = b"" if path.stat().st_size > most else stream.read(most + 1)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot read: {getattr(error, 'strerror', None) or error}") from error
+    if path.stat().st_size > most or len(content) > most:
+        raise InputError(f"{path}: larger than {most // 2**20} MiB; no such file is that large")
+    return content
+
+
 def read_json(path: Path, max_bytes: int, kind: str) -> Any:
     """The JSON of a file. Raises ValueError with one phrase that says why it is no ``kind``: 'budget file'."""
     try:
@@ -199,9 +218,19 @@ def read_json(path: Path, max_bytes: int, kind: str) -> Any:
 
 
 def parse_json(content: bytes, kind: str) -> Any:
-    """The JSON in ``content``. Raises ValueError as ``read_json`` does; NaN and infinities are refused."""
+    """The JSON in ``content``. Raises ValueError as ``read_json`` does.
+
+    Refused is what readers disagree about and what no measurement reaches: NaN and infinities, a key twice, whole
+    numbers of more than 64 bits, others from 1e100.
+    """
     try:
-        return json.loads(content.decode("utf-8"), parse_constant=_no_constant)
+        return json.loads(
+            content.decode("utf-8"),
+            parse_constant=_no_constant,
+            parse_int=_integer,
+            parse_float=_float,
+            object_pairs_hook=_once,
+        )
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 at byte {error.start}; not a {kind}") from error
     except RecursionError as error:
@@ -212,6 +241,40 @@ def parse_json(content: bytes, kind: str) -> Any:
 
 def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is not allowed")
+
+
+def _integer(text: str) -> int:
+    if len(text) > 20 or not -(2**63) <= (value := int(text)) < 2**64:
+        raise ValueError(f"a whole number of {len(text)} digits is not allowed")
+    return value
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if not -1e100 < value < 1e100:
+        raise ValueError(f"{text[:20]} is not allowed")
+    return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice[:40]!r} is there twice")
+    return found
+
+
+def bundled_model(reference: str) -> Path | None:
+    """The folder of the bundled checkpoint where ``reference`` means it and no folder of that name lies here.
+
+    The docs call it models/pocket. From an installed package that would be a name to ask the hub for.
+    """
+    if reference not in ("pocket", "models/pocket") or os.path.exists(reference):  # noqa: PTH110
+        return None
+    inside = Path(__file__).resolve().parent / "data" / "pocket"
+    found = inside if inside.is_dir() else Path(__file__).resolve().parents[1] / "models" / "pocket"
+    return found if found.is_dir() else None
 
 
 def sha256_of(*parts: bytes) -> str:

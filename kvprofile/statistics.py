@@ -43,10 +43,6 @@ class Estimate:
     low: float | None
     high: float | None
 
-    def exceeds(self, bound: float) -> bool:
-        """Whether the whole interval lies above ``bound``."""
-        return self.low is not None and self.low > bound
-
 
 def wilson(successes: float, count: int) -> Interval:
     """Score interval of a share of ``count`` independent trials (Wilson 1927); [0, 1] of none.

@@ -209,7 +209,7 @@ def agreement(model: Model) -> dict[str, Any]:
         everything = merge(scores, dim=0)
         few = {}
         for count in (1, 2, 3, 6, 9, 12):
-            chosen = list(itertools.islice(itertools.combinations(range(len(scores)), count), 0, None))
+            chosen = list(itertools.combinations(range(len(scores)), count))
             generator = torch.Generator().manual_seed(0)
             picks = [chosen[int(torch.randint(len(chosen), (1,), generator=generator))] for _ in range(100)]
             values = sorted(float(spearmanr(merge(scores[list(pick)], dim=0), everything).statistic) for pick in picks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 
 import pytest
@@ -14,10 +15,24 @@ settings.register_profile("everywhere", deadline=None, derandomize=True)  # a sl
 settings.load_profile("everywhere")
 
 
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item):
+    """No test, no fixture and none of their processes use the network; this machine only where a mark says so."""
+    here = any(item.get_closest_marker(name) for name in ("vllm", "loopback"))
+    os.environ["TESTS_SOCKETS"] = "loopback" if here else "none"
+    return (yield)
+
+
 @pytest.fixture(autouse=True)
-def _offline(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+def sockets_denied(tmp_path_factory, monkeypatch):
+    """A file of what was tried and denied, which must not exist in the end: code may swallow the error."""
+    told = tmp_path_factory.getbasetemp() / "sockets-denied"
+    monkeypatch.setenv("TESTS_SOCKETS_DENIED", str(told))
+    yield told
+    if told.exists():
+        tried = told.read_text()
+        told.unlink()
+        pytest.fail(f"the network was asked for:\n{tried}")
 
 
 @pytest.fixture(scope="session")

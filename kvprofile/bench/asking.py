@@ -10,7 +10,7 @@ import asyncio
 import email.utils
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,15 @@ if TYPE_CHECKING:
 
 MOST_WAIT_S = 60.0
 FIRST_WAIT_S = 0.5
+MOST_BYTES = 64 * 2**20
+"""Of an answer, with all that surrounds it. A server that sends more is broken or hostile."""
+
+MOST_CHARACTERS = 2**20
+"""Of an answer's text. The longest that models write are shorter, and verifiers read each."""
+
+MOST_TIMEOUTS = 12
+"""So many times ``timeout_s``, the wait for the next byte, may a whole answer take."""
+
 HOPELESS = frozenset({401, 402, 403, 404})
 """Statuses that every other request would meet too: no key, no money, no permission, no such model."""
 
@@ -40,14 +49,16 @@ class Endpoint:
     omit: Sequence[str] = ()
 
     def client(self) -> AsyncOpenAI:
-        """A connection pool for this endpoint; close it."""
-        from openai import AsyncOpenAI, Timeout
+        """A connection pool for this endpoint; close it. It follows no redirect, so nobody else reads a prompt."""
+        from openai import AsyncOpenAI, DefaultAsyncHttpxClient, Timeout
 
         return AsyncOpenAI(
             base_url=self.base_url,
             api_key=self.key or "none",
             max_retries=0,
             timeout=Timeout(self.timeout_s, connect=min(30.0, self.timeout_s)),
+            default_headers={"Accept-Encoding": "identity"},
+            http_client=DefaultAsyncHttpxClient(follow_redirects=False, event_hooks={"response": [_bound]}),
         )
 
     def without_key(self, text: object) -> str:
@@ -89,7 +100,24 @@ class Answer:
 
 
 class _BrokenAnswerError(Exception):
-    """The server stopped in the middle of an answer."""
+    """The server stopped in the middle of an answer, or it is none."""
+
+
+async def _bound(response: Any) -> None:
+    """Let no more than MOST_BYTES of an answer in, and nothing that unpacks to more."""
+    if response.headers.get("content-encoding", "identity") != "identity":
+        raise _BrokenAnswerError("an answer that is packed, though asked for as it is")
+    pieces = response.aiter_raw
+
+    async def bounded(chunk_size: int | None = None) -> AsyncIterator[bytes]:
+        left = MOST_BYTES
+        async for piece in pieces(chunk_size):
+            left -= len(piece)
+            if left < 0:
+                raise _BrokenAnswerError(f"an answer of more than {MOST_BYTES // 2**20} MiB")
+            yield piece
+
+    response.aiter_raw = bounded
 
 
 async def ask(
@@ -106,7 +134,8 @@ async def ask(
     for attempt in range(1, endpoint.max_attempts + 1):
         sent = time.perf_counter()
         try:
-            answer = await _once(client, endpoint, body, request_id)
+            async with asyncio.timeout(endpoint.timeout_s * MOST_TIMEOUTS):
+                answer = await _once(client, endpoint, body, request_id)
             return replace(answer, text=_redacted(endpoint, answer.text), attempts=attempt)
         except Exception as error:
             if not _is_transport(error):
@@ -146,23 +175,29 @@ async def _once(client: AsyncOpenAI, endpoint: Endpoint, body: dict[str, Any], r
     if not endpoint.stream:
         found = await client.chat.completions.create(**body, extra_headers=headers)
         ended = time.perf_counter()
-        if not found.choices:
+        choices = _choices(found)
+        if not choices:
             raise _BrokenAnswerError("an answer without choices")
-        choice = found.choices[0]
-        answer = Answer(sent, ended, choice.message.content or "", finish_reason=choice.finish_reason)
-        return replace(answer, **_usage(found.usage))
+        text = _text(getattr(choices[0], "message", None), "content")
+        _require_short(len(text))
+        answer = Answer(sent, ended, text, finish_reason=_reason(choices[0]))
+        return replace(answer, **_usage(getattr(found, "usage", None)))
     pieces: list[str] = []
     arrivals: list[float] = []
-    reason, usage = None, None
+    reason, usage, written = None, None, 0
     async with await client.chat.completions.create(**body, extra_headers=headers) as stream:
         async for chunk in stream:
             now = time.perf_counter()
-            usage = chunk.usage or usage
-            for choice in chunk.choices[:1]:
-                reason = choice.finish_reason or reason
-                if choice.delta is not None and (choice.delta.content or _thought(choice.delta)):
+            usage = getattr(chunk, "usage", None) or usage
+            for choice in _choices(chunk)[:1]:
+                reason = _reason(choice) or reason
+                delta = getattr(choice, "delta", None)
+                text = _text(delta, "content")
+                if text or _thought(delta):
                     arrivals.append(now)
-                    pieces.append(choice.delta.content or "")
+                    pieces.append(text)
+                    written += len(text)
+                    _require_short(written)
     ended = time.perf_counter()
     if reason is None:
         raise _BrokenAnswerError("the stream ended before the answer did")
@@ -175,16 +210,44 @@ def _thought(delta: Any) -> str | None:
     return getattr(delta, "reasoning_content", None) or getattr(delta, "reasoning", None)
 
 
+def _choices(found: Any) -> list[Any]:
+    """The choices of an answer or a piece of one; whoever answers may send anything."""
+    choices = getattr(found, "choices", None)
+    return choices if isinstance(choices, list) else []
+
+
+def _text(part: Any, name: str) -> str:
+    value = getattr(part, name, None) or ""
+    if not isinstance(value, str):
+        raise _BrokenAnswerError(f"an answer whose {name} is no text")
+    return value
+
+
+def _require_short(characters: int) -> None:
+    if characters > MOST_CHARACTERS:
+        raise _BrokenAnswerError(f"an answer of more than {MOST_CHARACTERS:,} characters")
+
+
+def _reason(choice: Any) -> str | None:
+    value = getattr(choice, "finish_reason", None)
+    return plain(value)[:100] if value else None
+
+
 def _usage(usage: Any) -> dict[str, Any]:
     details = getattr(usage, "prompt_tokens_details", None)
     cached = getattr(details, "cached_tokens", None)
     if cached is None:
         cached = getattr(usage, "cached_tokens", None)
     return {
-        "input_tokens": getattr(usage, "prompt_tokens", None),
-        "output_tokens": getattr(usage, "completion_tokens", None),
-        "cached_tokens": cached,
+        "input_tokens": _count(getattr(usage, "prompt_tokens", None)),
+        "output_tokens": _count(getattr(usage, "completion_tokens", None)),
+        "cached_tokens": _count(cached),
     }
+
+
+def _count(value: Any) -> int | None:
+    """A number of tokens; None for what is none, like -1, NaN or text."""
+    return value if type(value) is int and 0 <= value < 2**40 else None
 
 
 def _redacted(endpoint: Endpoint, text: str) -> str:
@@ -195,7 +258,7 @@ def _is_transport(error: Exception) -> bool:
     """Whether a server or the way to it is to blame. In a stream the HTTP library's own errors come through."""
     import openai
 
-    own = openai.APIError, _BrokenAnswerError, OSError, ValueError
+    own = openai.APIError, _BrokenAnswerError, OSError, ValueError, RecursionError
     return isinstance(error, own) or type(error).__module__.partition(".")[0].startswith("http")
 
 
@@ -226,7 +289,7 @@ def _retry_after(value: str) -> float | None:
         pass
     try:
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
 
 
@@ -240,7 +303,8 @@ def _line(endpoint: Endpoint, error: Exception, status: int | None) -> str:
     if status is not None:
         return f"{status}: {said}"
     if isinstance(error, openai.APITimeoutError) or "Timeout" in type(error).__name__:
-        return f"no answer within {endpoint.timeout_s:g} s"
+        whole = endpoint.timeout_s * MOST_TIMEOUTS if isinstance(error, TimeoutError) else endpoint.timeout_s
+        return f"no answer within {whole:g} s"
     if isinstance(error, _BrokenAnswerError):
         return said
     cause = error.__cause__

@@ -14,6 +14,7 @@ import time
 from typing import Any, cast
 
 RESULT = "RESULT"
+TIMER = "kvprofile.bench.attention.AttentionTimer"
 OUTPUT_TOKENS = 33
 
 
@@ -103,10 +104,7 @@ def main() -> None:
     job = json.load(sys.stdin)
     from vllm import LLM, SamplingParams
 
-    timer = f"{AttentionTimer.__module__}.{AttentionTimer.__qualname__}"
-    if __name__ == "__main__":
-        timer = "kvprofile.bench.attention.AttentionTimer"
-    llm = LLM(**job["engine"], enforce_eager=True, worker_extension_cls=timer)
+    llm = LLM(**job["engine"], enforce_eager=True, worker_extension_cls=TIMER)
     options = SamplingParams(temperature=0, max_tokens=OUTPUT_TOKENS, ignore_eos=True)
     conversations = [[{"role": "user", "content": prompt}] for prompt in job["prompts"]]
     llm.chat(conversations[:1], options, use_tqdm=False)  # warm up before the timer is in place

@@ -20,6 +20,7 @@ from kvprofile.budget.store import is_dir, is_file, phrases
 from kvprofile.corpus.generate import blocks
 from kvprofile.errors import InputError, plain
 from kvprofile.evaluate import sources, tasks
+from kvprofile.files import read_bytes
 
 BUNDLED, POCKET = "bundled", "pocket"
 POCKET_TASKS = {"persona": 8000, "needle": 4000, "lookup": 3000}
@@ -130,7 +131,7 @@ def _from_exercises(reference: str) -> list[Document]:
     name, found = sources.load(reference, contexts=10**6, questions=10**6)
     if any(exercise.conversation for exercise in found):
         raise InputError(f"{reference}: a benchmark asks single questions; leave conversations to 'kvprofile evaluate'")
-    return [_of_exercise(exercise, f"{plain(name)}/{number}") for number, exercise in enumerate(found)]
+    return [_of_exercise(exercise, f"{plain(name)[:180]}/{number}") for number, exercise in enumerate(found)]
 
 
 def _from_folder(folder: Path) -> list[Document]:
@@ -141,23 +142,25 @@ def _from_folder(folder: Path) -> list[Document]:
     )
     if not found:
         raise InputError(f"no .md files in {folder}")
+    inside = folder.resolve()
+    for path in found:  # what is read here is sent to providers
+        if not path.resolve().is_relative_to(inside):
+            raise InputError(f"{path} is a link out of its folder; copy the document there, or name it itself")
     return [_from_file(path) for path in found]
 
 
 def _from_file(path: Path) -> Document:
     beside = path.with_suffix(".json")
     try:
-        text = path.read_text(encoding="utf-8")
-        raw = json.loads(beside.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read {error.filename}: {error.strerror}") from error
+        text = read_bytes(path).decode("utf-8").replace("\r\n", "\n")
+        raw = json.loads(read_bytes(beside).decode("utf-8"))
     except (ValueError, RecursionError) as error:
         what = path if isinstance(error, UnicodeDecodeError) else beside
         raise InputError(f"{what}: {error}") from error
     if not isinstance(raw, dict):
         raise InputError(f'{beside} is no object; write {{"questions": [...]}}')
     try:
-        return Document(name=plain(path.stem), text=text, **raw)
+        return Document(name=plain(path.stem)[:200], text=text, **raw)
     except (ValidationError, TypeError) as error:
         found = phrases(error) if isinstance(error, ValidationError) else [str(error)]
         raise InputError(f"{beside}: {'; '.join(found[:5])}") from error

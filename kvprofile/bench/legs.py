@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from kvprofile.bench import measure
 from kvprofile.bench.asking import Answer
@@ -43,7 +43,7 @@ class Outcome:
     looks: list[Look] = field(default_factory=list)
     began: float = 0.0
     concurrency: int | None = None
-    mode: str = "closed"
+    mode: Literal["closed", "open", "fill"] = "closed"
     model: str | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     pool_bytes: int | None = None

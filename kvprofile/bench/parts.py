@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from kvprofile.bench.scenario import LegPlan, Plan
 from kvprofile.budget.store import file_name
 from kvprofile.errors import InputError
-from kvprofile.files import LOCK, alone, holdings, json_bytes, parse_json, write_atomically
+from kvprofile.files import LOCK, alone, holdings, json_bytes, parse_json, refuse_links, write_atomically
 from kvprofile.report.record import Leg, Request
 
 RECORD, PARTS = "record.json", "parts"
@@ -101,6 +101,8 @@ class Parts:
         try:
             if self.folder.exists() and not self.folder.is_dir():
                 raise InputError(f"{self.folder} is no folder; choose another --output")
+            refuse_links(self.folder)
+            refuse_links(self.parts)
             inside = [path for folder in (self.folder, self.parts) if folder.is_dir() for path in holdings(folder)]
             if any(path != self.parts for path in inside) and not self.marker.is_file():
                 raise InputError(f"{self.folder} exists and is no benchmark's folder; choose another --output")

@@ -7,7 +7,7 @@ import importlib.util
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from kvprofile.bench.verifiers import choose
 from kvprofile.budget import store
 from kvprofile.budget.model_shape import find_shape
 from kvprofile.errors import InputError, plain
+from kvprofile.files import bundled_model
 
 PRESETS = ("seed",)
 SEED_PROVIDER = "moonshot"
@@ -62,6 +63,7 @@ def prepare(wish: Wish) -> Prepared:
     """The plan that a wish stands for. Raises InputError where there is none."""
     if wish.preset not in (None, *PRESETS):
         raise InputError(f"no preset {wish.preset!r}; there is {', '.join(PRESETS)}")
+    wish = replace(wish, model=str(bundled_model(wish.model) or wish.model))
     reasons = []
     if wish.preset is not None:
         reasons.append(
@@ -70,6 +72,10 @@ def prepare(wish: Wish) -> Prepared:
     name = _model_name(wish.model)
     chosen = wish.providers or ((SEED_PROVIDER,) if wish.preset else ())
     remote = remote_legs([providers.choose(each, wish.providers_file) for each in chosen])
+    for each in (leg.provider for leg in remote if leg.provider is not None):
+        if each.base_url is not None:
+            key = f", with {each.key_env}" if each.key_env else ""
+            reasons.append(f"provider {each.name}: {each.base_url}{key}")
     retentions = wish.retentions or SEED_RETENTIONS
     local = local_legs(retentions, wish.baseline) if wish.local else ()
     profile = wish.profile
@@ -108,17 +114,8 @@ def default_folder(plan: Plan) -> Path:
 
 
 def missing(plan: Plan, environ: Mapping[str, str] = os.environ) -> list[str]:
-    """What is not here and would make legs fail, one line each."""
-    found = []
-    kinds = {leg.kind for leg in plan.legs}
-    serves = any(leg.kind == "local" or (leg.provider is not None and leg.provider.serve) for leg in plan.legs)
-    if serves and importlib.util.find_spec("vllm") is None:
-        found.append("vLLM is not installed here: pip install vllm, or 'make install-vllm' in a checkout")
-    extra = [
-        name for name in ("openai", "sacrebleu", "rouge_score", "jsonschema") if importlib.util.find_spec(name) is None
-    ]
-    if extra and kinds:
-        found.append(f"{', '.join(extra)} not installed: pip install 'kvprofile[bench]'")
+    """What is not here and would make legs fail, one line each: libraries, then keys."""
+    found = _missing_libraries(plan)
     for leg in plan.legs:
         if leg.provider is not None:
             try:
@@ -130,9 +127,21 @@ def missing(plan: Plan, environ: Mapping[str, str] = os.environ) -> list[str]:
 
 def require_installed(plan: Plan) -> None:
     """Raise InputError where a library that every leg needs is missing. Missing keys fail their own leg only."""
-    for line in missing(plan):
-        if "install" in line:
-            raise InputError(line)
+    for line in _missing_libraries(plan):
+        raise InputError(line)
+
+
+def _missing_libraries(plan: Plan) -> list[str]:
+    found = []
+    serves = any(leg.kind == "local" or (leg.provider is not None and leg.provider.serve) for leg in plan.legs)
+    if serves and importlib.util.find_spec("vllm") is None:
+        found.append("vLLM is not installed here: pip install vllm, or 'make install-vllm' in a checkout")
+    extra = [
+        name for name in ("openai", "sacrebleu", "rouge_score", "jsonschema") if importlib.util.find_spec(name) is None
+    ]
+    if extra:
+        found.append(f"{', '.join(extra)} not installed: pip install 'kvprofile[bench]'")
+    return found
 
 
 def estimate(plan: Plan) -> dict[str, Any]:
@@ -212,7 +221,7 @@ def _repetitions(wish: Wish) -> int:
 def _model_name(model: str) -> str:
     """What records call a model: a folder's last part, else the hub id itself."""
     path = Path(model).expanduser()
-    return plain(path.resolve().name) if store.is_dir(path) else plain(model)
+    return plain(path.resolve().name if store.is_dir(path) else model)[:200]
 
 
 def _documents(wish: Wish) -> tuple[tuple[str, ...], str | None]:

@@ -11,8 +11,10 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from kvprofile.budget.profile import Printable
 from kvprofile.budget.store import is_file, phrases
 from kvprofile.errors import InputError
+from kvprofile.files import read_bytes
 
 OWN_FILE = Path("providers.toml")
 
@@ -41,7 +43,7 @@ class Provider(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str
+    name: Annotated[Printable, Field(min_length=1, max_length=100)]
     base_url: Annotated[str, Field(pattern=r"^https?://[^\s@]+$")] | None = None
     serve: bool = False
     key_env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = None
@@ -68,18 +70,23 @@ class Provider(BaseModel):
 
 
 def load(own: Path | None = None) -> dict[str, Provider]:
-    """All providers by name. ``own`` defaults to ./providers.toml where that exists. Raises InputError."""
+    """All providers by name. ``own`` defaults to ./providers.toml where that exists, which nobody may have asked for.
+
+    Raises InputError.
+    """
     bundled = files("kvprofile.bench") / "providers.toml"
     found = _parse(bundled.read_bytes(), "bundled providers")
-    if own is None and is_file(OWN_FILE):
-        own = OWN_FILE
     if own is not None:
-        try:
-            content = own.read_bytes()
-        except OSError as error:
-            raise InputError(f"cannot read providers {own}: {error.strerror}") from error
-        found |= _parse(content, str(own))
-    return found
+        return found | _parse(read_bytes(own), str(own))
+    added = _parse(read_bytes(OWN_FILE), str(OWN_FILE)) if is_file(OWN_FILE) else {}
+    for name in found.keys() & added.keys():  # a folder of somebody else's may hold such a file
+        new = added[name]
+        if new.key_env is not None and new.base_url != found[name].base_url:
+            raise InputError(
+                f"{OWN_FILE} here sends {new.key_env} to {new.base_url} under the name {name}; "
+                f"if that is meant, give --providers {OWN_FILE}"
+            )
+    return found | added
 
 
 def choose(name: str, own: Path | None = None) -> Provider:

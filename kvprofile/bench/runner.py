@@ -19,9 +19,9 @@ from kvprofile.budget import runtime_file, store
 from kvprofile.budget.allocate import Constraints, effective_retention
 from kvprofile.budget.formats.base import Export
 from kvprofile.budget.formats.vllm import runtime
-from kvprofile.budget.profile import FULL_ATTENTION
+from kvprofile.budget.profile import FULL_ATTENTION, mean_budget
 from kvprofile.budget.runtime_file import RuntimeFile
-from kvprofile.errors import InputError, plain
+from kvprofile.errors import MOST_CHARACTERS, InputError, plain
 from kvprofile.report import provenance, record, run_files
 
 PACKAGES = (*provenance.PACKAGES, "openai", "sacrebleu", "rouge-score")
@@ -83,7 +83,7 @@ def _measured(
     try:
         running.run()
     except LegFailedError as error:
-        reason = str(error)
+        reason = plain(error)[:MOST_CHARACTERS]
         say(f"{title}: failed: {reason}")
     except InputError as error:  # a full disk, which the other legs would meet too
         reason = str(error)
@@ -120,16 +120,16 @@ def _leg(
         started=began,
         compressed=leg.retention is not None if local else None,
         retention_asked=(leg.retention if leg.retention is not None else 1.0) if local else None,
-        retention_realised=(_realised(budget) if budget is not None else 1.0) if local else None,
+        retention_realised=(mean_budget(budget.budgets()) if budget is not None else 1.0) if local else None,
         provider=None if leg.provider is None else leg.provider.name,
         engine=outcome.facts.get("engine"),
-        model=outcome.model or _model_of(plan, leg),
+        model=plain(outcome.model or _model_of(plan, leg))[:200] or "unknown",
         dtype=outcome.facts.get("dtype"),
         device=outcome.facts.get("device"),
         pool_bytes=outcome.pool_bytes,
         block_tokens=outcome.block_tokens,
         load=record.Load(
-            mode="fill" if outcome.mode == "fill" else "open" if outcome.mode == "open" else "closed",
+            mode=outcome.mode,
             concurrency=outcome.concurrency or load.concurrency,
             request_rate=load.request_rate,
             requests=plan.requests,
@@ -150,7 +150,7 @@ def _leg(
         attention=outcome.attention,
         cost=_cost(leg, outcome),
         heads=_heads(plan, budget),
-        warnings=outcome.warnings,
+        warnings=[plain(warning)[:MOST_CHARACTERS] for warning in outcome.warnings],
     )
 
 
@@ -227,22 +227,11 @@ def budget_at(path: Path, retention: float, tensor_parallel_size: int) -> Runtim
     return found
 
 
-def _rows(budget: RuntimeFile) -> list[list[float | None]]:
-    return [
-        [None] * budget.model.kv_heads if full is None else [float(h in full) for h in range(budget.model.kv_heads)]
-        for full in budget.full_heads
-    ]
-
-
-def _realised(budget: RuntimeFile) -> float:
-    return statistics.fmean(value for row in _rows(budget) for value in row if value is not None)
-
-
 def _heads(plan: Plan, budget: RuntimeFile | None) -> record.Heads | None:
     if budget is None:
         return None
     return record.Heads(
-        budgets=_rows(budget),
+        budgets=budget.budgets(),
         method=budget.provenance.method,
         statistic=budget.provenance.statistic,
         profile_sha256=plan.profile_sha256,

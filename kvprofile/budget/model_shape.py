@@ -23,7 +23,8 @@ from kvprofile.budget.profile import (
     Geometry,
     Profile,
 )
-from kvprofile.errors import InputError
+from kvprofile.errors import InputError, plain
+from kvprofile.files import bundled_model
 
 MAX_LAYERS = 4096
 _WEIGHT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -79,6 +80,9 @@ def find_shape(reference: str) -> ModelShape:
         path = Path(reference).expanduser()
     except RuntimeError:  # ~somebody who has no home here
         path = Path(reference)
+    bundled = bundled_model(reference)
+    if bundled is not None and not store.is_file(store.BUDGET_DIR / store.file_name(reference)):
+        path = bundled
     if store.is_dir(path) or path.name == "config.json":
         config = path / "config.json" if store.is_dir(path) else path
         if not store.is_file(config):
@@ -110,7 +114,7 @@ def shape_of_config(file: Path, name: str, source: str = "config.json") -> Model
         decisions.append(Decision("config", completed, "left out of config.json, taken from transformers' class"))
     geometry, window, layer_decision = _geometry(name, file, text)
     dtype = text.get("dtype") or text.get("torch_dtype")
-    dtype = dtype.removeprefix("torch.") if isinstance(dtype, str) else None
+    dtype = plain(dtype)[:40].removeprefix("torch.") if isinstance(dtype, str) else None
     weight_bytes, weight_reason = _weight_bytes(file.parent, text, geometry, dtype)
     return ModelShape(
         name=name,

@@ -131,7 +131,7 @@ class ImportedFrom(_Part):
 class Shortcuts(_Part):
     """What a fast run left out; an exact run has none."""
 
-    local_rows: bool = Field(description="repeats attended to prefix, chunk and themselves alone")
+    sparse_rows: bool = Field(description="repeats saw one in sixteen tokens of the context behind prefix and chunk")
     chunk_share: float = Field(gt=0, le=1, description="share of each document's chunks that was to be repeated")
     stop_early: bool = Field(description="the run was to end once the budgets at the presets had settled")
     stopped_early: bool = Field(description="it did: 95 % of redraws of what was read move at most 2 % of the heads")
@@ -140,8 +140,8 @@ class Shortcuts(_Part):
     documents_read: int = Field(ge=1)
 
     def describe(self) -> str:
-        """One phrase for messages: '21 of 50 chunks, local rows'."""
-        return f"{self.chunks_read} of {self.chunks} chunks{', local rows' if self.local_rows else ''}"
+        """One phrase for messages: '21 of 50 chunks, sparse rows'."""
+        return f"{self.chunks_read} of {self.chunks} chunks{', sparse rows' if self.sparse_rows else ''}"
 
 
 class Scoring(_Part):
@@ -202,7 +202,7 @@ class HeadBudgets(_Part):
 
 
 class Runtime(_Part):
-    """What a head without a budget keeps."""
+    """What a trimmed head keeps."""
 
     sink_tokens: int = Field(ge=0, le=1_000_000)
     recent_tokens: int = Field(ge=1, le=10_000_000)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from kvprofile.errors import InputError
+from kvprofile.files import parse_json, read_json
 
 FORMAT = "kvprofile-runtime"
 VERSION = 1
@@ -81,6 +82,11 @@ class RuntimeFile:
     recent_tokens: int
     provenance: RuntimeProvenance
 
+    def budgets(self) -> list[list[float | None]]:
+        """Budgets [L][G]: 1.0 for full heads, 0.0 for trimmed ones, None in layers that slide."""
+        heads = range(self.model.kv_heads)
+        return [[None] * len(heads) if full is None else [float(h in full) for h in heads] for full in self.full_heads]
+
     def to_bytes(self) -> bytes:
         """The file's bytes, equal for equal content: sorted keys, one line for each layer."""
         document = {"format": FORMAT, "version": VERSION, **asdict(self)}
@@ -91,26 +97,22 @@ class RuntimeFile:
 def load(path: Path) -> RuntimeFile:
     """Read a runtime file. Raises InputError with every problem of the file in one line."""
     try:
-        if path.exists() and not path.is_file():  # a pipe or device would be read for ever
-            raise InputError(f"{path}: not a regular file")
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise InputError(f"{path}: larger than {MAX_FILE_BYTES // 2**20} MiB; not a runtime file")
-        content = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: cannot read: {error.strerror or error}") from error
-    return parse(content, str(path))
+        raw = read_json(path, MAX_FILE_BYTES, "runtime file")
+    except ValueError as error:
+        raise InputError(f"{path}: {error}") from error
+    return _checked(raw, str(path))
 
 
 def parse(content: bytes, name: str) -> RuntimeFile:
     """The runtime file in ``content``. Raises InputError, which calls the file ``name``."""
     try:
-        raw = json.loads(content.decode("utf-8"), parse_constant=_no_constant)
-    except UnicodeDecodeError as error:
-        raise InputError(f"{name}: not UTF-8 at byte {error.start}; not a runtime file") from error
-    except RecursionError as error:
-        raise InputError(f"{name}: not JSON: nested too deep") from error
+        raw = parse_json(content, "runtime file")
     except ValueError as error:
-        raise InputError(f"{name}: not JSON: {error}") from error
+        raise InputError(f"{name}: {error}") from error
+    return _checked(raw, name)
+
+
+def _checked(raw: Any, name: str) -> RuntimeFile:
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         raise InputError(f"{name}: not a runtime file; write one with 'kvprofile export --format vllm'")
     version = raw.get("version")
@@ -230,17 +232,14 @@ def _int_problem(name: str, value: object, least: int, most: int) -> Iterator[st
 
 
 def _text_problem(name: str, value: object, *, optional: bool = False) -> Iterator[str]:
-    if not (isinstance(value, str) and 0 < len(value) <= 1000) and not (optional and value is None):
-        yield f"{name} is {_short(value)}, not a text"
+    is_text = isinstance(value, str) and 0 < len(value) <= 1000 and value.isprintable()
+    if not is_text and not (optional and value is None):
+        yield f"{name} is {_short(value)}, not a printable text"
 
 
 def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
-
-
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is not allowed")
 
 
 def _render(value: Any) -> str:

@@ -67,7 +67,7 @@ def problems(path: Path) -> Profile | list[str]:
         return ["not a budget file: the top level is not an object"]
     version = raw.get("schema_version")
     if version != SCHEMA_VERSION or isinstance(version, bool):
-        return [f"schema_version is {version!r}, this kvprofile reads {SCHEMA_VERSION}"]
+        return [f"schema_version is {version!r:.40}, this kvprofile reads {SCHEMA_VERSION}"]
     try:
         return Profile.model_validate(raw)
     except ValidationError as error:
@@ -95,5 +95,6 @@ def phrases(error: ValidationError) -> list[str]:
 
 def _phrase(location: tuple[int | str, ...], message: str) -> str:
     message = message.removeprefix("Value error, ")
+    message = message if len(message) <= 1000 else f"{message[:1000]} …"
     place = ".".join(str(part) for part in location)
     return f"{place}: {message}" if place else message

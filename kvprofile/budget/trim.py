@@ -1,6 +1,6 @@
 """Which tokens a trimmed KV head keeps: one rule, for the simulation and the vLLM runtime alike. Standard library only.
 
-Prefill is full attention for every head. Once all tokens below ``prefill_end`` are processed, a head without a budget
+Prefill is full attention for every head. Once all tokens below ``prefill_end`` are processed, a trimmed head
 sees the first ``sink_tokens`` and the last ``recent_tokens`` before and including the token being processed, both
 rounded outwards to whole blocks of the paged cache. Keys carry their positions already; nothing is renumbered.
 """

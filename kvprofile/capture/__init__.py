@@ -3,8 +3,8 @@
 Nothing of vLLM is replaced for good. An engine that is started with ``ENGINE_ARGUMENTS`` carries a worker extension,
 which does nothing until a ``session.Session`` opens; from then to its end it watches the attention layers of each
 worker, whatever processes those live in, and what it found leaves them by vLLM's own RPC. ``marks``, ``rows``,
-``layout``, ``watch`` and ``worker`` run inside the workers and import torch and vLLM alone; ``session``, ``merge`` and
-``refuse`` run where the engine was started. Importing any of them changes nothing.
+``layout``, ``watch``, ``worker`` and ``scheduler`` run inside vLLM's processes and import torch and vLLM alone;
+``session``, ``merge`` and ``refuse`` run where the engine was started. Importing any of them changes nothing.
 """
 
 WORKER = "kvprofile.capture.worker.CaptureWorker"

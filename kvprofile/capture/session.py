@@ -34,7 +34,7 @@ class Session:
 
     def __enter__(self) -> Session:
         config, facts = self.llm.llm_engine.vllm_config, []
-        told = list(refuse.problems(config))
+        told = refuse.problems(config)
         if not told:
             facts = self.llm.collective_rpc("kvprofile_start")
             told = [fact["problem"] for fact in facts if "problem" in fact]

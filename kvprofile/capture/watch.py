@@ -19,6 +19,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionType
 
+from kvprofile import unsupported
 from kvprofile.capture import layout, rows
 from kvprofile.capture.marks import Mark
 
@@ -191,16 +192,17 @@ def watched_layers(worker: Any) -> dict[int, Any]:
             continue
         if layer.sliding_window is not None and layer.sliding_window < longest:
             continue
-        problems = {
-            "shares another layer's cache": layer.kv_sharing_target_layer_name is not None,
-            "has ALiBi slopes": getattr(layer.impl, "alibi_slopes", None) is not None,
-            "quantises its cache": layer.kv_cache_dtype not in ("auto", "float16", "bfloat16", "float32"),
-            "has values of another size than its keys": layer.head_size_v != layer.head_size,
-            "is watched already": "forward" in vars(layer.impl),
-        }
-        told = [problem for problem, holds in problems.items() if holds]
-        if told:
-            raise ValueError(f"layer {name} {told[0]}")
+        problems = unsupported.holding(
+            {
+                "shares another layer's cache": layer.kv_sharing_target_layer_name is not None,
+                "has ALiBi slopes": getattr(layer.impl, "alibi_slopes", None) is not None,
+                "quantises its cache": layer.kv_cache_dtype not in unsupported.PLAIN_CACHES,
+                "has values of another size than its keys": layer.head_size_v != layer.head_size,
+                "is watched already": "forward" in vars(layer.impl),
+            }
+        )
+        if problems:
+            raise ValueError(f"layer {name} {problems[0]}")
         found[extract_layer_index(name)] = layer
     return found
 

@@ -15,7 +15,7 @@ class CaptureWorker:
     """Mixed into vLLM's worker class; every name begins with kvprofile."""
 
     def kvprofile_start(self) -> dict[str, Any]:
-        """Start watching. Gives the layers of this rank, backend and block size, or the problem in the way."""
+        """Start watching. Gives layers, backends and the model's KV heads (G), or the problem in the way."""
         from kvprofile.capture.watch import Watch
 
         if _watch_of(self) is not None:

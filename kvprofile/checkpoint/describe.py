@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
 from kvprofile.budget.profile import FULL_ATTENTION, SLIDING_ATTENTION, Geometry
-from kvprofile.checkpoint.source import Source, fetch_weights, first_line
+from kvprofile.checkpoint.source import Source, fetch_weights
 from kvprofile.checkpoint.weights import fingerprint, read_header, weight_files
-from kvprofile.errors import InputError, plain
+from kvprofile.errors import InputError, first_line, plain
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 _ENCODERS = {"ernie", "ernie_m", "electra", "xmod", "reformer", "roformer", "rembert"}
+MAX_LAYERS, MAX_VALUE = 4096, 2**40
 _OTHER_SENSES = ("vision_config", "audio_config", "encoder", "vision_encoder", "audio_encoder")
 
 
@@ -39,8 +41,9 @@ class Description:
 def describe(source: Source, trust_remote_code: bool = False) -> Description:
     """Read config and tensor headers. Raises InputError for what cannot be profiled, by name."""
     config = _read_config(source, trust_remote_code)
-    named = getattr(config, "architectures", None) or [type(config).__name__.replace("Config", "ForCausalLM")]
-    architecture = plain(named[0])[:200] or "unnamed"
+    named = getattr(config, "architectures", None)
+    first = named[0] if isinstance(named, list) and named else type(config).__name__.replace("Config", "ForCausalLM")
+    architecture = plain(first)[:200] or "unnamed"
     try:
         _refuse_unsupported(source, config, architecture, trust_remote_code)
         max_positions, reason = _max_positions(config)
@@ -82,16 +85,31 @@ def _read_config(source: Source, trust_remote_code: bool) -> PretrainedConfig:
         raise InputError(f"{file}: no model_type; not the config of a Hugging Face checkpoint") from error
     if not isinstance(model_type, str):
         raise InputError(f"{file}: model_type is no text; not the config of a Hugging Face checkpoint")
+    absurd = _absurd(raw)
+    if absurd is not None:
+        raise InputError(f"{file}: {absurd} is larger than any model's")
     if "auto_map" in raw and not trust_remote_code and model_type not in CONFIG_MAPPING:
         raise InputError(f"{source.name} brings its own code; read it, then pass --trust-remote-code to run it")
     try:
-        return AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code, local_files_only=True)
+        config = AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # configs validate themselves and raise all kinds
         if "does not recognize this architecture" in str(error):
             raise InputError(
                 f"{source.name}: model type {model_type!r} is not known to transformers {transformers_version}"
             ) from error
         raise InputError(f"{file}: {first_line(error)}") from error
+    config._attn_implementation = None  # may name a kernel of the hub, which would be fetched and run
+    return config
+
+
+def _absurd(value: object, name: str = "") -> str | None:
+    """The name of a number that transformers would take memory for, or count up to, without end."""
+    if isinstance(value, dict):
+        return next(filter(None, (_absurd(each, plain(key)[:40]) for key, each in value.items())), None)
+    if isinstance(value, list):
+        return next(filter(None, (_absurd(each, name) for each in value)), None)
+    most = MAX_LAYERS if "layer" in name else MAX_VALUE
+    return name if isinstance(value, int | float) and most < value < math.inf else None
 
 
 def _refuse_unsupported(source: Source, config: PretrainedConfig, architecture: str, trust_remote_code: bool) -> None:
@@ -134,8 +152,9 @@ def _geometry(source: Source, config: PretrainedConfig, max_positions: int) -> G
     types = getattr(config, "layer_types", None) or [SLIDING_ATTENTION if window else FULL_ATTENTION] * layers
     if window and window >= max_positions:
         types = [FULL_ATTENTION if kind == SLIDING_ATTENTION else kind for kind in types]
-    if layers < 1:
-        raise InputError(f"{source.folder / 'config.json'}: num_hidden_layers is {layers}")
+    for name in ("num_hidden_layers", "hidden_size", "vocab_size"):
+        if getattr(config, name) < 1:
+            raise InputError(f"{source.folder / 'config.json'}: {name} is {getattr(config, name)}")
     if FULL_ATTENTION not in types:
         raise InputError(
             f"{source.name} cannot be profiled: every layer slides over a window of {window} tokens, "

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from kvprofile.budget.profile import Geometry, ModelIdentity
 from kvprofile.checkpoint.describe import Description, quiet_transformers
-from kvprofile.checkpoint.source import Source, first_line
-from kvprofile.errors import InputError
+from kvprofile.checkpoint.source import Source
+from kvprofile.errors import InputError, first_line
 from kvprofile.files import sha256_of
 
 if TYPE_CHECKING:
@@ -49,6 +49,8 @@ def load_tokenizer(source: Source, trust_remote_code: bool = False) -> PreTraine
         raise InputError(f"{source.folder}: cannot load the tokenizer: {first_line(error)}") from error
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise InputError(f"{source.folder}: no tokenizer files; copy the model's tokenizer.json there")
+    if not isinstance(tokenizer.model_max_length, int | float):  # every text would be compared with it
+        raise InputError(f"{source.folder}: model_max_length in tokenizer_config.json is no number")
     return tokenizer
 
 

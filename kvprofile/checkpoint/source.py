@@ -6,7 +6,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvprofile.errors import InputError, plain
+from kvprofile.errors import InputError, first_line, plain
+from kvprofile.files import bundled_model
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -26,10 +27,11 @@ class Source:
 def locate(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Source:
     """Find a checkpoint folder, or fetch the small files of a hub id.
 
-    A folder never touches the network. Raises InputError where there is no such folder or repository.
+    A folder never touches the network; nor does "pocket", the bundled checkpoint. Raises InputError where there is no
+    such folder or repository.
     """
     try:
-        folder = Path(model).expanduser()
+        folder = bundled_model(model) or Path(model).expanduser()
         is_folder, exists = folder.is_dir(), folder.exists()
     except (OSError, RuntimeError, ValueError) as error:
         raise InputError(f"cannot look for {model[:100]}: {first_line(error)}") from error
@@ -95,10 +97,3 @@ def _download(model: str, revision: str | None, patterns: list[str]) -> Path:
         ) from error
     except (HfHubHTTPError, OSError) as error:
         raise InputError(f"cannot fetch {model}: {first_line(error)}") from error
-
-
-def first_line(error: Exception) -> str:
-    """What a library says went wrong, short enough for one line."""
-    lines = (str(error).strip() or type(error).__name__).splitlines()
-    told = lines[0] if not lines[0].endswith(":") else " ".join(line.strip() for line in lines[:3])
-    return told[:300]

@@ -7,8 +7,7 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvprofile.checkpoint.source import first_line
-from kvprofile.errors import InputError
+from kvprofile.errors import InputError, first_line
 from kvprofile.files import sha256_of
 
 _SAMPLE_BYTES = 4096
@@ -63,12 +62,15 @@ def read_header(file: Path) -> list[Tensor]:
             for name, info in header.items()
             if name != "__metadata__"
         ]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise InputError(f"{file} is not a safetensors file: {first_line(error)}") from error
     tensors.sort(key=lambda tensor: (tensor.first, tensor.end))
-    asked = tensors[-1].end if tensors else 0
-    if asked != size or any(not data <= tensor.first <= tensor.end for tensor in tensors):
+    asked = tensors[-1].end if tensors else data
+    if asked != size:
         raise InputError(f"{file} is truncated: its header asks for {asked} bytes, it has {size}; download it again")
+    begins = [data, *(tensor.end for tensor in tensors)]
+    if any(tensor.first != begin or tensor.end < begin for tensor, begin in zip(tensors, begins, strict=False)):
+        raise InputError(f"{file} is not a safetensors file: its tensors overlap or leave gaps")
     return tensors
 
 

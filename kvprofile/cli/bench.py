@@ -10,8 +10,6 @@ import typer
 from kvprofile.cli.output import print_json, say, stdout_console
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from kvprofile.bench.prepare import Prepared
     from kvprofile.report.record import Leg, RunRecord
 
@@ -230,7 +228,7 @@ def _render(found: RunRecord) -> None:
             _number(metrics.output_throughput),
             _number(metrics.median_ttft_ms),
             _number(metrics.median_tpot_ms),
-            _percent(_pass_rate([leg])),
+            _percent(_pass_rate(leg)),
             _percent(leg.eviction_ratio),
             "-" if leg.bound is None else f"{leg.bound.speedup:.2f}x",
             "-" if leg.bound is None or leg.bound.reached is None else f"{leg.bound.reached:.2f}x",
@@ -244,11 +242,10 @@ def _render(found: RunRecord) -> None:
             console.print(Text(f"{leg.name}: {warning}", style="dim"))
 
 
-def _pass_rate(legs: Sequence[Leg]) -> float | None:
+def _pass_rate(leg: Leg) -> float | None:
     """Share of outputs that hold what is expected; None where nothing was asked for."""
     verdicts = [
         verdict.passed
-        for leg in legs
         for request in leg.requests
         for verdict in request.verdicts
         if verdict.name in ("expected", "pattern", "json-schema") and verdict.passed is not None

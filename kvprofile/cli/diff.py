@@ -79,6 +79,7 @@ def render(
 def _render_scores(before: Profile, after: Profile, console: Console) -> None:
     from rich.text import Text
 
+    from kvprofile.budget.compare import ranking_scores
     from kvprofile.cli import heatmap
 
     geometry = before.model.geometry
@@ -87,8 +88,7 @@ def _render_scores(before: Profile, after: Profile, console: Console) -> None:
     if len(geometry.profiled_layers) < geometry.layers:
         console.print(heatmap.SLIDING_NOTE)
     titles = (f"A {before.scoring.statistic}", f"B {after.scoring.statistic}")
-    matrices = [profile.scores.statistics()[profile.scoring.statistic] for profile in (before, after)]
-    cells = (heatmap.score_cell(matrices[0]), heatmap.score_cell(matrices[1]))
+    cells = (heatmap.score_cell(ranking_scores(before)), heatmap.score_cell(ranking_scores(after)))
     for row in heatmap.draw_pair(cells, titles, geometry.layers, geometry.kv_heads, console.width):
         console.print(row)
 

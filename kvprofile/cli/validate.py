@@ -59,6 +59,8 @@ def collect(places: list[Path]) -> tuple[list[Path], dict[Path, list[str]]]:
 
     Links to folders are not followed below a place that was given, so a loop of links ends.
     """
+    from kvprofile.budget import store
+
     found: dict[str, Path] = {}
     unreadable: dict[Path, list[str]] = {}
 
@@ -66,7 +68,7 @@ def collect(places: list[Path]) -> tuple[list[Path], dict[Path, list[str]]]:
         unreadable[Path(error.filename)] = [f"cannot read the folder: {error.strerror}"]
 
     for place in places:
-        if not os.path.isdir(place):  # noqa: PTH112 -- False where Path.is_dir raises: no permission above
+        if not store.is_dir(place):
             found.setdefault(os.path.abspath(place), place)  # noqa: PTH100 -- a link stays a file of its own
             continue
         for folder, subfolders, names in os.walk(place, onerror=note):
@@ -97,7 +99,7 @@ def _check(path: Path) -> Profile | list[str]:
 
     from kvprofile.budget import store
 
-    if os.path.exists(path) and not os.path.isfile(path):  # noqa: PTH110, PTH113 -- as above; a pipe would wait forever
+    if store.exists(path) and not store.is_file(path):  # a pipe would wait for ever
         return ["not a regular file"]
     result = store.problems(path)
     if isinstance(result, list):

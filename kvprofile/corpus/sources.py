@@ -15,8 +15,8 @@ from importlib.resources import files
 from pathlib import Path
 
 from kvprofile.corpus.generate import KINDS, generate_text
-from kvprofile.errors import InputError, plain
-from kvprofile.files import sha256_of
+from kvprofile.errors import InputError, first_line, plain
+from kvprofile.files import MAX_TEXT_BYTES, read_bytes, sha256_of
 
 GENERATED_CHARACTERS = 20_000
 """Length of a generated document unless the reference states one."""
@@ -106,9 +106,7 @@ def _checked(name: str, texts: list[Text]) -> Corpus:
 
 def _read(path: Path) -> str:
     try:
-        text = path.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
+        text = read_bytes(path, MAX_TEXT_BYTES).decode("utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 (byte {error.start}); convert it first") from error
     if "\0" in text:
@@ -146,7 +144,10 @@ def _from_stdin() -> list[Text]:
     try:
         if sys.stdin is None:
             raise InputError("stdin is closed; pipe JSON lines into it")
-        lines = sys.stdin.buffer.read().decode("utf-8").split("\n")
+        content = sys.stdin.buffer.read(MAX_TEXT_BYTES + 1)
+        if len(content) > MAX_TEXT_BYTES:
+            raise InputError(f"stdin holds more than {MAX_TEXT_BYTES // 2**20} MiB; no such corpus is that large")
+        lines = content.decode("utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise InputError(f"stdin is not UTF-8 (byte {error.start})") from error
     for number, line in enumerate(lines, 1):
@@ -154,7 +155,7 @@ def _from_stdin() -> list[Text]:
             continue
         try:
             item = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f'stdin line {number} is not JSON; give one {{"text": "..."}} a line') from error
         text = item.get("text") if isinstance(item, dict) else item
         if not isinstance(text, str):
@@ -200,8 +201,7 @@ def _from_datasets(reference: str, rest: str, limit: int | None) -> list[Text]:
         rows = table.select(range(min(limit or table.num_rows, table.num_rows)))
         found = list(rows[column]) if column in table.column_names else None
     except Exception as error:  # datasets and its readers raise all kinds
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{reference}: cannot load the data set: {first[:300]}") from error
+        raise InputError(f"{reference}: cannot load the data set: {first_line(error)}") from error
     if found is None:
         raise InputError(f"{reference}: no column {column!r}; it has {', '.join(table.column_names)}")
     strange = [index for index, text in enumerate(found) if not isinstance(text, str)]

@@ -198,7 +198,7 @@ def _stop_ids(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, fold
     """Ids that end a sequence for the tokenizer, the config or the generation config."""
     try:
         generation = json.loads((folder / "generation_config.json").read_text(encoding="utf-8")).get("eos_token_id")
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         generation = None
     named = (tokenizer.eos_token_id, getattr(config, "eos_token_id", None), generation)
     flat = [each for ids in named for each in (ids if isinstance(ids, Sequence) else [ids])]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kvprofile.errors import InputError
-from kvprofile.files import holdings, missing_folders, write_atomically
+from kvprofile.files import holdings, missing_folders, refuse_links, write_atomically
 
 RUN, ITEMS, SUMMARY = "run.json", "items.jsonl", "summary.json"
 DIGITS = 6
@@ -151,6 +151,7 @@ class ItemStore:
 
     def refuse_foreign(self, force: bool = False) -> bool | None:
         """Whether the folder holds this run; None where it holds nothing. Raises InputError as ``open``."""
+        refuse_links(self.folder)
         same = self._same_run()
         if same is False and not force:
             raise InputError(
@@ -168,7 +169,7 @@ class ItemStore:
             return None
         try:
             found = json.loads((self.folder / RUN).read_bytes())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return False
         return isinstance(found, dict) and found.get("run_key") == self.run_key
 
@@ -207,7 +208,7 @@ def _parse(line: str) -> Item | None:
     try:
         found = json.loads(line) if line.endswith("\n") else None
         return Item(**found) if isinstance(found, dict) and set(found) == _NAMES else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
 
 

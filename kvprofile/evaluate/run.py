@@ -23,7 +23,7 @@ from kvprofile.evaluate.summary import Results, summarise
 from kvprofile.evaluate.tasks import TASKS
 from kvprofile.evaluate.variants import Contender, Variant, build
 from kvprofile.files import LOCK, alone, sha256_of
-from kvprofile.scoring.run import Progress
+from kvprofile.scoring.run import Progress, Silent
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,19 +58,6 @@ class Plan:
     def questions(self) -> int:
         """Questions that every variant is asked."""
         return sum(len(asked.exercise.questions) for asked in self.asked)
-
-
-class Quiet:
-    """Progress that nobody watches."""
-
-    def start(self, total: int) -> None:
-        """Nothing."""
-
-    def advance(self, tokens: int) -> None:
-        """Nothing."""
-
-    def say(self, message: str) -> None:
-        """Nothing."""
 
 
 def plan(
@@ -159,7 +146,7 @@ def evaluate_checkpoint(
     description = describe(locate(model))
     planned = plan(description, load_tokenizer(description.source), contenders, options)
     placement = place(description, dtype, device, planned.cache_tokens)
-    return evaluate(planned, placement, folder, progress or Quiet(), force)
+    return evaluate(planned, placement, folder, progress or Silent(), force)
 
 
 def default_folder(planned: Plan, placement: Placement) -> Path:

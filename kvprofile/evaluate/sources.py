@@ -11,8 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from kvprofile.errors import InputError, plain
+from kvprofile.errors import InputError, first_line, plain
 from kvprofile.evaluate.tasks import TASKS, Exercise, Question
+from kvprofile.files import MAX_TEXT_BYTES
 
 _SCHEME = "datasets:"
 _USAGE = "use datasets:ID_OR_FOLDER[:SPLIT[:CONFIG]]"
@@ -74,7 +75,9 @@ def _file(reference: str) -> Path:
 def _lines(path: Path) -> Iterator[Exercise]:
     try:
         with open(path, encoding="utf-8") as stream:
-            for number, line in enumerate(stream, 1):
+            number = 0
+            while line := stream.readline(MAX_TEXT_BYTES):  # of what never ends no more than that
+                number += 1
                 if line.strip():
                     yield _exercise(line, f"{path}: line {number}")
     except OSError as error:
@@ -132,8 +135,7 @@ def _from_datasets(reference: str) -> tuple[str, Iterator[Exercise]]:
     except InputError:
         raise
     except Exception as error:  # datasets and its readers raise all kinds
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"{reference}: cannot load the data set: {first[:300]}") from error
+        raise InputError(f"{reference}: cannot load the data set: {first_line(error)}") from error
     read = _reader(columns)
     if read is None:
         raise InputError(

@@ -58,7 +58,7 @@ class Results:
             listed = json.loads((folder / RUN).read_bytes())["variants"]
             variants = [Variant(**each) for each in listed]
             return cls.of(read_items(folder / ITEMS), variants)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise InputError(f"{folder} is no folder of a finished evaluation: {error}") from error
 
     def only(self, wanted: Callable[[Item], bool]) -> Results | None:

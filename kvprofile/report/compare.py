@@ -191,9 +191,10 @@ def _between_runs(figure: Figure, group: Group, reference: Group) -> Estimate:
         return UNKNOWN
     if not figure.relative:
         return student_mean([our - their for our, their in pairs])
-    if any(our <= 0 or their <= 0 for our, their in pairs):
+    if not all(our > 0 and their > 0 and 0 < our / their < math.inf for our, their in pairs):
         return UNKNOWN
-    return _mapped(student_mean([math.log(our / their) for our, their in pairs]), math.expm1)
+    found = student_mean([math.log(our / their) for our, their in pairs])
+    return _mapped(found, lambda apart: math.expm1(min(apart, _MOST_APART)))
 
 
 def _quality_row(figure: QualityFigure, groups: Sequence[Group], reference: Group | None) -> Row:
@@ -207,6 +208,9 @@ def _quality_row(figure: QualityFigure, groups: Sequence[Group], reference: Grou
     }
     return Row(figure.key, figure.label, QUALITY, figure.unit, figure.better, False, values, differences)
 
+
+_MOST_APART = 700.0
+"""Logarithm of the largest ratio that a float holds, about."""
 
 Question = tuple[str | None, str | None, int | None]
 """Document, question, seed."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvprofile.report.compare import Comparison, Row, Summary
+from kvprofile.report.figures import passed
 from kvprofile.report.record import Cost, Leg, Request, RunRecord
 from kvprofile.report.wording import difference, interval, number, scale_for, verdict
 from kvprofile.statistics import Estimate
@@ -178,7 +179,7 @@ def document_groups(summary: Summary) -> dict[str, Any]:
 
 def _answer(name: str, requests: Sequence[Request]) -> dict[str, Any]:
     """The first answer of a leg in full, and how many of its repetitions passed."""
-    judged = [passed for request in requests if (passed := _passed(request)) is not None]
+    judged = [bool(found) for request in requests if (found := passed(request)) is not None]
     return {
         "name": name,
         "request": requests[0],
@@ -187,13 +188,6 @@ def _answer(name: str, requests: Sequence[Request]) -> dict[str, Any]:
         "asked": len(requests),
         "verdict": "" if not judged else "pass" if all(judged) else "mixed" if any(judged) else "fail",
     }
-
-
-def _passed(request: Request) -> bool | None:
-    if request.error is not None:
-        return False
-    judged = [verdict.passed for verdict in request.verdicts if verdict.passed is not None]
-    return all(judged) if judged else None
 
 
 def provenance(summary: Summary) -> list[dict[str, Any]]:

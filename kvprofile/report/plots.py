@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
 
-    from kvprofile.budget.profile import Matrix, Profile
+    from kvprofile.budget.profile import Profile
 
 
 class Kind(StrEnum):
@@ -156,8 +156,10 @@ def _heatmap(block: SubFigure, axes: Axes, profile: Profile) -> None:
     import numpy as np
     from matplotlib.patches import Patch
 
+    from kvprofile.budget.compare import ranking_scores
+
     geometry, statistic = profile.model.geometry, profile.scoring.statistic
-    scores = _ranking_scores(profile)
+    scores = ranking_scores(profile)
     values = np.array([[math.nan if value is None else value for value in row] for row in scores]).T
     image = axes.imshow(values, aspect="auto", cmap=SCORE_COLOURS, interpolation="nearest", origin="upper")
     if _hatch_unprofiled(axes, profile):
@@ -191,8 +193,9 @@ def _sorted_scores(_block: SubFigure, axes: Axes, profile: Profile) -> None:
     from matplotlib.ticker import MaxNLocator
 
     from kvprofile.budget.allocate import full_head_count
+    from kvprofile.budget.compare import ranking_scores
 
-    values = sorted((value for row in _ranking_scores(profile) for value in row if value is not None), reverse=True)
+    values = sorted((value for row in ranking_scores(profile) for value in row if value is not None), reverse=True)
     edges = [rank + 0.5 for rank in range(len(values) + 1)]
     axes.stairs(values, edges, fill=True, color="#c9d3e6")
     axes.stairs(values, edges, color="black", linewidth=1.4, baseline=None)
@@ -250,10 +253,6 @@ def _presets(profile: Profile) -> list[tuple[str, tuple[float, float, float, flo
     keys = sorted(profile.budgets, key=float, reverse=True)
     colours = matplotlib.colormaps[PRESET_COLOURS]
     return [(key, colours(0.9 - 0.85 * i / max(1, len(keys) - 1))) for i, key in enumerate(keys)]
-
-
-def _ranking_scores(profile: Profile) -> Matrix:
-    return profile.scores.statistics()[profile.scoring.statistic]
 
 
 def _provenance(profile: Profile) -> str:

@@ -5,14 +5,13 @@ Result files of `vllm bench serve` are read into the same model (``vllm_serve``)
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from kvprofile.budget.store import phrases
+from kvprofile.budget.store import is_dir, phrases
 from kvprofile.errors import InputError
 from kvprofile.files import json_bytes, parse_json, read_json, write_atomically
 from kvprofile.report import vllm_serve
@@ -47,7 +46,7 @@ def parse(raw: Any, name: str) -> RunRecord:
     version = raw.get("schema_version")
     if version != SCHEMA_VERSION or isinstance(version, bool):
         raise InputError(
-            f"{name}: schema_version of this run record is {version!r}, this kvprofile reads {SCHEMA_VERSION}"
+            f"{name}: schema_version of this run record is {version!r:.40}, this kvprofile reads {SCHEMA_VERSION}"
         )
     return _validated(lambda: RunRecord.model_validate(raw), name)
 
@@ -66,7 +65,7 @@ def collect(places: Iterable[Path]) -> tuple[dict[Path, RunRecord], list[Path]]:
     found: dict[Path, RunRecord] = {}
     others: list[Path] = []
     for place in places:
-        if not os.path.isdir(place):  # noqa: PTH112 -- False where Path.is_dir raises: no permission above
+        if not is_dir(place):
             found[place] = load(place)
             continue
         for path in sorted(p for p in place.rglob("*.json") if p.is_file()):

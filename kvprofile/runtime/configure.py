@@ -6,12 +6,13 @@ Everything that can be refused is refused here, before any worker starts, as one
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from vllm.platforms import current_platform
 
+from kvprofile import unsupported
 from kvprofile.runtime import metrics, stats
 from kvprofile.runtime.budget import CONFIG_KEY
 from kvprofile.runtime.find import Served, find
@@ -33,7 +34,7 @@ def configuring(stock: Callable[..., Any]) -> Callable[..., Any]:
     def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         config = stock(self, *args, **kwargs)
         settings = from_environment(os.environ)
-        found = list(_unsupported(config))
+        found = _unsupported(config)
         if not settings.allow_untested:
             found += _untested(config)
         if found:
@@ -79,34 +80,25 @@ def _served(config: Any) -> Served:
     )
 
 
-def _unsupported(config: Any) -> Iterator[str]:
+def _unsupported(config: Any) -> list[str]:
     """What the runtime would serve wrongly, each as a phrase."""
-    model, parallel, scheduler = config.model_config, config.parallel_config, config.scheduler_config
-    text = model.hf_text_config
-    quantised = config.cache_config.cache_dtype not in ("auto", "float16", "bfloat16", "float32")
+    model, text = config.model_config, config.model_config.hf_text_config
     reasons = {
-        "multi-head latent attention (MLA)": model.use_mla,
-        "a model that is no decoder": model.runner_type != "generate" or model.is_encoder_decoder,
-        "a model without attention": model.is_attention_free,
-        "a model with Mamba layers": model.is_hybrid,
+        **unsupported.of_config(config),
         "ALiBi": text.model_type in ALIBI_MODELS or getattr(text, "alibi", False),
         "learned attention sinks": text.model_type in SINK_MODELS,
         "layers that share caches": bool(getattr(text, "num_kv_shared_layers", 0)),
-        "reference sliding-window attention": model.rswa_window is not None,
         "bidirectional attention inside images": model.is_mm_prefix_lm,
-        f"the quantised KV cache {config.cache_config.cache_dtype}": quantised,
-        "speculative decoding": config.speculative_config is not None,
-        "a KV connector": config.kv_transfer_config is not None,
-        "context parallelism": parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
         "hierarchical sparse attention": config.attention_config.hisparse_config is not None,
-        "shared KV layers in prefill (kv_sharing_fast_prefill)": config.cache_config.kv_sharing_fast_prefill,
-        "scheduler_reserve_full_isl off, which hides where prefill ends": not scheduler.scheduler_reserve_full_isl,
+        "scheduler_reserve_full_isl off, which hides where prefill ends": (
+            not config.scheduler_config.scheduler_reserve_full_isl
+        ),
         "an additional_config that is no dictionary": not isinstance(config.additional_config, dict),
     }
-    yield from (reason for reason, holds in reasons.items() if holds)
+    return unsupported.holding(reasons)
 
 
-def _untested(config: Any) -> Iterator[str]:
+def _untested(config: Any) -> list[str]:
     """What may well work but has not been tried, each as a phrase with the way around it."""
     parallel = config.parallel_config
     reasons = {
@@ -119,6 +111,4 @@ def _untested(config: Any) -> Iterator[str]:
         "LoRA adapters": config.lora_config is not None,
         "several modalities": config.model_config.is_multimodal_model,
     }
-    for reason, holds in reasons.items():
-        if holds:
-            yield f"{reason}, unless {PREFIX}ALLOW_UNTESTED=1"
+    return [f"{reason}, unless {PREFIX}ALLOW_UNTESTED=1" for reason in unsupported.holding(reasons)]

@@ -12,11 +12,12 @@ from pathlib import Path
 
 from kvprofile.budget import runtime_file, store
 from kvprofile.budget.allocate import Constraints
-from kvprofile.budget.formats.base import Export, read_bytes
+from kvprofile.budget.formats.base import Export
 from kvprofile.budget.formats.vllm import runtime
 from kvprofile.budget.profile import Profile
 from kvprofile.budget.runtime_file import RuntimeFile, RuntimeModel
 from kvprofile.errors import InputError
+from kvprofile.files import read_bytes
 from kvprofile.runtime.budget import Budget
 from kvprofile.runtime.settings import PREFIX, Settings
 

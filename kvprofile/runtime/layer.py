@@ -20,6 +20,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.kv_cache_interface import replace_as
 
+from kvprofile import unsupported
 from kvprofile.runtime.backend import with_layout, with_trimming
 from kvprofile.runtime.budget import Budget, Heads
 from kvprofile.runtime.cache import StreamSpec
@@ -132,15 +133,16 @@ def splitting(construct: Callable[..., None]) -> Callable[..., None]:
 
 def _require_plain(layer: Any, kv_heads: int) -> None:
     """Refuse what a budgeted layer cannot have: state kept per head on the layer, or a window of its own."""
-    reasons = {
-        "its KV heads are not those of the budget": layer.num_kv_heads != kv_heads,
-        "it slides, the budget says it does not": layer.sliding_window is not None,
-        "it has learned sinks": layer.has_sink,
-        "it shares another layer's cache": layer.kv_sharing_target_layer_name is not None,
-        "it has ALiBi slopes": getattr(layer.impl, "alibi_slopes", None) is not None,
-        "it quantises its cache": layer.kv_cache_dtype not in ("auto", "float16", "bfloat16", "float32"),
-    }
-    found = [reason for reason, holds in reasons.items() if holds]
+    found = unsupported.holding(
+        {
+            "its KV heads are not those of the budget": layer.num_kv_heads != kv_heads,
+            "it slides, the budget says it does not": layer.sliding_window is not None,
+            "it has learned sinks": layer.has_sink,
+            "it shares another layer's cache": layer.kv_sharing_target_layer_name is not None,
+            "it has ALiBi slopes": getattr(layer.impl, "alibi_slopes", None) is not None,
+            "it quantises its cache": layer.kv_cache_dtype not in unsupported.PLAIN_CACHES,
+        }
+    )
     if found:
         raise ValueError(f"kvprofile cannot trim heads of {layer.layer_name}: {', '.join(found)}")
 

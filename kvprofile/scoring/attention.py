@@ -7,6 +7,7 @@ and chunk position, the maximum over rows and over the query heads of the group 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from kvprofile.budget.profile import Geometry
 from kvprofile.errors import InputError
 from kvprofile.scoring import kernels
+from kvprofile.scoring.effort import REST_STRIDE, sparse_rest
 from kvprofile.scoring.kernels import Part
 
 NAME = "kvprofile_reconstruction"
@@ -39,12 +41,12 @@ class Recorder:
     """What the attention function needs to know of the pass under way, and what it found.
 
     ``chunk`` is None while prefilling, else the absolute positions [start, stop) of the chunk being repeated. With
-    ``local_rows`` the rows of a repeat attend to prefix, chunk and themselves alone, so their cost does not grow with
-    the context; scores are no longer exact then.
+    ``sparse_rows`` the rows of a repeat see few tokens of the rest of the context (``effort.sparse_rest``); what they
+    are scored over stays whole, but scores are no longer exact.
     """
 
     geometry: Geometry
-    local_rows: bool = False
+    sparse_rows: bool = False
     prefix_tokens: int = 0
     query_start: int = 0
     chunk: tuple[int, int] | None = None
@@ -73,14 +75,14 @@ current: list[Recorder] = []
 
 
 @contextmanager
-def recording(model: PreTrainedModel, geometry: Geometry, *, local_rows: bool = False) -> Iterator[Recorder]:
+def recording(model: PreTrainedModel, geometry: Geometry, *, sparse_rows: bool = False) -> Iterator[Recorder]:
     """Route a model's attention through the recorder, and put everything back afterwards.
 
     Not re-entrant, and one model at a time: transformers' registry is global.
     """
     if current:
         raise RuntimeError("a model is being scored already in this process")
-    recorder = Recorder(geometry, local_rows)
+    recorder = Recorder(geometry, sparse_rows)
     current.append(recorder)
     try:
         with routed(model, NAME, _attention):
@@ -174,7 +176,14 @@ def _full_layer(
     recorder.token_scores[layer] = chunk_scores(query, key[:, :, first:stop], normaliser, scale, softcap)
     if layer == recorder.last_layer:
         raise AllLayersDone
-    rest = [] if recorder.local_rows else part(recorder.prefix_tokens, first) + part(stop, start)
+    if not recorder.sparse_rows:
+        return kernels.merge(scored + part(recorder.prefix_tokens, first) + part(stop, start), sinks)
+    before, behind, recent = sparse_rest(recorder.prefix_tokens, recorder.chunk, start)
+    rest = part(recent.start, recent.stop)
+    samples = torch.tensor([*before, *behind], device=key.device)
+    if len(samples):
+        found = span(recorder, query, key[:, :, samples], value[:, :, samples], scale, softcap, 0, causal=False)
+        rest.append(Part(found.output, found.lse + math.log(REST_STRIDE)))
     return kernels.merge(scored + rest, sinks)
 
 

@@ -1,9 +1,9 @@
 """How much of the corpora a run reads: all of it, exactly, or a part of it, fast. Behind ``score --fast``.
 
-Three shortcuts, each of which can be taken alone. *Local rows*: a repeat attends to prefix, chunk and itself, so its
-cost does not grow with the context. *Chunk sampling*: a share of each document's chunks, spread over it, is repeated.
-*Early stopping*: the run ends once the budgets have settled (``scoring.stopping``). What each does to the ranking is
-measured by ``scripts/fast_agreement.py``.
+Three shortcuts, each of which can be taken alone. *Sparse rows*: of the context behind prefix and chunk a repeat sees
+the last tokens and one in sixteen of the others, in place of all sixteen. *Chunk sampling*: a share of each document's
+chunks, spread over it, is repeated. *Early stopping*: the run ends once the budgets have settled
+(``scoring.stopping``). What each does to the ranking is measured by ``scripts/fast_agreement.py``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from itertools import pairwise
 class Effort:
     """Shortcuts of a run; without any it is exact."""
 
-    local_rows: bool = False
+    sparse_rows: bool = False
     chunk_share: float = 1.0
     stop_early: bool = False
 
@@ -45,5 +45,19 @@ class Effort:
 
 
 EXACT = Effort()
-FAST = Effort(local_rows=True, chunk_share=0.5, stop_early=True)
+FAST = Effort(sparse_rows=True, chunk_share=0.5, stop_early=True)
 """What ``--fast`` takes."""
+
+REST_RECENT_TOKENS, REST_STRIDE = 128, 16
+
+
+def sparse_rest(prefix: int, chunk: tuple[int, int], length: int) -> tuple[range, range, range]:
+    """Context positions that a sparse repeat sees beside prefix and chunk: those at the end, and samples.
+
+    ``chunk`` holds positions [start, stop) and ``length`` counts prefix and context. Returned are samples before the
+    chunk and behind it, each of which stands for REST_STRIDE tokens, and the last tokens, which stand for themselves.
+    """
+    first, stop = chunk
+    recent = max(stop, length - REST_RECENT_TOKENS)
+    middle = REST_STRIDE // 2
+    return range(prefix + middle, first, REST_STRIDE), range(stop + middle, recent, REST_STRIDE), range(recent, length)

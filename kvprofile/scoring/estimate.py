@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvprofile.checkpoint import DTYPES, Placement, weight_bytes_in
+from kvprofile.checkpoint.load import cache_values
 from kvprofile.scoring.attention import DEVICE_LOGIT_BLOCK_VALUES
 from kvprofile.scoring.kvzip import PREFILL_SLICE_TOKENS
 from kvprofile.scoring.prompts import chunks, longest_repeat
@@ -49,17 +50,17 @@ def estimate(plan: Plan, placement: Placement, rate: Callable[[str, str], float]
     for index, document in enumerate(plan.documents):
         wanted = plan.wanted(index)
         repeats = [
-            Repeat(len(chunk.repeat_ids), chunk.stop - chunk.start)
+            Repeat.of(document, chunk, sparse_rows=options.effort.sparse_rows)
             for chunk in chunks(document, plan.frame, options.chunk_tokens)
             if chunk.index in wanted
         ]
         prefix, context = len(document.prefix_ids), len(document.context_ids)
-        work += count(shape, prefix, context, repeats, local_rows=options.effort.local_rows)
+        work += count(shape, prefix, context, repeats)
         read += prefix + context + sum(repeat.rows for repeat in repeats)
     speed = rate(placement.device, placement.dtype)
     value_bytes = DTYPES[placement.dtype]
     longest = longest_repeat(plan.frame, min(options.chunk_tokens, plan.document_tokens))
-    held = 2 * geometry.layers * geometry.kv_heads * geometry.head_size * (plan.document_tokens + longest)
+    held = cache_values(geometry, plan.document_tokens + longest)
     return Estimate(
         documents=len(plan.documents),
         context_tokens=sum(len(document.context_ids) for document in plan.documents),

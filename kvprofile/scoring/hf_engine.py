@@ -58,8 +58,8 @@ class HfEngine:
         loss_aware = METHODS[plan.options.method].loss_aware
         model = load_model(plan.description, self.placement, needs_head=loss_aware)
         progress.start(sum(work))
-        local_rows = plan.options.effort.local_rows
-        with recording(model, plan.description.geometry, local_rows=local_rows) as recorder:
+        sparse_rows = plan.options.effort.sparse_rows
+        with recording(model, plan.description.geometry, sparse_rows=sparse_rows) as recorder:
             scorer = Scorer(
                 model,
                 recorder,

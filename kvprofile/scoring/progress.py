@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from kvprofile.errors import InputError
-from kvprofile.files import holdings, missing_folders, write_atomically
+from kvprofile.files import holdings, missing_folders, refuse_links, write_atomically
 from kvprofile.scoring.aggregate import HeadStatistics
 
 
@@ -35,12 +35,13 @@ class ChunkStore:
         ``replaced`` then tells how many chunks of another run were removed. Raises InputError where a folder of that
         name was not made by a run.
         """
+        refuse_links(self.folder)
         marker = self.folder / "run.json"
         if self.folder.exists() and not marker.is_file() and (not self.folder.is_dir() or holdings(self.folder)):
             raise InputError(f"{self.folder} exists and is no run's folder; move it or choose another --output")
         try:
             same = json.loads(marker.read_text())["run_key"] == self.run_key
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             same = False
         if not same:
             self.replaced = len(self._listed())

@@ -6,12 +6,15 @@ twice, so a request quotes exactly the tokens that the cache holds.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kvprofile.errors import InputError
+from kvprofile.errors import InputError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,6 +27,10 @@ HINT_TOKENS = 8
 
 BARE_PREFIX_TOKENS = 4
 """Context tokens that serve as prefix where there is neither template nor BOS: token 0 draws attention anyway."""
+
+TEMPLATE_TIMEOUT_S = 20.0
+MOST_TEMPLATE_CHARACTERS = 1_000_000
+"""What a template may take. Its sandbox keeps it from files and code, not from loops."""
 
 _MARK = "kvprofile-context-goes-here"
 _FIXED_DATE = datetime.datetime(2025, 1, 1, tzinfo=datetime.UTC)
@@ -111,6 +118,25 @@ def longest_repeat(frame: Frame, chunk_tokens: int) -> int:
     return request + len(frame.suffix_ids) + chunk_tokens
 
 
+@contextlib.contextmanager
+def _at_most(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in a block that takes longer; only where signals work: the main thread, not on Windows."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"no end after {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def _render(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     options: dict[str, Any] = {
         "add_generation_prompt": True,
@@ -120,10 +146,12 @@ def _render(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
         "strftime_now": _FIXED_DATE.strftime,
     }
     try:
-        text = tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], **options)
+        with _at_most(TEMPLATE_TIMEOUT_S):
+            text = tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], **options)
     except Exception as error:  # a template is a program and fails in its own ways
-        first = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"{tokenizer.name_or_path}: the chat template fails: {first}") from error
+        raise InputError(f"{tokenizer.name_or_path}: the chat template fails: {first_line(error)}") from error
+    if isinstance(text, str) and len(text) > MOST_TEMPLATE_CHARACTERS:
+        raise InputError(f"{tokenizer.name_or_path}: the chat template writes {len(text):,} characters around one text")
     if not isinstance(text, str) or text.count(_MARK) != 1:
         raise InputError(f"{tokenizer.name_or_path}: the chat template does not hold the user's text exactly once")
     prefix, suffix = text.split(_MARK)

@@ -19,8 +19,7 @@ from kvprofile.capture import ENGINE_ARGUMENTS, SCHEDULER, refuse
 from kvprofile.capture.session import Session
 from kvprofile.checkpoint import Description
 from kvprofile.checkpoint.load import DTYPES, cache_values
-from kvprofile.checkpoint.source import first_line
-from kvprofile.errors import InputError
+from kvprofile.errors import InputError, first_line
 
 if TYPE_CHECKING:
     from kvprofile.scoring.progress import ChunkStore
@@ -172,7 +171,7 @@ def started(arguments: Mapping[str, Any]) -> Iterator[Any]:
             config = EngineArgs(**arguments).create_engine_config(UsageContext.LLM_CLASS)
         except Exception as error:  # vLLM validates with whatever is at hand
             raise InputError(f"vLLM does not take this model so: {_reason(error)}") from error
-        told = list(refuse.problems(config))
+        told = refuse.problems(config)
         if told:
             raise InputError(f"kvprofile does not score with {'; '.join(told)}")
         try:

@@ -12,9 +12,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvprofile.budget.profile import Geometry
+from kvprofile.scoring.effort import sparse_rest
 
 if TYPE_CHECKING:
     import torch
+
+    from kvprofile.scoring.prompts import Chunk, Document
 
 
 @dataclass(frozen=True)
@@ -57,19 +60,28 @@ class Work:
 
 @dataclass(frozen=True)
 class Repeat:
-    """A repeat of ``chunk`` context tokens that takes ``rows`` rows."""
+    """A repeat of ``chunk`` context tokens that takes ``rows`` rows, which see ``rest`` other tokens of the context."""
 
     rows: int
     chunk: int
+    rest: int
+
+    @classmethod
+    def of(cls, document: Document, chunk: Chunk, *, sparse_rows: bool = False) -> Repeat:
+        """The repeat of a chunk of a document, exact or sparse."""
+        prefix, context = len(document.prefix_ids), len(document.context_ids)
+        rest = context - (chunk.stop - chunk.start)
+        if sparse_rows:
+            place = (prefix + chunk.start, prefix + chunk.stop)
+            rest = sum(map(len, sparse_rest(prefix, place, prefix + context)))
+        return cls(len(chunk.repeat_ids), chunk.stop - chunk.start, rest)
 
 
-def count(
-    shape: DecoderShape, prefix: int, context: int, repeats: Iterable[Repeat], *, local_rows: bool = False
-) -> Work:
+def count(shape: DecoderShape, prefix: int, context: int, repeats: Iterable[Repeat]) -> Work:
     """The work of one document: prefix and context tokens, and its repeats.
 
     Of the last layer that is scored, reading the context needs the keys alone, and a repeat queries, keys and logits.
-    Layers behind it are not needed at all. ``local_rows``: repeats attend to prefix, chunk and themselves only.
+    Layers behind it are not needed at all.
     """
     geometry = shape.geometry
     last = max(geometry.profiled_layers)
@@ -85,7 +97,7 @@ def count(
     for repeat in repeats:
         rows = repeat.rows
         scored = rows * (prefix + repeat.chunk) + _causal(rows, 0)
-        seen = scored if local_rows else _causal(rows, length)
+        seen = scored + rows * repeat.rest
         scoring += rows * (last * linear + shape.projections("qk"))
         scoring += pair * (full * (2 * seen + rows * repeat.chunk) + scored)
         scoring += 2 * pair * sliding * _causal(rows, length, shape.window)

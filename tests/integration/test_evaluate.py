@@ -23,6 +23,7 @@ from kvprofile.evaluate.options import Options
 from kvprofile.evaluate.simulate import Simulation, simulating
 from kvprofile.evaluate.summary import Results
 from kvprofile.evaluate.variants import Contender
+from kvprofile.scoring.run import Silent
 from tests import masked
 from tests.models import POCKET, random_model, save_checkpoint
 from tests.unit import foreign
@@ -174,7 +175,7 @@ def test_equal_budgets_are_computed_once(tiny_checkpoint, tmp_path):
         trim(self, heads)
 
     with mock.patch.object(Simulation, "trim", counted):
-        run.evaluate(planned, placement(), tmp_path / "run", run.Quiet())
+        run.evaluate(planned, placement(), tmp_path / "run", Silent())
     distinct = len({variant.budget for variant in planned.variants})
     assert len(trims) == distinct * len(planned.asked)
     assert distinct <= 6
@@ -250,7 +251,7 @@ def undisturbed(tiny_checkpoint, tmp_path_factory):
     planned = plan(tiny_checkpoint, tiny_profile())
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
     with mock.patch("kvprofile.evaluate.measure.SPARE_TOKENS", SPARE):
-        run.evaluate(planned, placement(), folder, run.Quiet())
+        run.evaluate(planned, placement(), folder, Silent())
     return planned, folder
 
 
@@ -258,7 +259,7 @@ class Stopped(BaseException):
     """A crash in the middle of a run."""
 
 
-class StopsAfter(run.Quiet):
+class StopsAfter(Silent):
     """Progress that stops the run after some reads."""
 
     def __init__(self, reads):
@@ -282,7 +283,7 @@ def test_an_interrupted_run_continues_to_the_same_bytes(undisturbed, tmp_path, r
     else:
         assert items.stat().st_size
         items.write_bytes(items.read_bytes()[: -cut or None])
-    run.evaluate(planned, placement(), folder, run.Quiet())
+    run.evaluate(planned, placement(), folder, Silent())
     for name in ("items.jsonl", "summary.json", "run.json"):
         assert (folder / name).read_bytes() == (expected / name).read_bytes()
 
@@ -291,14 +292,14 @@ def test_without_generation_only_the_reference_counts(undisturbed, tmp_path):
     planned, expected = undisturbed
     exact = replace(planned, options=replace(planned.options, generate=False))
     with mock.patch("kvprofile.evaluate.simulate.Branch.generate", side_effect=AssertionError("nothing is written")):
-        run.evaluate(exact, placement(), tmp_path / "run", run.Quiet())
+        run.evaluate(exact, placement(), tmp_path / "run", Silent())
     items, others = (read_items(folder / "items.jsonl") for folder in (tmp_path / "run", expected))
     for item, other in zip(items, others, strict=True):
         assert (item.nll, item.exact) == (other.nll, other.exact)
         assert item.generated is None
         assert item.right == (None if item.task == "repeat" else item.exact)
     with pytest.raises(InputError, match="other settings"):
-        run.evaluate(exact, placement(), expected, run.Quiet())
+        run.evaluate(exact, placement(), expected, Silent())
 
 
 def test_results_can_be_read_by_scripts(tiny_checkpoint, tmp_path):
@@ -476,8 +477,8 @@ def test_a_full_disk_keeps_what_is_finished(undisturbed, tmp_path):
         append(self, items)
 
     with mock.patch.object(ItemStore, "append", full), pytest.raises(InputError, match="cannot write"):
-        run.evaluate(planned, placement(), tmp_path / "run", run.Quiet())
-    run.evaluate(planned, placement(), tmp_path / "run", run.Quiet())
+        run.evaluate(planned, placement(), tmp_path / "run", Silent())
+    run.evaluate(planned, placement(), tmp_path / "run", Silent())
     assert (tmp_path / "run/items.jsonl").read_bytes() == (expected / "items.jsonl").read_bytes()
 
 

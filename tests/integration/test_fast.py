@@ -10,6 +10,7 @@ import torch
 from kvprofile.budget import store
 from kvprofile.cli import run
 from kvprofile.corpus.generate import generate_text
+from kvprofile.scoring import attention, effort
 from kvprofile.scoring.attention import recording
 from kvprofile.scoring.kvzip import Scorer
 from kvprofile.scoring.progress import ChunkStore
@@ -25,26 +26,40 @@ def arguments(checkpoint, output, *options):
     return ["score", str(checkpoint), *CORPORA, *SMALL, "--output", str(output), *options]
 
 
-def scores_of(tokenizer, geometry, model, chunk_tokens, local_rows):
+def scores_of(tokenizer, geometry, model, chunk_tokens, sparse_rows):
     frame = chat_frame(tokenizer)
     document = frame_document("test", encode(tokenizer, generate_text("prose", 7, 4000))[:150], frame)
-    with recording(model, geometry, local_rows=local_rows) as recorder:
+    with recording(model, geometry, sparse_rows=sparse_rows) as recorder:
         scorer = Scorer(model, recorder, frame, document_tokens=170, chunk_tokens=chunk_tokens)
         return torch.cat([scored.token_scores for scored in scorer.score(document)], -1)
 
 
-def test_local_rows_leave_out_the_rest_of_the_context(tokenizer, tmp_path):
+def test_sparse_rows_thin_out_the_rest_of_the_context(tokenizer, tmp_path, monkeypatch):
     """With one chunk there is no rest; with several, the first layer's scores do not depend on it and others do."""
+    monkeypatch.setattr(effort, "REST_RECENT_TOKENS", 16)
     from kvprofile.checkpoint import Source, describe
 
     model = random_model("llama")
     model.save_pretrained(tmp_path)
     geometry = describe(Source("test", tmp_path, None)).geometry
-    one = [scores_of(tokenizer, geometry, model, 200, local) for local in (False, True)]
+    one = [scores_of(tokenizer, geometry, model, 200, sparse) for sparse in (False, True)]
     torch.testing.assert_close(*one)
-    many = [scores_of(tokenizer, geometry, model, 50, local) for local in (False, True)]
+    many = [scores_of(tokenizer, geometry, model, 50, sparse) for sparse in (False, True)]
     torch.testing.assert_close(many[0][0], many[1][0])
     assert (many[0][1:] - many[1][1:]).abs().max() > 1e-3
+
+
+def test_sparse_rows_that_leave_out_nothing_are_exact(tokenizer, tmp_path, monkeypatch):
+    from kvprofile.checkpoint import Source, describe
+
+    for module in (effort, attention):
+        monkeypatch.setattr(module, "REST_STRIDE", 1)
+    monkeypatch.setattr(effort, "REST_RECENT_TOKENS", 16)
+    model = random_model("llama")
+    model.save_pretrained(tmp_path)
+    geometry = describe(Source("test", tmp_path, None)).geometry
+    exact, sparse = (scores_of(tokenizer, geometry, model, 40, rows) for rows in (False, True))
+    torch.testing.assert_close(exact, sparse, atol=1e-5, rtol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +71,7 @@ def fast_file(tiny_checkpoint, tmp_path_factory):
 
 def test_the_file_says_what_was_left_out(fast_file):
     shortcuts = store.load(fast_file).scoring.shortcuts
-    assert shortcuts.local_rows
+    assert shortcuts.sparse_rows
     assert shortcuts.stop_early
     assert shortcuts.chunk_share == 0.5
     assert shortcuts.chunks == 10 * 5

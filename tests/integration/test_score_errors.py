@@ -13,7 +13,10 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from kvprofile import checkpoint as checkpoints
 from kvprofile.cli import run
+from kvprofile.scoring import prompts
+from tests.attack import Attack
 from tests.models import _SHAPE, random_model, save_checkpoint
 
 FAST = ["--corpus", "generate:prose:1:3000", "--context-tokens", "64", "--chunk-tokens", "32"]
@@ -119,14 +122,32 @@ def test_weights_that_are_no_numbers(capsys, workplace, checkpoint):
     assert "layer 1 gives scores that are no numbers" in line
 
 
-@pytest.mark.parametrize("changes", [{"num_attention_heads": 0}, {"num_hidden_layers": 0}, {"vocab_size": 0}])
+CONFIGS = [
+    {"num_attention_heads": 0},
+    {"num_hidden_layers": 0},
+    {"vocab_size": 0},
+    {"hidden_size": 0},
+    {"hidden_size": -64},
+    {"num_hidden_layers": 10**18},
+    {"num_hidden_layers": 1e18},
+    {"vocab_size": 10**30},
+    {"hidden_size": 10**400},
+    {"rope_parameters": {"rope_type": "dynamic", "factor": 10**400}},
+    {"max_position_embeddings": "9" * 5000},
+    {"quantization_config": [1]},
+    {"dtype": "evil"},
+]
+
+
+@pytest.mark.parametrize("changes", CONFIGS, ids=lambda changes: str(changes)[:40])
 def test_configs_that_make_no_sense(capsys, workplace, checkpoint, changes):
     change_config(checkpoint, **changes)
     refused(capsys, workplace, [checkpoint, *FAST])
 
 
-def test_an_architecture_that_is_no_name_harms_nothing(checkpoint, workplace):
-    change_config(checkpoint, architectures=["x\x1b[31m" * 60])
+@pytest.mark.parametrize("named", [["x\x1b[31m" * 60], [["x"]], {"x": 1}, 7, True, [], ""], ids=str)
+def test_an_architecture_that_is_no_name_harms_nothing(checkpoint, workplace, named):
+    change_config(checkpoint, architectures=named)
     assert run(["score", str(checkpoint), *FAST, "--output", str(workplace / "out.json")]) == 0
     assert "\\u001b" not in (workplace / "out.json").read_text()
 
@@ -145,6 +166,20 @@ def test_missing_tokenizer(capsys, workplace, checkpoint):
 def test_broken_tokenizer(capsys, workplace, checkpoint):
     (checkpoint / "tokenizer.json").write_text('{"model": 1}')
     assert "cannot load the tokenizer" in refused(capsys, workplace, [checkpoint, *FAST])
+
+
+@pytest.mark.parametrize("value", ["", "many", [], {}])
+def test_tokenizer_whose_longest_text_is_no_number(capsys, workplace, checkpoint, value):
+    config = checkpoint / "tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "model_max_length": value}))
+    assert "model_max_length in tokenizer_config.json is no number" in refused(capsys, workplace, [checkpoint, *FAST])
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "tokenizer.json", "generation_config.json"])
+def test_nesting_without_end(capsys, workplace, checkpoint, name):
+    (checkpoint / name).write_text("[" * 100_000)
+    code = run(["score", str(checkpoint), *FAST, "--output", str(workplace / "out.json")])
+    assert code in (0, 2), capsys.readouterr().err
 
 
 def test_chat_template_that_fails(capsys, workplace, checkpoint):
@@ -174,6 +209,19 @@ def test_chat_template_that_reaches_out_of_its_sandbox(capsys, workplace, checkp
     assert not (workplace / "attacked").exists()
 
 
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "no end after 1 s"),
+        ("{{ 'x' * 2000000 }}", "writes 2,000,027 characters around one text"),
+    ],
+)
+def test_chat_template_without_end(capsys, workplace, checkpoint, monkeypatch, template, message):
+    monkeypatch.setattr(prompts, "TEMPLATE_TIMEOUT_S", 1.0)
+    (checkpoint / "chat_template.jinja").write_text(template + "{{ messages[0]['content'] }}")
+    assert message in refused(capsys, workplace, [checkpoint, *FAST])
+
+
 def test_code_in_the_tokenizer_is_not_run(workplace, checkpoint):
     config = checkpoint / "tokenizer_config.json"
     named = {"tokenizer_class": "EvilTokenizer", "auto_map": {"AutoTokenizer": ["evil.EvilTokenizer", None]}}
@@ -194,6 +242,56 @@ def test_indices_that_are_none(capsys, workplace, checkpoint, content):
 def test_a_model_type_that_is_no_text(capsys, workplace, checkpoint):
     change_config(checkpoint, model_type=["llama"], auto_map={"AutoConfig": "evil.Config"})
     assert "model_type is no text" in refused(capsys, workplace, [checkpoint, *FAST])
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_a_config_chooses_no_kernel_of_the_hub(checkpoint, workplace, key):
+    """transformers would fetch it and run it."""
+    change_config(checkpoint, **{key: "kernels-community/evil"})
+    description = checkpoints.describe(checkpoints.locate(str(checkpoint)))
+    assert description.config._attn_implementation is None
+    assert run(["score", str(checkpoint), *FAST, "--output", str(workplace / "out.json")]) == 0
+
+
+LIES = {
+    "overlap": [-8, 0],
+    "gap": [8, 0],
+    "backwards": [0, -(10**6)],
+    "before the file": [-(10**9), 0],
+    "beyond the file": [0, 2**60],
+    "without end": [0, 1e400],
+    "one offset": [0],
+    "no offsets": [],
+}
+
+
+@pytest.mark.parametrize("lie", LIES.values(), ids=LIES)
+def test_weights_whose_header_lies(capsys, workplace, checkpoint, lie):
+    file = checkpoint / "model.safetensors"
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    tensor = header["model.layers.1.self_attn.k_proj.weight"]
+    tensor["data_offsets"] = [at + by for at, by in zip(tensor["data_offsets"], lie, strict=False)]
+    made = json.dumps(header).encode()
+    file.write_bytes(len(made).to_bytes(8, "little") + made + content[8 + length :])
+    assert "is not a safetensors file" in refused(capsys, workplace, [checkpoint, *FAST])
+
+
+@pytest.mark.parametrize("length", [0, 1, 2**63, 2**64 - 1])
+def test_weights_whose_header_has_no_sensible_length(capsys, workplace, checkpoint, length):
+    file = checkpoint / "model.safetensors"
+    file.write_bytes(length.to_bytes(8, "little") + file.read_bytes()[8:])
+    assert "safetensors" in refused(capsys, workplace, [checkpoint, *FAST])
+
+
+def test_pickles_beside_the_weights_are_never_opened(checkpoint, workplace):
+    target = workplace / "attacked"
+    for name in ("pytorch_model.bin", "model.pt", "training_args.bin", "adapter_model.bin"):
+        torch.save(Attack(target), checkpoint / name)
+    (checkpoint / "adapter_config.json").write_text('{"base_model_name_or_path": "evil/base", "peft_type": "LORA"}')
+    assert run(["score", str(checkpoint), *FAST, "--output", str(workplace / "out.json")]) == 0
+    assert not target.exists()
 
 
 def test_vision_model(capsys, workplace, checkpoint):

@@ -91,6 +91,7 @@ def test_evaluate(tmp_path):
     assert again.wait(300) == 0, again.communicate()[1]
 
 
+@pytest.mark.loopback
 def test_bench(tmp_path):
     """The first one waits at a server that never answers."""
     folder = tmp_path / "run"

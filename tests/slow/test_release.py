@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -22,15 +23,6 @@ from kvprofile import __version__
 from tests.models import POCKET, ROOT
 
 pytestmark = pytest.mark.slow
-
-NO_NETWORK = """
-import socket
-
-def refuse(*arguments, **options):
-    raise OSError("no network in this test")
-
-socket.getaddrinfo = socket.create_connection = socket.socket.connect = refuse
-"""
 
 
 @pytest.fixture(scope="module")
@@ -53,16 +45,19 @@ def installed(built, tmp_path_factory):
     venv.create(folder / "env", with_pip=True)
     site = next((folder / "env").glob("lib/python*/site-packages"))
     (site / "rest.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+    denied = folder / "sockets-denied"
     env = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "LLM_", "HF_"))}
+    env |= {"TESTS_SOCKETS": "none", "TESTS_SOCKETS_DENIED": str(denied)}
 
     def run(*words, code=0):
         command = [str(folder / "env" / "bin" / words[0]), *map(str, words[1:])]
         done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
         assert done.returncode == code, done.stderr[-3000:]
+        assert not denied.exists(), denied.read_text()
         return done.stdout
 
     run("python", "-m", "pip", "install", "--no-index", "--ignore-installed", "--no-deps", built[1])
-    (site / "sitecustomize.py").write_text(NO_NETWORK)
+    shutil.copy(ROOT / "tests" / "no_network" / "sitecustomize.py", site)
     return run
 
 
@@ -72,7 +67,10 @@ def test_the_wheel_holds_the_package_and_its_data_and_nothing_else(built):
         metadata = message_from_bytes(wheel.read(f"kvprofile-{__version__}.dist-info/METADATA"))
     tops = {name.partition("/")[0] for name in names}
     assert tops == {"kvprofile", f"kvprofile-{__version__}.dist-info"}
-    assert not [name for name in names if name.endswith((".pyc", ".safetensors")) or "/tests/" in name]
+    assert not [name for name in names if name.endswith(".pyc") or "/tests/" in name]
+    assert [name for name in names if name.endswith(".safetensors")] == ["kvprofile/data/pocket/model.safetensors"]
+    loaded = {file.name for file in POCKET.iterdir() if file.suffix in (".json", ".jinja", ".safetensors")}
+    assert loaded - {"training.json"} <= {name.removeprefix("kvprofile/data/pocket/") for name in names}
     for folder, place in (("corpora", "corpora"), ("benchmarks/documents", "documents")):
         wanted = {file.relative_to(ROOT / folder).as_posix() for file in (ROOT / folder).rglob("*") if file.is_file()}
         assert wanted <= {name.removeprefix(f"kvprofile/data/{place}/") for name in names}
@@ -101,26 +99,26 @@ def test_the_command_starts(installed):
     assert str(ROOT) not in where
 
 
-def test_it_profiles_with_the_corpora_it_brings_and_asks_no_network(installed):
-    words = (
-        "score",
-        POCKET,
-        "--corpus",
-        "prose",
-        "--documents",
-        "1",
-        "--context-tokens",
-        "200",
-        "--chunk-tokens",
-        "200",
-    )
-    made = json.loads(installed("kvprofile", *words, "--output", "made.json", "--json"))
-    assert made["file"] == "made.json"
-    assert "ok" in installed("kvprofile", "validate", "made.json")
-    installed("kvprofile", "export", "made.json", "--format", "vllm", "--retention", "0.5", "--output", "vllm.json")
+def test_the_first_three_steps_of_the_tutorial_run_from_the_wheel_alone(installed):
+    """In an empty folder, and no step asks for the network: `installed` fails where one does."""
+    page = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")
+    steps = re.findall(r"^\$ (kvprofile (?:score|show|evaluate) .*)$", page, re.MULTILINE)
+    assert [step.split()[1] for step in steps] == ["score", "show", "evaluate"]
+    score, show, evaluate = (step.split() for step in steps)
+    made = json.loads(installed(*score, "--json"))
+    assert (made["model"], made["file"]) == ("pocket", "models/kv_budget/pocket.json")
+    assert "12 of 24 heads keep the whole context" in installed(*show)
+    assert "kvzip 0.5" in installed(*evaluate)
+    assert "ok" in installed("kvprofile", "validate")
+    installed("kvprofile", "plan", "models/pocket", "--gpu-memory", "1GiB", "--context", "500")
+    installed("kvprofile", "export", "pocket", "--format", "vllm", "--retention", "0.5", "--output", "vllm.json")
     installed("kvprofile", "report", ROOT / "tests/data/run-record-v1.json", "--output", "page.html")
     names = installed("python", "-c", "from kvprofile.corpus.sources import bundled_names as n; print(*n())").split()
     assert names == sorted(folder.name for folder in (ROOT / "corpora").iterdir() if folder.is_dir())
+    planned = json.loads(
+        installed("kvprofile", "bench", "--model", "models/pocket", "--preset", "seed", "--dry-run", "--json")
+    )
+    assert planned["model"] == "pocket"
 
 
 def test_vllm_would_find_the_plugin(installed):

@@ -19,7 +19,8 @@ ARROWS = {
     "budget": {"errors", "files"},
     "corpus": {"errors", "files"},
     "checkpoint": {"budget", "errors", "files"},
-    "capture": {"errors"},
+    "unsupported": set(),
+    "capture": {"errors", "unsupported"},
     "scoring": {"budget", "capture", "checkpoint", "corpus", "errors", "files"},
     "evaluate": {"budget", "checkpoint", "corpus", "errors", "files", "scoring", "statistics"},
     "report": {"budget", "errors", "files", "statistics"},
@@ -36,7 +37,7 @@ ARROWS = {
         "runtime",
         "statistics",
     },
-    "runtime": {"budget", "errors"},
+    "runtime": {"budget", "errors", "files", "unsupported"},
     "cli": {"budget", "checkpoint", "corpus", "errors", "evaluate", "files", "report", "bench", "runtime", "scoring"},
     "__main__": {"cli"},
 }

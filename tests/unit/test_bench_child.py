@@ -20,6 +20,7 @@ time.sleep(600)
 """
 
 
+@pytest.mark.loopback
 @pytest.mark.skipif(sys.platform != "linux", reason="asked of the kernel, which must be Linux")
 def test_a_killed_parent_takes_its_child_with_it():
     parent = subprocess.Popen(

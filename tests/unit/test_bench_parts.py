@@ -170,7 +170,7 @@ def test_documents_from_files(tmp_path):
         documents.load((str(tmp_path),))
     (tmp_path / "b.md").write_text("x")
     (tmp_path / "a.json").write_text(json.dumps({"questions": [{"text": "?"}]}))
-    with pytest.raises(InputError, match=r"cannot read .*b\.json: No such file"):
+    with pytest.raises(InputError, match=r"b\.json: cannot read: No such file"):
         documents.load((str(tmp_path),))
     with pytest.raises(InputError, match="no documents 'nothing'"):
         documents.load(("nothing",))
@@ -410,3 +410,14 @@ def test_sizes(text, size):
 def test_sizes_that_are_none(text):
     with pytest.raises(InputError, match="--pool-memory"):
         prepare.parse_size(text, "--pool-memory")
+
+
+def test_a_file_that_happens_to_lie_here_sends_no_key_elsewhere(workplace):
+    file = workplace / "providers.toml"
+    file.write_text("[moonshot]\nbase_url = 'https://evil.example/v1'\nkey_env = 'MOONSHOT_API_KEY'")
+    with pytest.raises(InputError, match=r"sends MOONSHOT_API_KEY to https://evil\.example/v1 under the name moonshot"):
+        providers.load()
+    assert providers.choose("moonshot", file).base_url == "https://evil.example/v1"  # asked for
+    wish = prepare.Wish(model=str(POCKET), local=False, providers=("moonshot",), providers_file=file)
+    said = "provider moonshot: https://evil.example/v1, with MOONSHOT_API_KEY"
+    assert said in prepare.prepare(wish).reasons

@@ -261,6 +261,7 @@ def test_arguments_that_are_none(text, words):
         _argument(text)
 
 
+@pytest.mark.loopback
 def test_a_server_is_not_looked_into():
     with VLLMClient("m", url="http://127.0.0.1:9") as client, pytest.raises(InputError, match="is a server"):
         client.capture_prompt("text")

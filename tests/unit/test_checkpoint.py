@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from kvprofile import checkpoint
 from kvprofile.errors import InputError
-from tests.models import random_model, save_checkpoint
+from tests.models import POCKET, random_model, save_checkpoint
 
 GIB = 2**30
 
@@ -114,3 +114,17 @@ def test_file_names_never_leave_the_folder(name):
     assert "/" not in made
     assert not made.startswith((".", "-"))
     assert made.endswith(".json")
+
+
+@pytest.mark.parametrize("name", ["pocket", "models/pocket"])
+def test_the_bundled_checkpoint_is_there_wherever_one_is(name, workplace):
+    """Else its name in the docs would be a hub id of somebody else."""
+    found = checkpoint.locate(name)
+    assert (found.name, found.from_hub) == ("pocket", False)
+    assert found.folder.resolve() == POCKET.resolve()
+    own = workplace / name
+    own.mkdir(parents=True)
+    assert checkpoint.locate(name).folder.resolve() == own.resolve()
+    (workplace / "models").mkdir(exist_ok=True)
+    with pytest.raises(InputError, match="no checkpoint folder models/other"):
+        checkpoint.locate("models/other")

@@ -98,6 +98,7 @@ def test_a_budget_file_cannot_command_the_terminal(tmp_path, place):
         store.load(file)
 
 
+@pytest.mark.loopback
 def test_the_doctor_says_what_is_wrong_and_exits_with_one(capsys):
     assert run(["doctor", "--url", "http://127.0.0.1:9", "--json"]) == 1
     found = json.loads(capsys.readouterr().out)

@@ -55,7 +55,7 @@ def test_every_command_is_one(command: Command):
             given = subcommand.make_context(name, list(rest), parent=context).params  # raises for wrong usage
         assert given.get("format_name", "csv") in formats.FORMATS
     elif program == "python" and words[0] != "-m":
-        source = (ROOT / words[0]).read_text(encoding="utf-8")
+        source = source_of(ROOT / words[0])
         names = [
             word[2:].replace("-", "_") for word in words if word.startswith("--")
         ]  # of options or of a recipe's fields
@@ -65,6 +65,13 @@ def test_every_command_is_one(command: Command):
         assert words[0] in targets
     else:
         assert program in {"vllm", "python", "git", ".", "export", "tail", "curl"}
+
+
+def source_of(script: Path) -> str:
+    """A script's text, and that of the modules beside it that it imports."""
+    source = script.read_text(encoding="utf-8")
+    beside = [script.with_name(f"{name}.py") for name in re.findall(r"^from (\w+) import", source, re.MULTILINE)]
+    return "\n".join([source, *(file.read_text(encoding="utf-8") for file in beside if file.is_file())])
 
 
 def test_every_option_and_file_in_prose_exists():
@@ -116,7 +123,7 @@ def sample(block: Block):
 def test_samples_say_what_the_page_shows(block: Block):
     for command in commands(block):
         assert command.words[0] == "kvprofile", f"{command}: mark the block 'parsed: WHY'"
-        env = {**os.environ, **command.environment, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
+        env = {**os.environ, **command.environment, "PYTHONUNBUFFERED": "1"}
         run = subprocess.run(
             [sys.executable, "-m", "kvprofile", *command.words[1:]],
             env=env,

@@ -17,7 +17,8 @@ from kvprofile.checkpoint.load import weight_room
 from kvprofile.cli.show import provenance
 from kvprofile.errors import InputError
 from kvprofile.scoring.aggregate import HeadStatistics
-from kvprofile.scoring.effort import EXACT, FAST, Effort
+from kvprofile.scoring.effort import EXACT, FAST, REST_RECENT_TOKENS, REST_STRIDE, Effort, sparse_rest
+from kvprofile.scoring.prompts import Document, Frame, chunks
 from kvprofile.scoring.run import Options
 from kvprofile.scoring.stopping import FEWEST_PIECES, Stopping, heads_allowed
 from kvprofile.scoring.work import DecoderShape, Repeat, count, matrix_rate
@@ -26,7 +27,7 @@ from tests.unit.factories import make_geometry, make_profile
 GIB = 2**30
 
 
-def by_loops(shape, prefix, context, repeats, local_rows):
+def by_loops(shape, prefix, context, repeats):
     """Every row and every key it sees, one by one."""
     geometry = shape.geometry
     last = max(geometry.profiled_layers)
@@ -51,32 +52,51 @@ def by_loops(shape, prefix, context, repeats, local_rows):
             for layer in range(last):
                 scoring += 2 * q + 2 * kv + shape.mlp
                 if layer in geometry.profiled_layers:
-                    seen = scored if local_rows else length + row + 1
-                    scoring += 2 * pair * seen + pair * repeat.chunk
+                    scoring += 2 * pair * (scored + repeat.rest) + pair * repeat.chunk
                 else:
                     scoring += 2 * pair * visible(length + row, layer)
     return prefill, scoring
 
 
-@pytest.mark.parametrize("local_rows", [False, True])
 @pytest.mark.parametrize("sliding", [(), (1,), (0, 3)])
 @pytest.mark.parametrize("context", [3, 30])
-def test_products_are_counted_row_by_row(local_rows, sliding, context):
+def test_products_are_counted_row_by_row(sliding, context):
     shape = DecoderShape(make_geometry(4, 2, head_size=4, sliding=sliding), width=16, mlp=100, window=8)
-    repeats = [Repeat(7, 2), Repeat(12, 5)]
-    found = count(shape, 4, context, repeats, local_rows=local_rows)
-    assert (found.prefill, found.scoring) == by_loops(shape, 4, context, repeats, local_rows)
+    repeats = [Repeat(7, 2, context - 2), Repeat(12, 5, 3)]
+    found = count(shape, 4, context, repeats)
+    assert (found.prefill, found.scoring) == by_loops(shape, 4, context, repeats)
 
 
-def test_exact_repeats_cost_twice_the_prefill_in_long_contexts_and_local_ones_do_not():
+@given(st.integers(0, 8), st.integers(1, 3000), st.integers(1, 700))
+def test_a_sparse_repeat_sees_the_end_and_samples_of_the_rest(prefix, context, chunk_tokens):
+    document = Document("some", tuple(range(prefix)), tuple(range(context)))
+    for chunk in chunks(document, Frame("", "", (), (), (), ()), chunk_tokens):
+        place = (prefix + chunk.start, prefix + chunk.stop)
+        before, behind, recent = sparse_rest(prefix, place, prefix + context)
+        seen = [*before, *behind, *recent]
+        assert seen == sorted(set(seen))
+        assert all(prefix <= position < prefix + context for position in seen)
+        assert not set(seen) & set(range(*place))
+        assert set(range(max(place[1], prefix + context - REST_RECENT_TOKENS), prefix + context)) <= set(seen)
+        rest = context - (chunk.stop - chunk.start)
+        stood_for = REST_STRIDE * (len(before) + len(behind)) + len(recent)
+        assert abs(stood_for - rest) <= REST_STRIDE
+        exact, sparse = (Repeat.of(document, chunk, sparse_rows=rows) for rows in (False, True))
+        assert (exact.rest, sparse.rest) == (rest, len(seen))
+        assert exact.chunk == sparse.chunk == chunk.stop - chunk.start
+
+
+def test_exact_repeats_cost_twice_the_prefill_in_long_contexts_and_sparse_ones_do_not():
     shape = DecoderShape(
         make_geometry(32, 8, query_groups=4, head_size=128), width=4096, mlp=3 * 4096 * 14336, window=None
     )
     tokens, chunk = 2_000_000, 2000
-    repeats = [Repeat(chunk + 30, chunk)] * (tokens // chunk)
-    exact, local = (count(shape, 4, tokens, repeats, local_rows=rows) for rows in (False, True))
+    exact, sparse = (
+        count(shape, 4, tokens, [Repeat(chunk + 30, chunk, rest)] * (tokens // chunk))
+        for rest in (tokens - chunk, tokens // REST_STRIDE)
+    )
     assert 1.9 < exact.scoring / exact.prefill < 2.1
-    assert local.scoring / local.prefill < 0.1
+    assert sparse.scoring / sparse.prefill < 0.2
 
 
 def test_products_have_a_rate():
@@ -133,7 +153,7 @@ def test_files_of_exact_runs_do_not_mention_shortcuts(tmp_path):
     exact = make_profile(2, 2)
     assert "shortcuts" not in json.loads(store.to_bytes(exact))["scoring"]
     taken = Shortcuts(
-        local_rows=True,
+        sparse_rows=True,
         chunk_share=0.5,
         stop_early=True,
         stopped_early=False,
@@ -146,8 +166,8 @@ def test_files_of_exact_runs_do_not_mention_shortcuts(tmp_path):
     back = store.load(tmp_path / "fast.json")
     assert back.scoring.shortcuts == taken
     assert store.to_bytes(back) == (tmp_path / "fast.json").read_bytes()
-    assert "other chunks scored: all, exactly and 7 of 12 chunks, local rows" in comparability_warnings(exact, back)
-    assert provenance(back) == f"{provenance(exact)}; fast: 7 of 12 chunks, local rows"
+    assert "other chunks scored: all, exactly and 7 of 12 chunks, sparse rows" in comparability_warnings(exact, back)
+    assert provenance(back) == f"{provenance(exact)}; fast: 7 of 12 chunks, sparse rows"
 
 
 def test_weights_leave_room_for_the_cache():

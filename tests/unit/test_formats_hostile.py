@@ -16,20 +16,11 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from kvprofile.budget import formats, store
+from tests.attack import Attack
 from tests.unit.factories import make_profile
 from tests.unit.foreign import read_back, refusal, result_or_line, written
 
 hostile = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-class Attack:
-    """Unpickles into a command that leaves a file behind."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.target}",)
 
 
 @pytest.mark.parametrize("name", formats.FORMATS)

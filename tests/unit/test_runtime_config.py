@@ -282,6 +282,7 @@ def serve_metrics(text):
     return server, f"http://127.0.0.1:{server.server_port}"
 
 
+@pytest.mark.loopback
 @pytest.mark.parametrize(
     ("text", "good"),
     [
@@ -300,6 +301,7 @@ def test_the_doctor_knows_a_server_that_applies_budgets(text, good):
     assert ("retention 0.5, 7.0 bytes" in found.detail) is good
 
 
+@pytest.mark.loopback
 def test_the_doctor_looks_around():
     assert doctor.plugin().good
     assert doctor.environment({}).good is None

@@ -18,7 +18,7 @@ from kvprofile.checkpoint import Source, describe
 from kvprofile.cli import run as run_here
 from kvprofile.errors import InputError
 from kvprofile.scoring.vllm_engine import place_in_vllm
-from tests.models import POCKET, ROOT
+from tests.models import POCKET
 from tests.quantised import quantise
 from tests.vllm.capture import TOLERANCE
 from tests.vllm.engine import environment
@@ -32,7 +32,7 @@ SMALL = ["score", "--dtype", "float32", "--chunk-tokens", "50", *CORPUS]
 
 def start(checkpoint, output, *options):
     command = [sys.executable, "-m", "kvprofile", *SMALL, str(checkpoint), "--output", str(output), *options]
-    env = {**environment(), "PYTHONPATH": str(ROOT)}
+    env = environment()
     for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_CPU_KVCACHE_SPACE", "VLLM_LOGGING_LEVEL"):
         del env[name]  # as a user starts it
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -155,7 +155,7 @@ def test_refusals_name_the_reason(tmp_path):
     run = subprocess.run(
         [sys.executable, "-c", REFUSALS],
         input=json.dumps([case[:2] for case in cases]),
-        env={**environment(), "PYTHONPATH": str(ROOT)},
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=900,

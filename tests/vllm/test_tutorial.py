@@ -48,7 +48,7 @@ def test_the_tutorial_serves_and_frees(tmp_path):
     (place / "kv_budget").mkdir(parents=True)
     (place / "pocket").symlink_to(POCKET)
     shutil.copy(ROOT / "models" / "kv_budget" / "pocket.json", place / "kv_budget")
-    env = {**os.environ, **SERVE.environment, "VLLM_CPU_KVCACHE_SPACE": "1", "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, **SERVE.environment, "VLLM_CPU_KVCACHE_SPACE": "1"}
     log = tmp_path / "server.log"
     with running([sys.executable, *SERVE.words[1:]], log, env, cwd=tmp_path) as address:
         assert "kvprofile: 12 of 24 KV heads are full, from models/kv_budget/pocket.json" in log.read_text()

@@ -25,15 +25,14 @@ def connected(provider: Provider, model: str | None, environ: Mapping[str, str])
     unnamed = endpoint(provider, provider.base_url, "", key)
     chosen = model or provider.model
     offered, warnings = _offered(provider, unnamed, required=chosen is None)
+    listed = ", ".join(offered[:LISTED]) + (", …" if len(offered) > LISTED else "")
     if chosen is None:
         if len(offered) != 1:
-            listed = ", ".join(offered[:LISTED]) + (", …" if len(offered) > LISTED else "")
             raise LegFailedError(
                 f"{provider.name} offers {len(offered)} models; choose one with --provider-model: {listed}"
             )
         chosen = offered[0]
     elif offered and chosen not in offered:
-        listed = ", ".join(offered[:LISTED]) + (", …" if len(offered) > LISTED else "")
         raise LegFailedError(f"{provider.name} has no model {chosen}; it offers {listed}")
     yield Running(endpoint(provider, provider.base_url, chosen, key), warnings=warnings)
 
@@ -58,8 +57,9 @@ def _offered(provider: Provider, where: Endpoint, *, required: bool) -> tuple[li
     import openai
 
     client = openai.OpenAI(
-        base_url=where.base_url, api_key=where.key or "none", max_retries=2, timeout=min(60.0, where.timeout_s)
-    )
+        base_url=where.base_url, api_key=where.key or "none", max_retries=2, timeout=min(60.0, where.timeout_s),
+        http_client=openai.DefaultHttpxClient(follow_redirects=False),
+    )  # fmt: skip
     try:
         with client:
             return [plain(model.id) for model in client.models.list()], ()

@@ -56,20 +56,23 @@ class JsonSchema(Verifier):
         if case.question.json_schema is None:
             return None
         import jsonschema
+        from referencing import Registry
+        from referencing.exceptions import Unresolvable
 
+        schema = case.question.json_schema
         try:
-            checker = jsonschema.validators.validator_for(case.question.json_schema)
-            checker.check_schema(case.question.json_schema)
+            kind = jsonschema.validators.validator_for(schema)
+            kind.check_schema(schema)
         except jsonschema.SchemaError as error:
             raise InputError(f"{case.document.name}: json_schema is none: {error.message}") from error
+        checker = kind(schema, registry=Registry())  # else jsonschema fetches a $ref from wherever it points
         try:
             value = _json_in(case.output)
-        except ValueError:
+            problems = [f"{error.json_path}: {error.message}"[:200] for error in checker.iter_errors(value)]
+        except Unresolvable as error:
+            raise InputError(f"{case.document.name}: json_schema refers to {error.ref}, which is not in it") from error
+        except (ValueError, RecursionError):
             return self.verdict(False, 0.0, ["no JSON"])
-        problems = [
-            f"{error.json_path}: {error.message}"[:200]
-            for error in checker(case.question.json_schema).iter_errors(value)
-        ]
         return self.verdict(not problems, float(not problems), problems[:3])
 
 

@@ -7,11 +7,15 @@ import re
 from kvprofile.bench.verifiers.base import Case, Verifier
 from kvprofile.report.record import Verdict
 
+MOST_COMPARED = 8000
+"""Characters of two outputs that are compared: the longest common subsequence takes the product of both in memory."""
+
 
 class Agreement(Verifier):
     """chrF (Popovic 2015) against the baseline's output, ROUGE-L (Lin 2004) beside it in the warnings.
 
-    Two right answers may be worded differently, so a failure is a place to look, not a proof.
+    Two right answers may be worded differently, so a failure is a place to look, not a proof. Of long outputs the first
+    8,000 characters are compared.
     """
 
     name = "agreement"
@@ -23,7 +27,8 @@ class Agreement(Verifier):
             return None
         if case.output.strip() == case.reference.strip():
             return self.verdict(True, 1.0)
-        character, longest = chrf(case.output, case.reference), rouge_l(case.output, case.reference)
+        output, reference = case.output[:MOST_COMPARED], case.reference[:MOST_COMPARED]
+        character, longest = chrf(output, reference), rouge_l(output, reference)
         passed = max(character, longest) >= self.least
         warnings = [] if passed else [f"chrF {character:.2f} and ROUGE-L {longest:.2f} against the baseline's answer"]
         return self.verdict(passed, character, warnings)

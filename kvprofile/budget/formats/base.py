@@ -30,6 +30,7 @@ from kvprofile.budget.allocate import (
     require_retention,
     require_scores,
 )
+from kvprofile.budget.compare import ranking_scores, tie_breaks
 from kvprofile.budget.known_models import ModelFacts
 from kvprofile.budget.profile import (
     DEFAULT_RECENT_TOKENS,
@@ -50,12 +51,12 @@ from kvprofile.budget.profile import (
     round_significant,
 )
 from kvprofile.errors import InputError, plain
+from kvprofile.files import read_bytes
 
 _FRACTIONS = "the file's own budget holds fractions of heads"
 _BUDGET_FORMATS = ("csv", "lu-kv")
 """Formats whose imports bring budgets that were not chosen by score here."""
 
-MAX_FILE_BYTES = 64 * 1024 * 1024
 SIGNIFICANT_DIGITS = 9
 """Enough to tell every float32 from its neighbours, so imported numbers come out as they went in."""
 
@@ -115,11 +116,7 @@ class Export:
     def scores(self) -> Matrix:
         """The statistic that ranks heads, [L][G]. Raises InputError where the profile has no scores."""
         require_scores(self.profile)
-        return self._statistic
-
-    @property
-    def _statistic(self) -> Matrix:
-        return self.profile.scores.statistics()[self.profile.scoring.statistic]
+        return ranking_scores(self.profile)
 
     def allocation(self, retention: float, *, fractions: bool = False) -> Allocation:
         """The heads to keep at a retention, ties broken by the profile's other statistics.
@@ -135,7 +132,9 @@ class Export:
         whole = stated is None or all(value in (None, 0.0, 1.0) for row in stated.heads for value in row)
         if stated is not None and free and (whole or fractions):
             reason = self._origin(retention, stated.heads, others)
-            return as_given(self._statistic, retention, stated.heads, others, reason if whole else _FRACTIONS)
+            return as_given(
+                ranking_scores(self.profile), retention, stated.heads, others, reason if whole else _FRACTIONS
+            )
         chosen = allocate_within(self.scores, retention, self.constraints, others)
         if stated is None or stated.heads == allocate(self.scores, retention, others).heads:
             return chosen
@@ -181,8 +180,7 @@ class Export:
 
     @property
     def _tie_breaks(self) -> list[Matrix]:
-        statistics = self.profile.scores.statistics()
-        return [matrix for name, matrix in statistics.items() if name != self.profile.scoring.statistic]
+        return tie_breaks(self.profile, self.profile.scoring.statistic)
 
     def dense_scores(self, format_name: str) -> list[list[float]]:
         """Scores without nulls, or InputError where sliding layers leave the format nothing to write."""
@@ -326,20 +324,6 @@ def refuse_other(path: Path, found: str | None, model: str, *, force: bool) -> N
     raise InputError(f"{path} is for {found}, not for {model}; pass --force to replace it or choose another --output")
 
 
-def read_bytes(path: Path, most: int = MAX_FILE_BYTES) -> bytes:
-    """A file's content. Raises InputError where it cannot be read or is larger than any file of these forms."""
-    try:
-        if path.exists() and not path.is_file():  # a pipe or device would be read for ever
-            raise InputError(f"{path}: not a regular file")
-        with open(path, "rb") as stream:
-            content = stream.read(most + 1)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot read: {getattr(error, 'strerror', None) or error}") from error
-    if len(content) > most:
-        raise InputError(f"{path}: larger than {most // 2**20} MiB; no such file is that large")
-    return content
-
-
 def require_matrix(path: Path, matrix: Matrix, geometry: Geometry) -> None:
     """Raise InputError unless the numbers fit the geometry and lie in [0, 1]; all problems in one line."""
     found = list(matrix_problems("it", matrix, geometry))
@@ -373,6 +357,4 @@ def validation_as_input_error(what: str) -> Iterator[None]:
     try:
         yield
     except ValidationError as error:
-        items = error.errors(include_url=False, include_input=False)
-        phrases = [f"{'.'.join(map(str, item['loc']))}: {item['msg'].removeprefix('Value error, ')}" for item in items]
-        raise InputError(f"{what}: {'; '.join(phrase.removeprefix(': ') for phrase in phrases)}") from error
+        raise InputError(f"{what}: {'; '.join(store.phrases(error))}") from error

@@ -20,14 +20,13 @@ from kvprofile.budget.formats.base import (
     Export,
     ForeignScores,
     Format,
-    read_bytes,
     require_geometry,
     require_matrix,
     single,
 )
 from kvprofile.budget.profile import Geometry, Matrix
 from kvprofile.errors import InputError, plain
-from kvprofile.files import write_atomically
+from kvprofile.files import read_bytes, write_atomically
 
 HEADS_FILE, CONFIG_FILE, RLKV_FILE = "full_attention_heads.tsv", "config.json", "adapter_weights.tsv"
 _MAX_CONFIG_BYTES = 1024 * 1024

@@ -14,17 +14,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from kvprofile.budget.formats.base import (
-    MAX_FILE_BYTES,
     Export,
     ForeignScores,
     Format,
-    read_bytes,
     require_geometry,
     require_matrix,
 )
 from kvprofile.budget.profile import Geometry, Matrix
 from kvprofile.errors import InputError
-from kvprofile.files import write_atomically
+from kvprofile.files import MAX_FILE_BYTES, read_bytes, write_atomically
 
 _MAX_ENTRIES = 64
 _RULE_CONTEXT_TOKENS = 10_000

@@ -15,14 +15,13 @@ from kvprofile.budget.formats.base import (
     Export,
     ForeignScores,
     Format,
-    read_bytes,
     require_geometry,
     require_matrix,
     single,
 )
 from kvprofile.budget.profile import Geometry, Matrix, retention_key
 from kvprofile.errors import InputError
-from kvprofile.files import write_atomically
+from kvprofile.files import read_bytes, write_atomically
 
 RATIOS = 99
 

@@ -11,14 +11,13 @@ from kvprofile.budget.formats.base import (
     Export,
     ForeignScores,
     Format,
-    read_bytes,
     single,
     validation_as_input_error,
 )
-from kvprofile.budget.profile import Geometry, Matrix, ModelIdentity, Profile, retention_key
+from kvprofile.budget.profile import Geometry, ModelIdentity, Profile, retention_key
 from kvprofile.budget.runtime_file import RuntimeFile, RuntimeModel, RuntimeProvenance
 from kvprofile.errors import InputError
-from kvprofile.files import sha256_of, write_atomically
+from kvprofile.files import read_bytes, sha256_of, write_atomically
 
 
 class VLLM(Format):
@@ -38,12 +37,7 @@ class VLLM(Format):
         asked = found.provenance.retention_asked
         if asked <= 0.0:
             raise InputError(f"{path}: retention_asked is {asked:g}; a budget needs a retention above 0")
-        heads: Matrix = [
-            [None] * found.model.kv_heads
-            if full is None
-            else [float(head in full) for head in range(found.model.kv_heads)]
-            for full in found.full_heads
-        ]
+        heads = found.budgets()
         return ForeignScores(
             method=found.provenance.method,
             scores=heads,
