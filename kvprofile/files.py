@@ -27,30 +27,21 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Write ``content`` to ``path`` through a temporary file in the same folder, fsync and rename.
 
     Folders on the way are made. Raises InputError where the disk is full or the place cannot be written; then
-    ``path`` is as it was and no temporary file is left.
+    ``path`` is as it was and no temporary file is left. What killed processes left of the same path is removed.
     """
-    with atomic_path(path) as partial, open(partial, "wb") as stream:
-        stream.write(content)
-
-
-@contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that replaces it when the block ends without an error.
-
-    For libraries that write files themselves. Errors as in write_atomically. What killed processes left of the same
-    path is removed.
-    """
-    handle, partial = -1, None
+    partial: Path | None = None
     path = path.resolve()  # a link stays a link, and what it points to is replaced
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         prefix = f".{path.name[:80]}."
         _remove_abandoned(path.parent, prefix)
         handle, partial = _temporary(path.parent, prefix)
-        yield partial
-        os.fsync(handle)
-        partial.chmod(0o666 & ~_umask())
-        partial.replace(path)
+        with open(handle, "wb") as stream:  # locked as long as it is open
+            stream.write(content)
+            stream.flush()
+            os.fsync(handle)
+            partial.chmod(0o666 & ~_umask())
+            partial.replace(path)
         partial = None
     except OSError as error:
         raise InputError(
@@ -59,8 +50,6 @@ def atomic_path(path: Path) -> Iterator[Path]:
     finally:
         if partial is not None:
             partial.unlink(missing_ok=True)
-        if handle != -1:
-            os.close(handle)
 
 
 @contextmanager
@@ -118,10 +107,10 @@ def _temporary(folder: Path, prefix: str) -> tuple[int, Path]:
 
 def _remove_abandoned(folder: Path, prefix: str) -> None:
     """Remove temporary files whose process is gone: their locks can be had."""
-    for path in folder.iterdir():
-        if path.name.startswith(prefix) and _is_temporary(path.name) and not path.is_dir():
-            with suppress(OSError):
-                handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with suppress(OSError):  # a folder that may be written and not listed
+        for path in folder.iterdir():
+            if path.name.startswith(prefix) and _is_temporary(path.name) and path.is_file():
+                handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
                 try:
                     if _lock(handle):
                         path.unlink()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import itertools
 import os
 import random
 import signal
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -162,15 +164,30 @@ def popen(arguments: list[str]) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def interrupted(command: Command, place: Path, rng: random.Random) -> tuple[str, str, str]:
+Stop = tuple[signal.Signals, int]
+"""What is sent before which step; before step 0: at a random moment."""
+
+
+def random_stops(command: Command, rng: random.Random) -> Iterator[Stop]:
+    """Half of them at moments, half before steps, for ever."""
+    while True:
+        yield rng.choice(SIGNALS), rng.choice((0, rng.randint(1, command.steps)))
+
+
+def every_step(command: Command) -> Iterator[Stop]:
+    """SIGKILL before each step of an undisturbed run."""
+    yield from ((signal.SIGKILL, number) for number in range(1, command.steps + 1))
+
+
+def interrupted(command: Command, place: Path, stop: Stop, rng: random.Random) -> tuple[str, str, str]:
     """Start a command and stop it. Gives the signal, how the moment was chosen, and how it ended."""
-    sent, by_step = rng.choice(SIGNALS), rng.random() < 0.5
-    process = command.run(place, rng.randint(1, command.steps) if by_step else 0, sent)
-    if not by_step:
+    sent, step = stop
+    process = command.run(place, step, sent)
+    if not step:
         time.sleep(rng.uniform(0.05, command.seconds))
         process.send_signal(sent)
-    errors = process.communicate(timeout=300)[1].partition("STEPS")[0]
-    return sent.name, "step" if by_step else "moment", ending(sent, process.returncode, errors)
+    errors = process.communicate(timeout=900)[1].partition("STEPS")[0]
+    return sent.name, "step" if step else "moment", ending(sent, process.returncode, errors)
 
 
 def ending(sent: signal.Signals, code: int, errors: str) -> str:
@@ -184,16 +201,18 @@ def ending(sent: signal.Signals, code: int, errors: str) -> str:
     return f"WRONG: exit code {code}: {errors.strip()[-700:]}"
 
 
-def trial(command: Command, kills: int, chain: int, rng: random.Random, table: collections.Counter) -> list[str]:
-    """Stop a command so often, letting every ``chain``-th run through."""
+def trial(
+    command: Command, kills: int, chain: int, stops: Iterator[Stop], rng: random.Random, table: collections.Counter
+) -> list[str]:
+    """Stop a command so often, or as long as there are stops, letting it through after every ``chain`` of them."""
     problems: list[str] = []
     done = 0
-    while done < kills:
+    while done < kills and (some := list(itertools.islice(stops, chain))):
         with tempfile.TemporaryDirectory(prefix="faults-") as name:
             place = Path(name).resolve()
             killed = False
-            for _ in range(min(chain, kills - done)):
-                sent, how, ended = interrupted(command, place, rng)
+            for stop in some:
+                sent, how, ended = interrupted(command, place, stop, rng)
                 killed = killed or ended == "ended at once"
                 found = command.problems(place, False, killed)
                 if ended.startswith("WRONG"):
@@ -203,7 +222,7 @@ def trial(command: Command, kills: int, chain: int, rng: random.Random, table: c
                 problems += [f"{command.name}, {sent} by {how}, {ended}: {each}" for each in found]
                 done += ended != "finished before"
             process = command.run(place)
-            errors = process.communicate(timeout=300)[1]
+            errors = process.communicate(timeout=900)[1]
             found = [f"run again: {errors[-500:]}"] if process.returncode else command.problems(place, True, False)
             problems += [f"{command.name}, run to its end: {each}" for each in found]
             table[command.name, "-", "run to its end", "finished", "bad" if found else "good"] += 1
@@ -214,6 +233,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=25, help="of each command")
     parser.add_argument("--chain", type=int, default=4, help="stops before a run is let through")
+    parser.add_argument("--every-step", action="store_true", help="SIGKILL before each step, and nothing at random")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="*", help="names of commands")
     parser.add_argument(
@@ -251,7 +271,10 @@ def main() -> None:
             command.measure(Path(name).resolve() / command.name)
             print(f"{command.name}: {command.steps} steps, {command.seconds:.1f} s undisturbed", flush=True)
             rng = random.Random(f"{arguments.seed}:{command.name}")
-            problems += trial(command, arguments.kills, arguments.chain, rng, table)
+            if arguments.every_step:
+                problems += trial(command, command.steps, 1, every_step(command), rng, table)
+            else:
+                problems += trial(command, arguments.kills, arguments.chain, random_stops(command, rng), rng, table)
     for row, count in sorted(table.items()):
         print(f"{count:5}  {'  '.join(f'{cell:<16}' for cell in row)}")
     print("\n".join(problems) or "nothing lost, nothing half-written, nothing lies about")

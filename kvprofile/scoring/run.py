@@ -24,7 +24,7 @@ from kvprofile.budget.profile import (
 from kvprofile.checkpoint import Description, identity
 from kvprofile.corpus.sources import Corpus, cut
 from kvprofile.errors import InputError, plain
-from kvprofile.files import atomic_path, require_writable, sha256_of
+from kvprofile.files import require_writable, sha256_of, write_atomically
 from kvprofile.scoring.effort import EXACT, Effort
 from kvprofile.scoring.methods import METHODS
 from kvprofile.scoring.prompts import PROMPTS_VERSION, Document, Frame, encode, frame_document
@@ -267,7 +267,6 @@ def _write_token_scores(plan: Plan, store: ChunkStore, path: Path) -> None:
     """One tensor [L, G, T] for each document, NaN in layers that slide, in one safetensors file."""
     import safetensors.torch
     import torch
-    from safetensors import SafetensorError
 
     geometry = plan.description.geometry
     tensors = {}
@@ -281,11 +280,8 @@ def _write_token_scores(plan: Plan, store: ChunkStore, path: Path) -> None:
         "shape": "layers, kv_heads, context_tokens",
         "prefix_tokens": [len(document.prefix_ids) for document in plan.documents],
     }
-    with atomic_path(path) as partial:
-        try:
-            safetensors.torch.save_file(tensors, partial, metadata={"kvprofile": json.dumps(notes, sort_keys=True)})
-        except SafetensorError as error:  # what it makes of a full disk
-            raise OSError(str(error)) from error
+    # save_file would leave a temporary file of its own where the process is killed
+    write_atomically(path, safetensors.torch.save(tensors, {"kvprofile": json.dumps(notes, sort_keys=True)}))
 
 
 def _run_key(plan: Plan, engine: Engine, keep_token_scores: bool) -> str:

@@ -55,6 +55,7 @@ def test_score(tiny_checkpoint, undisturbed, tmp_path, options):
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.json"]
 
 
+@pytest.mark.slow
 def test_score_started_twice_in_one_moment(tiny_checkpoint, undisturbed, tmp_path):
     output = tmp_path / "tiny.json"
     both = [start(score(tiny_checkpoint, output)) for _ in range(2)]
@@ -64,6 +65,7 @@ def test_score_started_twice_in_one_moment(tiny_checkpoint, undisturbed, tmp_pat
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.json"]
 
 
+@pytest.mark.slow
 def test_evaluate_started_twice_in_one_moment(tmp_path):
     folder, alone = tmp_path / "run", tmp_path / "alone"
     both = [start([*EVALUATE, "--output", str(folder)]) for _ in range(2)]

@@ -150,12 +150,11 @@ def serve(job):
     if held:
         problems.append(f"{held} blocks are held by nobody")
     problems += [f"{count} requests left behind in {name}" for name, count in left_behind(scheduler).items()]
-    half = memory[len(memory) // 2 :]
-    slope = statistics.linear_regression(range(len(half)), half).slope if len(half) > 2 else 0.0
-    growth = slope * 1000 / STEPS_BETWEEN_LOOKS
+    quarter = max(1, len(memory) // 4)
+    resident = [round(statistics.median(memory[n * quarter : (n + 1) * quarter] or [0])) for n in range(4)]
     counts |= {"steps": steps, "blocks": scheduler.kv_cache_manager.block_pool.num_gpu_blocks}
     counts["blocks reclaimed"] = reported()
-    end = {"counts": counts, "problems": problems, "mib_per_1000_steps": growth}
+    end = {"counts": counts, "problems": problems, "resident_mib": resident}
     print("END", json.dumps(end | {"v2": engine.vllm_config.use_v2_model_runner}), flush=True)
 
 
@@ -246,7 +245,7 @@ def soak(
     settings = {"requests": count, "retention": None if stock else retention, "sink_tokens": sink_tokens}
     settings |= {"recent_tokens": recent_tokens, "pool_blocks": pool_blocks, "seed": seed}
     return {"settings": settings, "counts": counts, "problems": problems,
-            "mib_per_1000_steps": end["mib_per_1000_steps"]}  # fmt: skip
+            "resident_mib": end["resident_mib"]}  # fmt: skip
 
 
 def main():
