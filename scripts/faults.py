@@ -247,6 +247,7 @@ def main() -> None:
     evaluate = ["evaluate", POCKET, *profile, "--tasks", "needle", "--context-tokens", "400", "--contexts", "2",
                 "--questions", "2", "--retention", "0.5", "--random-seeds", "1", "--output", "PLACE/run"]  # fmt: skip
     export = ["export", "models/kv_budget/pocket.json", "--retention", "0.5", "--output"]
+    duo = ["export", "models/kv_budget/pocket.json", "--format", "duo-attention", "--output", "PLACE/duo"]
     commands = [
         Command("score", score, ("out.json",), ("out.json.partial",)),
         Command(
@@ -257,6 +258,7 @@ def main() -> None:
         ),
         Command("evaluate", evaluate, ("run/items.jsonl", "run/run.json", "run/summary.json"), ("run/items.jsonl",)),
         Command("export", [*export, "PLACE/out.json", "--format", "vllm"], ("out.json",)),
+        Command("export of a folder", duo, ("duo/full_attention_heads.tsv", "duo/config.json"), (".duo.partial/",)),
     ]
     with tempfile.TemporaryDirectory(prefix="faults-") as name:
         if arguments.bench_url:

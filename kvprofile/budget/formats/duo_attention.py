@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from kvprofile.budget.formats.base import (
 )
 from kvprofile.budget.profile import Geometry, Matrix
 from kvprofile.errors import InputError, plain
-from kvprofile.files import read_bytes, write_atomically
+from kvprofile.files import LOCK, PARTIAL, alone, read_bytes, write_atomically
 
 HEADS_FILE, CONFIG_FILE, RLKV_FILE = "full_attention_heads.tsv", "config.json", "adapter_weights.tsv"
 _MAX_CONFIG_BYTES = 1024 * 1024
@@ -132,20 +131,20 @@ def _config(path: Path) -> dict[str, Any]:
 
 def _replace_folder(path: Path, files: dict[str, bytes]) -> None:
     """Write files into a new folder beside ``path`` first; on failure nothing of it is left."""
-    partial: Path | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{path.name[:80]}.", suffix=".partial", dir=path.parent))
-        for name, content in files.items():
-            write_atomically(partial / name, content)
-        if path.exists():
-            for name in files:
-                (partial / name).replace(path / name)
-        else:
-            partial.chmod(0o755)
-            partial.rename(path)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}; choose another --output") from error
-    finally:
-        if partial is not None and partial.exists():
+    path = path.resolve()
+    partial, lock = (path.parent / f".{path.name[:80]}{ending}" for ending in (PARTIAL, LOCK))
+    with alone(lock, path):
+        try:
+            shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed: this one is alone here
+            partial.mkdir()
+            for name, content in files.items():
+                write_atomically(partial / name, content)
+            if path.exists():
+                for name in files:
+                    (partial / name).replace(path / name)
+            else:
+                partial.rename(path)
+        except OSError as error:
+            raise InputError(f"cannot write {path}: {error.strerror or error}; choose another --output") from error
+        finally:
             shutil.rmtree(partial, ignore_errors=True)
