@@ -48,6 +48,7 @@ def wilson(successes: float, count: int) -> Interval:
     """Score interval of a share of ``count`` independent trials (Wilson 1927); [0, 1] of none.
 
     ``successes`` may be a sum of values in [0, 1], which vary less than yes and no: the interval then is too wide.
+    Raises ValueError for more successes than trials.
     """
     if not 0 <= successes <= count:
         raise ValueError(f"{successes} successes of {count}")
@@ -64,7 +65,7 @@ def paired_difference(gained: float, lost: float, count: int) -> Interval:
     """Interval of a difference of two shares over the same ``count`` independent questions (Bonett and Price 2012).
 
     ``gained`` and ``lost`` count questions that only one of the two has right; sums of differences will do. With no
-    such question it still is as wide as ``count`` allows.
+    such question it still is as wide as ``count`` allows. Raises ValueError for more than ``count`` of them.
     """
     if gained < 0 or lost < 0 or gained + lost > count:
         raise ValueError(f"{gained} gained and {lost} lost of {count}")

@@ -81,6 +81,7 @@ def effective_retention(retention: float, sink_tokens: int, recent_tokens: int, 
     """Share of the cache kept at a context length, sinks and window of the trimmed heads counted.
 
     r + (1 - r) * min(1, (sink + recent) / n): the trimmed heads hold that many tokens however long the context is.
+    Raises InputError for a context of no tokens.
     """
     if context_tokens < 1:
         raise InputError(f"context of {context_tokens} tokens; give at least 1")

@@ -112,7 +112,7 @@ def ranking_scores(profile: Profile) -> Matrix:
 
 
 def tie_breaks(profile: Profile, statistic: str) -> list[Matrix]:
-    """The other statistics of a profile, which order heads whose scores are equal."""
+    """The other statistics of a profile, [L][G] each, which order heads whose scores are equal."""
     return [matrix for name, matrix in profile.scores.statistics().items() if name != statistic]
 
 

@@ -17,7 +17,7 @@ MAX_FILE_BYTES = 64 * 1024 * 1024
 
 
 def file_name(model_name: str) -> str:
-    """'Qwen/Qwen2.5-14B' -> 'Qwen--Qwen2.5-14B.json'; never a path, whatever the model is called."""
+    """'Qwen/Qwen2.5-14B' -> 'Qwen--Qwen2.5-14B.json', never a path. Raises InputError where nothing is left of it."""
     safe = re.sub(r"[^A-Za-z0-9._-]+", "-", model_name.replace("/", "--")).strip(".-")
     if not safe:
         raise InputError(f"cannot make a file name from model name {model_name!r}; give --output")

@@ -34,7 +34,7 @@ class CaptureWorker:
         }
 
     def kvprofile_take(self, key: str) -> bytes:
-        """What was found under a mark's key."""
+        """What was found under a mark's key, as ``merge`` reads it. Raises RuntimeError where no session is open."""
         watch = _watch_of(self)
         if watch is None:
             raise RuntimeError("no session is open on this engine")

@@ -106,7 +106,10 @@ def choose_placement(
     free_cuda_bytes: Sequence[int],
     free_host_bytes: int,
 ) -> Placement:
-    """The choice of ``place`` as a pure function of sizes: parameters and cache in values, memory in bytes."""
+    """The choice of ``place`` as a pure function of sizes: parameters and cache in values, memory in bytes.
+
+    Raises InputError for an unknown dtype or device, and where the cache alone does not fit on the GPUs.
+    """
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         raise InputError(f"unknown device {device!r}; use auto, cpu, cuda or cuda:N")
     if device.startswith("cuda") and not free_cuda_bytes:

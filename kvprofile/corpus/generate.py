@@ -154,7 +154,7 @@ def generate_text(kind: str, seed: int, length: int, measure: Callable[[str], in
     """Filler of one kind, the shortest whole number of blocks whose ``measure`` reaches ``length``.
 
     ``measure`` maps text to its length in the caller's unit, characters by default; a token counter makes
-    ``length`` a number of tokens.
+    ``length`` a number of tokens. Raises ValueError for a length below 1, KeyError for an unknown kind.
     """
     if length < 1:
         raise ValueError(f"length must be at least 1, not {length}")

@@ -56,7 +56,10 @@ class Growing:
         self.values[rows, :, slots] = values.transpose(1, 2)
 
     def spans(self, start: int, stop: int) -> list[Span]:
-        """Views of what is held below position ``start``, if anything is, and from there to ``stop``."""
+        """Views of what is held below position ``start``, if anything is, and from there to ``stop``.
+
+        Raises ValueError before anything is written.
+        """
         if self.keys is None or self.values is None:
             raise ValueError("nothing was written yet")
         first = self.first + self.dropped

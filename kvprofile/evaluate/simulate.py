@@ -96,7 +96,10 @@ class Simulation:
         self.set_heads(heads)
 
     def set_heads(self, heads: Matrix) -> None:
-        """Use another budget from the next :meth:`trim` on."""
+        """Use another budget [L][G] from the next :meth:`trim` on.
+
+        Raises ValueError for another shape, InputError for budgets other than 0, 1 and None.
+        """
         geometry = self.geometry
         if len(heads) != geometry.layers or any(len(row) != geometry.kv_heads for row in heads):
             raise ValueError(f"the budget is not {geometry.layers} x {geometry.kv_heads}")
@@ -107,7 +110,10 @@ class Simulation:
 
     @torch.inference_mode()
     def prefill(self, ids: Sequence[int]) -> torch.Tensor:
-        """Read a context with full attention in every head, and forget the one before. Gives its last logits [V]."""
+        """Read a context with full attention in every head, and forget the one before. Gives its last logits [V].
+
+        Raises ValueError for an empty one.
+        """
         if not ids:
             raise ValueError("an empty context cannot be read")
         self.length, self.branch = 0, None
@@ -125,7 +131,7 @@ class Simulation:
         """Keep what the budget gives every head of the prefilled context, and free the rest.
 
         With ``heads`` the budget changes first; the untrimmed context stays until :meth:`forget_context`, so several
-        budgets can be tried on one prefill.
+        budgets can be tried on one prefill. Raises ValueError where none is held.
         """
         if heads is not None:
             self.set_heads(heads)
@@ -285,7 +291,7 @@ class Branch:
     def read(self, ids: Sequence[Sequence[int]]) -> list[torch.Tensor]:
         """Read tokens as decoding steps, ``ids[b]`` of any length for row b; gives logits [len(ids[b]), V] for each.
 
-        An empty row reads nothing.
+        An empty row reads nothing. Raises ValueError where all rows are empty, or another branch was started since.
         """
         simulation = self.simulation
         if simulation.branch is not self:
@@ -351,7 +357,7 @@ class _Options:
 def simulating(model: PreTrainedModel, geometry: Geometry, heads: Matrix, rule: TrimRule) -> Iterator[Simulation]:
     """Route a model's attention through a simulation, and put everything back afterwards.
 
-    Not re-entrant, and one model at a time: transformers' registry is global.
+    Not re-entrant, and one model at a time, because transformers' registry is global: raises RuntimeError for another.
     """
     if _current:
         raise RuntimeError("a model is being simulated already in this process")

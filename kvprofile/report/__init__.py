@@ -1,1 +1,1 @@
-"""Pictures and pages made from profiles and run records; nothing here measures or recomputes."""
+"""Pictures and pages made from profiles and run records; nothing here runs a model or an engine."""

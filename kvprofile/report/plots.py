@@ -77,7 +77,7 @@ def picture_of(output: Path) -> Picture:
 
 
 def to_bytes(draw: Callable[[], Figure], title: str, picture: Picture, dpi: int = DEFAULT_DPI) -> bytes:
-    """The bytes of a figure drawn in the house's style, whatever the caller's settings are."""
+    """The bytes of a figure in the house's style, whatever the caller's settings. Raises InputError if too large."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 

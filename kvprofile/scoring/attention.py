@@ -78,7 +78,7 @@ current: list[Recorder] = []
 def recording(model: PreTrainedModel, geometry: Geometry, *, sparse_rows: bool = False) -> Iterator[Recorder]:
     """Route a model's attention through the recorder, and put everything back afterwards.
 
-    Not re-entrant, and one model at a time: transformers' registry is global.
+    Not re-entrant, and one model at a time, because transformers' registry is global: raises RuntimeError for another.
     """
     if current:
         raise RuntimeError("a model is being scored already in this process")
@@ -197,7 +197,7 @@ def span(
     key_start: int,
     causal: bool,
 ) -> Part:
-    """Attention to keys at key_start.., all of them before every query unless ``causal``."""
+    """Attention of query [1, H, n, D] to key and value [1, G, m, D] at key_start.., all before it unless ``causal``."""
     fused = recorder.fused(query, key, value) if softcap is None else None
     if fused is not None:
         return fused(query, key, value, scale, causal)
@@ -241,7 +241,10 @@ def chunk_scores(
 
 
 def check_shapes(recorder: Recorder, layer: int, query: torch.Tensor, key: torch.Tensor, window: int | None) -> None:
-    """Raise InputError where a layer is not of the shape that the config states, or slides where it should not."""
+    """Raise InputError where a layer is not of the shape that the config states, or slides where it should not.
+
+    query [1, H, n, D], key [1, G, m, D]; ``window`` in tokens.
+    """
     geometry = recorder.geometry
     if (query.shape[1], key.shape[1], key.shape[-1]) != (
         geometry.attention_heads,

@@ -35,7 +35,7 @@ class PreallocatedLayer(CacheLayerMixin):  # type: ignore[misc]
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append at the cursor; returns views [1, G, length, D]."""
+        """Append [1, G, n, D] at the cursor; returns views [1, G, length, D]. Raises ValueError beyond the capacity."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         end = self.length + key_states.shape[-2]
@@ -100,7 +100,10 @@ class SlidingLayer(PreallocatedLayer):
         return self.keys[:, :, :end], self.values[:, :, :end]
 
     def cut_back(self, length: int) -> None:
-        """Forget everything after position ``length``, which must be the point where the last forward pass began."""
+        """Forget everything after position ``length``, which must be the point where the last forward pass began.
+
+        Raises ValueError for one that has left the window.
+        """
         if length < self.first:
             raise ValueError(f"position {length} has left the window")
         self.length = length

@@ -36,7 +36,7 @@ class GatedSlidingLayer(GatedLayer, SlidingLayer):
     pinned = False
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any) -> Pair:
-        """Append; a pinned layer has room for ``step_tokens`` behind the window it keeps."""
+        """Append [1, G, n, D]; a pinned layer has room for ``step_tokens`` behind the window it keeps."""
         if not self.pinned:
             return super().update(key_states, value_states)
         self.fresh = (key_states, value_states)
@@ -162,7 +162,10 @@ class Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *slopes: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """The logits once more, in blocks of float32, normalised by each row's log-sum-exp (as FlashAttention does)."""
+        """Slopes of query [1, H, n, D], key and value [1, G, n, D] from that of the output.
+
+        The logits once more, in blocks of float32, normalised by each row's log-sum-exp (as FlashAttention does).
+        """
         sight: Sight = ctx.sight
         query, output, lse = ctx.saved_tensors
         heads, start, count = sight.key.shape[1], sight.start, query.shape[2]

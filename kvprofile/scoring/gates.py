@@ -177,7 +177,10 @@ class GatedModel:
         scaling: float | None = None,
         **options: Any,
     ) -> tuple[torch.Tensor, None]:
-        """What transformers calls: query [1, H, n, D], key and value [1, G, m, D] -> output [1, n, H, D]."""
+        """What transformers calls: query [1, H, n, D], key and value [1, G, m, D] -> output [1, n, H, D].
+
+        Raises InputError for a model whose masks or caches cannot be gated.
+        """
         if attention_mask is not None:
             raise InputError("the model brings its own attention mask, which kvprofile cannot score under")
         layer, window = int(module.layer_idx), options.get("sliding_window")  # type: ignore[arg-type]

@@ -32,7 +32,10 @@ Fused = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float, bool], Part]
 
 
 def merge(parts: list[Part], sinks: torch.Tensor | None = None) -> Part:
-    """One part over the keys of all. ``sinks`` [H] are logits of learned sinks, which take weight and give no value."""
+    """One part over the keys of all. ``sinks`` [H] are logits of learned sinks, which take weight and give no value.
+
+    Raises ValueError for no parts.
+    """
     if len(parts) == 1 and sinks is None:
         return parts[0]
     total = merge_lse([part.lse for part in parts], sinks)

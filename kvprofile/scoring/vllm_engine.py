@@ -65,7 +65,7 @@ class VllmEngine:
         return {"engine": self.name, "vllm": self.version, "device": self.device, "arguments": told}
 
     def score(self, plan: Plan, store: ChunkStore, progress: Progress, keep_token_scores: bool) -> str:
-        """Score what is not finished yet; returns the attention kernel used."""
+        """Score what is not finished yet; returns the attention kernel used. Raises InputError where vLLM cannot."""
         from kvprofile.scoring.in_vllm import SessionScorer
         from kvprofile.scoring.kvzip import forward_tokens
 

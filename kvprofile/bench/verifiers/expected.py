@@ -36,7 +36,7 @@ class Pattern(Verifier):
     name = "pattern"
 
     def judge(self, case: Case) -> Verdict | None:
-        """Pass where it is found."""
+        """Pass where it is found. Raises InputError where the pattern is none."""
         if case.question.pattern is None:
             return None
         try:
@@ -52,7 +52,7 @@ class JsonSchema(Verifier):
     name = "json-schema"
 
     def judge(self, case: Case) -> Verdict | None:
-        """Pass where it fits; warnings name the first problems."""
+        """Pass where it fits; warnings name the first problems. Raises InputError where the schema is none."""
         if case.question.json_schema is None:
             return None
         import jsonschema

@@ -56,7 +56,7 @@ class Command(Verifier):
             raise InputError("exec: names no program")
 
     def judge(self, case: Case) -> Verdict | None:
-        """Ask the program about one case."""
+        """Ask the program about one case; where it fails, no verdict. Raises InputError where there is no program."""
         line = json.dumps({"document": case.document.text, "question": case.question.text, "output": case.output})
         try:
             run = subprocess.run(  # noqa: S603 - the user's own program, no shell

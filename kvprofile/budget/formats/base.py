@@ -258,7 +258,7 @@ def import_profile(
 
 
 def identity_of(facts: ModelFacts | None) -> ModelIdentity:
-    """A model identity from architecture facts alone: nothing was verified against a checkpoint."""
+    """A model identity from facts alone: nothing was verified against a checkpoint. Raises InputError for None."""
     if facts is None:
         raise InputError("the model is not known; give --model with its hub id")
     with validation_as_input_error("model"):
@@ -333,7 +333,7 @@ def require_matrix(path: Path, matrix: Matrix, geometry: Geometry) -> None:
 
 
 def require_geometry(geometry: Geometry | None) -> Geometry:
-    """The geometry, which formats that do not name their model cannot do without."""
+    """The geometry, which formats that do not name their model cannot do without. Raises InputError for None."""
     if geometry is None:
         raise InputError("the model is not known; give --model with its hub id")
     return geometry
@@ -347,7 +347,7 @@ def single(paths: Sequence[Path], name: str) -> Path:
 
 
 def rounded(matrix: Matrix) -> Matrix:
-    """Scores as a profile stores them."""
+    """Scores [L][G] as a profile stores them."""
     return [[None if v is None else round_significant(v, SIGNIFICANT_DIGITS) for v in row] for row in matrix]
 
 

@@ -35,7 +35,7 @@ class KVzip(Format):
     holds = "scores"
 
     def read(self, paths: Sequence[Path], geometry: Geometry | None) -> ForeignScores:
-        """Read all files of one model, [L, G] each."""
+        """Read all files of one model, [L, G] each. Raises InputError."""
         shape = require_geometry(geometry)
         if not paths:
             raise InputError("no kvzip file given; give one or more .pt files of one model")

@@ -29,7 +29,7 @@ class VLLM(Format):
     needs_retention = True
 
     def read(self, paths: Sequence[Path], geometry: Geometry | None) -> ForeignScores:
-        """Read one file: the budget comes back, the scores it was made from do not."""
+        """Read one file: the budget comes back, the scores it was made from do not. Raises InputError."""
         del geometry  # the file states its own, import_profile compares
         path = single(paths, self.name)
         found = runtime_file.parse(read_bytes(path, runtime_file.MAX_FILE_BYTES), str(path))
