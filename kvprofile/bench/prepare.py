@@ -79,8 +79,8 @@ def prepare(wish: Wish) -> Prepared:
     retentions = wish.retentions or SEED_RETENTIONS
     local = local_legs(retentions, wish.baseline) if wish.local else ()
     profile = wish.profile
-    if profile is None and store.is_file(store.BUDGET_DIR / store.file_name(name)):
-        profile = store.BUDGET_DIR / store.file_name(name)
+    if profile is None and store.is_file(store.default_path(name)):
+        profile = store.default_path(name)
         reasons.append(f"budget file: {profile}")
     if profile is not None and not store.is_file(profile):
         raise InputError(f"no budget file {profile}; run 'kvprofile score {wish.model}' first")

@@ -116,17 +116,19 @@ def tie_breaks(profile: Profile, statistic: str) -> list[Matrix]:
     return [matrix for name, matrix in profile.scores.statistics().items() if name != statistic]
 
 
-def budgets_at(profile: Profile, retention: float) -> HeadBudgets:
+def budgets_at(profile: Profile, retention: float, statistic: str | None = None) -> HeadBudgets:
     """The file's own budgets at a retention or, where it holds none, budgets allocated now from its scores.
 
-    Raises InputError unless 0 < retention <= 1, and where the file has neither.
+    Another ``statistic`` than the file's own ranks anew in any case. Raises InputError unless 0 < retention <= 1, and
+    where the file has neither; KeyError for a statistic that it does not hold.
     """
     require_retention(retention)
+    name = statistic or profile.scoring.statistic
     stored = profile.budgets.get(retention_key(retention))
-    if stored is not None:
+    if stored is not None and name == profile.scoring.statistic:
         return stored
     require_scores(profile)
-    return allocate(ranking_scores(profile), retention, tie_breaks(profile, profile.scoring.statistic))
+    return allocate(profile.scores.statistics()[name], retention, tie_breaks(profile, name))
 
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float | None:

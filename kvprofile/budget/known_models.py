@@ -66,7 +66,7 @@ def find(model: str, config: Path | None = None) -> ModelFacts:
     place = Path(model)
     if store.is_dir(place):
         return from_config(place / "config.json", find_shape(model).name)
-    for file in (place, store.BUDGET_DIR / store.file_name(model)):
+    for file in (place, store.default_path(model)):
         if store.is_file(file):
             found = store.load(file).model
             return ModelFacts(found.name, found.architecture, found.geometry, file.name)

@@ -81,7 +81,7 @@ def find_shape(reference: str) -> ModelShape:
     except RuntimeError:  # ~somebody who has no home here
         path = Path(reference)
     bundled = bundled_model(reference)
-    if bundled is not None and not store.is_file(store.BUDGET_DIR / store.file_name(reference)):
+    if bundled is not None and not store.is_file(store.default_path(reference)):
         path = bundled
     if store.is_dir(path) or path.name == "config.json":
         config = path / "config.json" if store.is_dir(path) else path
@@ -90,7 +90,7 @@ def find_shape(reference: str) -> ModelShape:
                 f"{reference} has no config.json; give a checkpoint's folder, a budget file or a model name"
             )
         return shape_of_config(config, _folder_name(config.resolve().parent))
-    budget_file = path if store.is_file(path) else store.BUDGET_DIR / store.file_name(reference)
+    budget_file = path if store.is_file(path) else store.default_path(reference)
     if store.is_file(budget_file):
         return _shape_of_profile(store.load(budget_file), str(budget_file))
     cached = _cached_config(reference)

@@ -24,6 +24,11 @@ def file_name(model_name: str) -> str:
     return f"{safe}.json"
 
 
+def default_path(model_name: str) -> Path:
+    """Where the budget file of a model lies unless it is told otherwise. Raises InputError as ``file_name``."""
+    return BUDGET_DIR / file_name(model_name)
+
+
 def is_file(path: Path) -> bool:
     """As Path.is_file, but False where that raises: a name too long for the system, no permission above."""
     return os.path.isfile(path)  # noqa: PTH113

@@ -133,7 +133,7 @@ def _default_profile(name: str, model: str) -> str:
     from kvprofile.budget import store
     from kvprofile.errors import InputError
 
-    path = store.BUDGET_DIR / store.file_name(name)
+    path = store.default_path(name)
     if not store.is_file(path):
         raise InputError(f"no budget file {path}; run 'kvprofile score {model}' first or give --profile")
     return str(path)

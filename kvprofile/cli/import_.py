@@ -41,7 +41,7 @@ def import_(
     provenance = Provenance(repository, commit, licence)
     profile = import_profile(form, paths, facts, provenance, model if form.names_its_model else None)
     name = profile.model.name
-    target = output or store.BUDGET_DIR / store.file_name(name)
+    target = output or store.default_path(name)
     if not force:
         store.refuse_other_model(target, name, profile.model.geometry)
     store.save(profile, target)

@@ -41,7 +41,7 @@ def resolve_profile(reference: str) -> Path:
     path = Path(reference)
     if store.is_file(path):
         return path
-    named = store.BUDGET_DIR / store.file_name(reference)
+    named = store.default_path(reference)
     if store.is_file(named):
         return named
     raise InputError(f"no budget file {reference} (looked for {named} too); run 'kvprofile score {reference}' first")

@@ -82,7 +82,7 @@ def score(
         raise InputError("--fast keeps the ranking by mean, not by maximum (docs/scoring.md); add --method kvzip-mean")
     corpora = [load_corpus(reference, documents) for reference in corpus or bundled_names()]
     source = checkpoint.locate(model, revision, trust_remote_code)
-    target = output or store.BUDGET_DIR / store.file_name(source.name)
+    target = output or store.default_path(source.name)
     require_writable(target)
     if save_token_scores is not None:
         run.refuse_token_score_file(save_token_scores, target, force)

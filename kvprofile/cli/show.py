@@ -51,8 +51,8 @@ def budgets_for(profile: Profile, retention: float | None, statistic: str) -> tu
     Without a retention it is 0.5 or, where the file has no scores, the one it states nearest to that. Raises
     InputError where the file lacks the statistic, has neither budget nor scores, or the retention is outside (0, 1].
     """
-    from kvprofile.budget.allocate import allocate, has_scores, require_retention, require_scores
-    from kvprofile.budget.compare import tie_breaks
+    from kvprofile.budget.allocate import has_scores
+    from kvprofile.budget.compare import budgets_at
     from kvprofile.budget.profile import retention_key
     from kvprofile.errors import InputError
 
@@ -64,13 +64,9 @@ def budgets_for(profile: Profile, retention: float | None, statistic: str) -> tu
     if retention is None:
         stated = [0.5] if has_scores(profile) else map(float, profile.budgets)
         retention = min(stated, key=lambda each: abs(each - 0.5))
-    require_retention(retention)
-    key = retention_key(retention)
-    if statistic == profile.scoring.statistic and key in profile.budgets:
-        return profile.budgets[key], "stored in the file"
-    require_scores(profile)
-    budgets = allocate(present[statistic], retention, tie_breaks(profile, statistic))
-    return budgets, f"preview, ranked now by {statistic}"
+    budgets = budgets_at(profile, retention, statistic)
+    stored = budgets is profile.budgets.get(retention_key(retention))
+    return budgets, "stored in the file" if stored else f"preview, ranked now by {statistic}"
 
 
 def provenance(profile: Profile) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvprofile.budget.allocate import Place, allocate, has_scores, ranking, require_scores
+from kvprofile.budget.allocate import Place, has_scores, ranking, require_scores
 from kvprofile.budget.compare import budgets_at, tie_breaks
 from kvprofile.budget.profile import Geometry, Matrix, Profile
 from kvprofile.errors import InputError, plain
@@ -39,12 +39,9 @@ class Contender:
 
     def heads(self, retention: float) -> Matrix:
         """Budget [L][G] at a retention: the file's own where it states one. Raises InputError for graded budgets."""
-        if self.statistic is None or self.statistic == self.profile.scoring.statistic:
-            heads = budgets_at(self.profile, retention).heads
-        else:
-            self.order()
-            statistics = self.profile.scores.statistics()
-            heads = allocate(statistics[self.statistic], retention, tie_breaks(self.profile, self.statistic)).heads
+        if self.statistic not in (None, self.profile.scoring.statistic):
+            self.order()  # raises where the profile cannot be ranked by it
+        heads = budgets_at(self.profile, retention, self.statistic).heads
         graded = [value for row in heads for value in row if value not in (0.0, 1.0, None)]
         if graded:
             raise InputError(
