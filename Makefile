@@ -66,9 +66,9 @@ audit:
 	.audit/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) 'pip-audit>=2.9'
 	.audit/bin/pip-audit --strict --disable-pip --no-deps --requirement constraints.txt
 
-# Strict: a link to nothing is an error. Open site/index.html.
+# A link to nothing is an error, and so is a page that is in no menu (--quiet would hide both). Open site/index.html.
 docs: install
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # Benchmarks want a quiet machine. What each prints is a ratio against a peer or a bound, taken in one run.
 bench-runtime: install-vllm
