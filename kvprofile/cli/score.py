@@ -46,7 +46,7 @@ def score(
     recent_tokens: Annotated[int, typer.Option(help="Last tokens that a trimmed head keeps.")] = 256,
     seed: Annotated[int, typer.Option(help="Recorded in the file.")] = 0,
     fast: Annotated[
-        bool, typer.Option("--fast", help="Read less, with --method kvzip-mean: the ranking stays within 0.98 of it.")
+        bool, typer.Option("--fast", help="Read less, for nearly the same ranking; with --method kvzip-mean.")
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what the run needs of time and memory; load and write nothing.")
