@@ -196,10 +196,11 @@ def read_bytes(path: Path, most: int = MAX_FILE_BYTES) -> bytes:
         if path.exists() and not path.is_file() and not path.is_dir():  # a pipe or device would be read for ever
             raise InputError(f"{path}: not a regular file")
         with open(path, "rb") as stream:
-            content = b"" if path.stat().st_size > most else stream.read(most + 1)
+            size = os.fstat(stream.fileno()).st_size
+            content = b"" if size > most else stream.read(most + 1)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot read: {getattr(error, 'strerror', None) or error}") from error
-    if path.stat().st_size > most or len(content) > most:
+    if max(size, len(content)) > most:
         raise InputError(f"{path}: larger than {most // 2**20} MiB; no such file is that large")
     return content
 

@@ -131,7 +131,9 @@ class ImportedFrom(_Part):
 class Shortcuts(_Part):
     """What a fast run left out; an exact run has none."""
 
-    sparse_rows: bool = Field(description="repeats saw one in sixteen tokens of the context behind prefix and chunk")
+    sparse_rows: bool = Field(
+        description="repeats saw the end and one in sixteen tokens of the context beside prefix and chunk"
+    )
     chunk_share: float = Field(gt=0, le=1, description="share of each document's chunks that was to be repeated")
     stop_early: bool = Field(description="the run was to end once the budgets at the presets had settled")
     stopped_early: bool = Field(description="it did: 95 % of redraws of what was read move at most 2 % of the heads")

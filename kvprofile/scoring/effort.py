@@ -1,6 +1,6 @@
 """How much of the corpora a run reads: all of it, exactly, or a part of it, fast. Behind ``score --fast``.
 
-Three shortcuts, each of which can be taken alone. *Sparse rows*: of the context behind prefix and chunk a repeat sees
+Three shortcuts, each of which can be taken alone. *Sparse rows*: of the context beside prefix and chunk a repeat sees
 the last tokens and one in sixteen of the others, in place of all sixteen. *Chunk sampling*: a share of each document's
 chunks, spread over it, is repeated. *Early stopping*: the run ends once the budgets have settled
 (``scoring.stopping``). What each does to the ranking is measured by ``scripts/fast_agreement.py``.

@@ -128,10 +128,8 @@ def serve(job):
                 print("COMPARE", json.dumps({"number": int(output.request_id), "tokens": tokens, **life}), flush=True)
         for name in list(ages):
             ages[name] += 1
-            if (
-                job["requests"][int(name)]["abort_after"] is not None
-                and ages[name] > job["requests"][int(name)]["abort_after"]
-            ):
+            last_step = job["requests"][int(name)]["abort_after"]
+            if last_step is not None and ages[name] > last_step:
                 counts[f"aborted while {state(scheduler, name)}"] += 1
                 engine.abort_request([name])
                 take(recorder, name, counts)
