@@ -98,7 +98,7 @@ def measure(engine: str, folder: Path, context_tokens: int, chunk_tokens: int, s
     from safetensors.torch import save_file
 
     from kvprofile.checkpoint import Placement, Source, describe, load_model
-    from kvprofile.scoring.kvzip import required_positions
+    from kvprofile.scoring.reconstruction import required_positions
 
     description = describe(Source("random", folder, None))
     frame, document = frame_and_document(context_tokens)
@@ -108,7 +108,7 @@ def measure(engine: str, folder: Path, context_tokens: int, chunk_tokens: int, s
     begun = time.perf_counter()
     if engine == "hf":
         from kvprofile.scoring.attention import recording
-        from kvprofile.scoring.kvzip import Scorer
+        from kvprofile.scoring.reconstruction import Scorer
 
         model = load_model(description, Placement("cpu", "float32", False, ()))
         with recording(model, description.geometry) as recorder:
@@ -121,7 +121,7 @@ def measure(engine: str, folder: Path, context_tokens: int, chunk_tokens: int, s
             context_s, repeats_s, scores = clock.timed(lambda: scorer.score(document))
     else:
         from kvprofile.capture.session import Session
-        from kvprofile.scoring.in_vllm import SessionScorer
+        from kvprofile.scoring.session_scorer import SessionScorer
         from kvprofile.scoring.vllm_engine import place_in_vllm, started
 
         placed = place_in_vllm(description, "float32", "auto", required_positions(document, frame, chunk_tokens))

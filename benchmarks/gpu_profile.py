@@ -23,8 +23,8 @@ from kvprofile.checkpoint import Placement, describe, load_model, load_tokenizer
 from kvprofile.corpus.sources import load_corpus
 from kvprofile.files import json_bytes, write_atomically
 from kvprofile.scoring.attention import recording
-from kvprofile.scoring.kvzip import Scorer
-from kvprofile.scoring.prompts import Document, Frame, chat_frame, chunks, encode, frame_document
+from kvprofile.scoring.prompts import Frame, FramedDocument, chat_frame, chunks, encode, frame_document
+from kvprofile.scoring.reconstruction import Scorer
 from kvprofile.scoring.work import DecoderShape, Repeat, count, matrix_rate
 
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -92,7 +92,7 @@ def random_model(shape: str, device: str, dtype: str, positions: int) -> tuple[A
 def cost(model: Any, geometry: Geometry, context: int, asked: argparse.Namespace, rate: float) -> list[dict[str, Any]]:
     """Seconds and memory of one context, exact and with sparse rows."""
     ids = torch.randint(64, model.config.vocab_size, (context,), generator=torch.Generator().manual_seed(0)).tolist()
-    document = Document("random", FRAME.prefix_ids, tuple(ids))
+    document = FramedDocument("random", FRAME.prefix_ids, tuple(ids))
     length = len(FRAME.prefix_ids) + context
     on_gpu = asked.device.startswith("cuda")
     rows = []
@@ -110,7 +110,7 @@ def cost(model: Any, geometry: Geometry, context: int, asked: argparse.Namespace
             scorer = Scorer(
                 model, recorder, FRAME, document_tokens=length, chunk_tokens=asked.chunk_tokens, advance=advance
             )
-            for _ in scorer.score(Document("warm-up", FRAME.prefix_ids, tuple(ids[:256]))):
+            for _ in scorer.score(FramedDocument("warm-up", FRAME.prefix_ids, tuple(ids[:256]))):
                 pass
             read = 0.0
             if on_gpu:

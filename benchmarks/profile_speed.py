@@ -125,8 +125,8 @@ def measure(asked: argparse.Namespace) -> dict[str, Any]:
     from kvprofile.checkpoint import Placement, Source, describe, load_model, load_tokenizer
     from kvprofile.scoring.attention import recording
     from kvprofile.scoring.effort import EXACT, FAST
-    from kvprofile.scoring.kvzip import Scorer
     from kvprofile.scoring.prompts import chat_frame, chunks, frame_document
+    from kvprofile.scoring.reconstruction import Scorer
 
     source = Source("random", asked.model, None)
     description = describe(source)
@@ -303,7 +303,7 @@ def growth(rows: Sequence[dict[str, Any]], side: str, part: str) -> float | None
 
 def machine(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The machine in words, threads of each side, and versions."""
-    from kvprofile.report.provenance import machine as described
+    from kvprofile.records.provenance import machine as described
 
     return {
         "machine": described().model_dump(mode="json"),

@@ -32,8 +32,8 @@ def measure(context_tokens: int) -> dict[str, float]:
     from kvprofile.checkpoint.describe import describe
     from kvprofile.checkpoint.source import Source
     from kvprofile.scoring.attention import recording
-    from kvprofile.scoring.kvzip import Scorer
     from kvprofile.scoring.prompts import Frame, frame_document
+    from kvprofile.scoring.reconstruction import Scorer
 
     torch.manual_seed(0)
     config = LlamaConfig(

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 from kvprofile.errors import InputError
 from kvprofile.instrumentation import CacheStatistics, RequestLog
 from kvprofile.runtime import doctor
-from kvprofile.runtime.budget import CONFIG_KEY
+from kvprofile.runtime.engine_budget import CONFIG_KEY
 from kvprofile.runtime.gate import ENABLED
 from kvprofile.runtime.settings import PREFIX
 

@@ -1,6 +1,6 @@
 """Measure models/pocket: `python scripts/evaluate_pocket.py [--write-card]`.
 
-Exercises come from kvprofile.evaluate.tasks under the purpose "card", which training never uses. An answer counts when
+Exercises come from kvprofile.questions.tasks under the purpose "card", which training never uses. An answer counts when
 every token, the end mark included, is the model's first choice given the ones before it, which is what greedy decoding
 would write. Heads are ablated by trimming them to sinks and a window after the context, as a budget would.
 """
@@ -24,8 +24,8 @@ from kvprofile.budget.profile import Matrix
 from kvprofile.budget.trim import TrimRule
 from kvprofile.checkpoint import describe, locate
 from kvprofile.evaluate.simulate import Simulation, simulating
-from kvprofile.evaluate.tasks import Exercise, exercise
 from kvprofile.files import write_atomically
+from kvprofile.questions.tasks import Exercise, exercise
 from kvprofile.scoring.prompts import Frame, chat_frame, encode
 from kvprofile.statistics import bootstrap_mean, wilson
 

@@ -22,7 +22,8 @@ from kvprofile.budget.profile import PRESETS, Matrix, Profile, retention_key
 from kvprofile.checkpoint import describe, load_tokenizer, locate, place
 from kvprofile.checkpoint.describe import quiet_transformers
 from kvprofile.corpus.sources import bundled_names, load_corpus
-from kvprofile.scoring import run
+from kvprofile.progress import Silent
+from kvprofile.scoring import plan, run
 from kvprofile.scoring.effort import EXACT, FAST, Effort
 from kvprofile.scoring.hf_engine import HfEngine
 from kvprofile.scoring.methods import METHODS
@@ -74,13 +75,13 @@ def write_random(shape: str, folder: Path, tokenizer_of: Path) -> Path:
 def profile(model: str, effort: Effort, seed: int, asked: argparse.Namespace, file: Path) -> tuple[Profile, float]:
     """A profile of a model with an effort, written to ``file``, and the seconds that it took."""
     description = describe(locate(model))
-    options = run.Options(METHOD, asked.chunk_tokens, asked.context_tokens, seed, effort=effort)
+    options = plan.ScoringOptions(METHOD, asked.chunk_tokens, asked.context_tokens, seed, effort=effort)
     corpora = [load_corpus(name, asked.documents) for name in bundled_names()]
-    planned = run.plan(description, load_tokenizer(description.source), corpora, options)
+    planned = plan.plan(description, load_tokenizer(description.source), corpora, options)
     file.parent.mkdir(parents=True, exist_ok=True)
     placement = place(description, "float32", "cpu", planned.positions)
     started = time.monotonic()
-    made = run.profile(planned, HfEngine(placement), file, run.Silent())
+    made = run.profile(planned, HfEngine(placement), file, Silent())
     store.save(made, file)
     run.finish(file)
     return made, time.monotonic() - started

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import psutil
 
-from kvprofile.report import run_files
+from kvprofile.records import run_files
 
 ROOT = Path(__file__).resolve().parents[1]
 POCKET = str(ROOT / "models" / "pocket")

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvprofile.budget import formats, known_models, store
-from kvprofile.budget.formats.base import Provenance, import_profile
+from kvprofile.budget.formats.base import Origin, import_profile
 
 KVZIP = ("https://github.com/snu-mllab/KVzip", "5d8472975d286e3da6b52178af39d18904330c0d")
 DUO = ("https://github.com/mit-han-lab/duo-attention", "fe93c314ae87306ef6629dc16713250b4718ffe7")
@@ -77,7 +77,7 @@ def main() -> None:
             formats.get(entry.form),
             [options.folder / name for name in entry.local],
             known_models.find(entry.model),
-            Provenance(repository, commit, "MIT", entry.published),
+            Origin(repository, commit, "MIT", entry.published),
         )
         path = target(entry, options.output)
         store.save(profile, path)

@@ -1,6 +1,6 @@
 """What the bundled checkpoint reads while it is trained: its tokenizer, and rows of questions, repeats and copies.
 
-Data come from kvprofile.evaluate.tasks under the purpose "train", a fresh seed for every step.
+Data come from kvprofile.questions.tasks under the purpose "train", a fresh seed for every step.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from kvprofile.corpus.generate import KINDS, generate_text
-from kvprofile.evaluate.tasks import TASKS, exercise
+from kvprofile.questions.tasks import TASKS, exercise
 from kvprofile.scoring.prompts import HINT_TOKENS, REPEAT_ALL, REPEAT_FROM
 
 PAD, USER, ASSISTANT, END = SPECIAL_TOKENS = ("<|pad|>", "<|user|>", "<|assistant|>", "<|end|>")

@@ -25,8 +25,8 @@ from kvprofile.budget.profile import Profile
 from kvprofile.budget.trim import TrimRule
 from kvprofile.checkpoint import describe, load_model, load_tokenizer, locate, place
 from kvprofile.corpus.sources import bundled_names, load_corpus
-from kvprofile.evaluate.options import Options
-from kvprofile.evaluate.run import evaluate_checkpoint
+from kvprofile.evaluate.evaluation import evaluate_checkpoint
+from kvprofile.evaluate.options import EvaluationOptions
 from kvprofile.evaluate.summary import Results
 from kvprofile.evaluate.variants import Contender
 from kvprofile.files import write_atomically
@@ -35,8 +35,8 @@ from kvprofile.scoring import gates, run
 from kvprofile.scoring.aggregate import HeadStatistics
 from kvprofile.scoring.attention import recording
 from kvprofile.scoring.hf_engine import HfEngine
-from kvprofile.scoring.kvzip import Scorer
 from kvprofile.scoring.methods import GATE_STEPS
+from kvprofile.scoring.reconstruction import Scorer
 
 ROOT = Path(__file__).resolve().parents[1]
 TEMPLATE = Path(__file__).with_name("study.md.jinja")
@@ -67,9 +67,9 @@ class Model:
         """Lengths of the contexts it is asked about: half of the longest rows it was trained on, and most of them."""
         return self.row_tokens // 2 - 24, int(self.row_tokens * 0.88)
 
-    def plan(self, method: str) -> run.Plan:
+    def plan(self, method: str) -> run.ScoringPlan:
         """The scoring run of a method over the bundled corpora."""
-        options = run.Options(method, self.scored_tokens, self.scored_tokens, 0, SINKS, WINDOW)
+        options = run.ScoringOptions(method, self.scored_tokens, self.scored_tokens, 0, SINKS, WINDOW)
         corpora = [load_corpus(name) for name in bundled_names()]
         return run.plan(self.description, load_tokenizer(self.description.source), corpora, options)
 
@@ -90,7 +90,7 @@ class Model:
             print(f"{self.name}: scored by {method}", flush=True)
         return store.load(file)
 
-    def _greedy(self, planned: run.Plan) -> Profile:
+    def _greedy(self, planned: run.ScoringPlan) -> Profile:
         """The gate profile with the order of greedy elimination in place of its losses."""
         base = self.profile("gate")
         with self.gated(planned) as gated:
@@ -99,7 +99,7 @@ class Model:
         scoring = base.scoring.model_copy(update={"method": "greedy"})
         return base.model_copy(update={"scores": scores, "scoring": scoring, "budgets": preset_budgets(scores, "loss")})
 
-    def gated(self, planned: run.Plan) -> Any:
+    def gated(self, planned: run.ScoringPlan) -> Any:
         """The model with gates, as a context manager."""
         model = load_model(self.description, place(self.description, "float32", "cpu", planned.positions))
         rule = TrimRule(SINKS, WINDOW, 1)
@@ -144,7 +144,7 @@ def estimate(found: Any) -> list[float | None]:
 
 def compare(model: Model, arguments: argparse.Namespace) -> dict[str, Any]:
     """Methods and controls at every retention, with paired differences against kvzip and random heads."""
-    options = Options(
+    options = EvaluationOptions(
         retentions=RETENTIONS,
         tasks=TASKS,
         context_tokens=model.context_tokens(),
@@ -223,7 +223,7 @@ def guides(model: Model, arguments: argparse.Namespace) -> dict[str, Any]:
     """Accuracy of persona questions by sink size: the guide stands at the start, far outside of the window."""
     rows = []
     for sinks in GUIDE_SINKS:
-        options = Options(
+        options = EvaluationOptions(
             retentions=GUIDE_RETENTIONS,
             tasks=("persona",),
             context_tokens=(1000,),

@@ -23,9 +23,9 @@ from kvprofile.budget import runtime_file
 from kvprofile.budget.profile import Profile
 from kvprofile.cli import app
 from kvprofile.files import write_atomically
-from kvprofile.report.record import RunRecord
+from kvprofile.records.record import RunRecord
 from kvprofile.runtime import gate, metrics, settings, stats
-from kvprofile.runtime.budget import Budget
+from kvprofile.runtime.engine_budget import EngineBudget
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "reference"
 MADE = "<!-- Made by scripts/write_reference.py; edit the code instead. -->\n\n"
@@ -77,7 +77,7 @@ def environment() -> str:
 def server_metrics() -> str:
     """What the plugin adds to a server's /metrics, as its collector gives it."""
     collector = metrics.BudgetCollector()
-    collector.budget = Budget(((0,), ()), 2, 128, 256)
+    collector.budget = EngineBudget(((0,), ()), 2, 128, 256)
     with tempfile.NamedTemporaryFile() as shared:
         os.truncate(shared.name, 8 * len(stats.FIELDS))
         os.environ[stats.SHARED] = shared.name

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from kvprofile.budget.profile import Profile
 from kvprofile.files import write_atomically
-from kvprofile.report.record import RunRecord
+from kvprofile.records.record import RunRecord
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 SCHEMAS: dict[str, type[BaseModel]] = {"budget-file.schema.json": Profile, "run-record.schema.json": RunRecord}

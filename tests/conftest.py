@@ -8,8 +8,8 @@ import shutil
 import pytest
 from hypothesis import settings
 
-from tests.disks import disks
-from tests.models import POCKET, random_model, save_checkpoint
+from tests.helpers.disks import disks
+from tests.helpers.models import POCKET, random_model, save_checkpoint
 
 settings.register_profile("everywhere", deadline=None, derandomize=True)  # a slow machine is no failure
 settings.load_profile("everywhere")

@@ -1,7 +1,7 @@
 """Documents of a benchmark: a text, questions about it with what answers must hold, and samples of a voice.
 
 Where a model reads anything, documents are Markdown files with a ``.json`` of the same name beside them; the bundled
-three have about 9,000 tokens each. models/pocket reads only what ``kvprofile.evaluate.tasks`` generates, so its
+three have about 9,000 tokens each. models/pocket reads only what ``kvprofile.questions.tasks`` generates, so its
 documents are made from a seed.
 """
 
@@ -19,8 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from kvprofile.budget.store import is_dir, is_file, phrases
 from kvprofile.corpus.generate import blocks
 from kvprofile.errors import InputError, plain
-from kvprofile.evaluate import sources, tasks
 from kvprofile.files import read_bytes
+from kvprofile.questions import tasks, user_tasks
 
 BUNDLED, POCKET = "bundled", "pocket"
 POCKET_TASKS = {"persona": 8000, "needle": 4000, "lookup": 3000}
@@ -33,7 +33,7 @@ PURPOSE = "bench"
 """Documents made for this purpose are never used in training, scoring or evaluation."""
 
 
-class Question(BaseModel):
+class BenchQuestion(BaseModel):
     """A question and what a right answer holds: ``expected`` strings (all, or with ``any_of`` one), a regular
     expression, a JSON schema. ``answer`` is a right answer in the reference's words.
     """
@@ -49,14 +49,14 @@ class Question(BaseModel):
     in_voice: bool = False
 
 
-class Document(BaseModel):
+class BenchDocument(BaseModel):
     """A text with its questions. ``voice_samples`` are passages in the voice that its guide asks for."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
     text: Annotated[str, Field(min_length=1)]
-    questions: Annotated[tuple[Question, ...], Field(min_length=1)]
+    questions: Annotated[tuple[BenchQuestion, ...], Field(min_length=1)]
     voice_samples: tuple[str, ...] = ()
 
     @property
@@ -65,7 +65,7 @@ class Document(BaseModel):
         return hashlib.sha256(self.text.encode()).hexdigest()
 
 
-def load(references: tuple[str, ...]) -> list[Document]:
+def load(references: tuple[str, ...]) -> list[BenchDocument]:
     """All documents of the references, in order.
 
     ``bundled``: the three long ones. ``pocket[:SEED]``: three that models/pocket understands. A folder of ``.md`` files
@@ -95,7 +95,7 @@ def unique_opening(seed: int, request: int) -> str:
     return " ".join(next(sentences) for _ in range(3))
 
 
-def _load(reference: str) -> list[Document]:
+def _load(reference: str) -> list[BenchDocument]:
     kind, _, rest = reference.partition(":")
     if kind == POCKET and (not rest or rest.isdecimal()):
         return pocket(int(rest or 0))
@@ -111,7 +111,7 @@ def _load(reference: str) -> list[Document]:
     raise InputError(f"no documents {reference!r}; give bundled, pocket[:SEED], a folder, an .md or a .jsonl file")
 
 
-def pocket(seed: int, questions: int = 6) -> list[Document]:
+def pocket(seed: int, questions: int = 6) -> list[BenchDocument]:
     """Three generated documents with questions that models/pocket can answer."""
     return [
         _of_exercise(tasks.exercise(task, PURPOSE, seed, characters, questions), task)
@@ -119,22 +119,22 @@ def pocket(seed: int, questions: int = 6) -> list[Document]:
     ]
 
 
-def _of_exercise(exercise: tasks.Exercise, name: str) -> Document:
+def _of_exercise(exercise: tasks.Exercise, name: str) -> BenchDocument:
     asked = tuple(
-        Question(text=each.text, answer=each.answer, expected=each.expected, any_of=each.any_of)
+        BenchQuestion(text=each.text, answer=each.answer, expected=each.expected, any_of=each.any_of)
         for each in exercise.questions
     )
-    return Document(name=name, text=exercise.context, questions=asked)
+    return BenchDocument(name=name, text=exercise.context, questions=asked)
 
 
-def _from_exercises(reference: str) -> list[Document]:
-    name, found = sources.load(reference, contexts=10**6, questions=10**6)
+def _from_exercises(reference: str) -> list[BenchDocument]:
+    name, found = user_tasks.load(reference, contexts=10**6, questions=10**6)
     if any(exercise.conversation for exercise in found):
         raise InputError(f"{reference}: a benchmark asks single questions; leave conversations to 'kvprofile evaluate'")
     return [_of_exercise(exercise, f"{plain(name)[:180]}/{number}") for number, exercise in enumerate(found)]
 
 
-def _from_folder(folder: Path) -> list[Document]:
+def _from_folder(folder: Path) -> list[BenchDocument]:
     found = sorted(
         path
         for path in folder.iterdir()
@@ -149,7 +149,7 @@ def _from_folder(folder: Path) -> list[Document]:
     return [_from_file(path) for path in found]
 
 
-def _from_file(path: Path) -> Document:
+def _from_file(path: Path) -> BenchDocument:
     beside = path.with_suffix(".json")
     try:
         text = read_bytes(path).decode("utf-8").replace("\r\n", "\n")
@@ -160,7 +160,7 @@ def _from_file(path: Path) -> Document:
     if not isinstance(raw, dict):
         raise InputError(f'{beside} is no object; write {{"questions": [...]}}')
     try:
-        return Document(name=plain(path.stem)[:200], text=text, **raw)
+        return BenchDocument(name=plain(path.stem)[:200], text=text, **raw)
     except (ValidationError, TypeError) as error:
         found = phrases(error) if isinstance(error, ValidationError) else [str(error)]
         raise InputError(f"{beside}: {'; '.join(found[:5])}") from error

@@ -15,27 +15,27 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from kvprofile.bench import measure
-from kvprofile.bench.asking import Answer
-from kvprofile.bench.attention import RESULT
-from kvprofile.bench.documents import Document
-from kvprofile.bench.engines import openai_compatible, vllm
+from kvprofile.bench import timings
+from kvprofile.bench.attention_pass import RESULT
+from kvprofile.bench.chat_client import Answer
+from kvprofile.bench.documents import BenchDocument
+from kvprofile.bench.engines import openai_compatible, vllm_server
 from kvprofile.bench.engines.base import LegFailedError, Running
-from kvprofile.bench.load import Prompt, Sender, fill, prompts, sampling_of
-from kvprofile.bench.parts import Parts
-from kvprofile.bench.scenario import LegPlan, Plan
+from kvprofile.bench.leg_store import LegStore
+from kvprofile.bench.load_generator import Prompt, Sender, fill, prompts, sampling_of
+from kvprofile.bench.scenario import BenchPlan, LegPlan
 from kvprofile.instrumentation import GPUMemoryManager, Look, RequestLog
-from kvprofile.report import record
+from kvprofile.records import record
 
 Say = Callable[[str], None]
 
 WATCH_INTERVAL_S = 0.5
-ATTENTION = "kvprofile.bench.attention"
+ATTENTION = "kvprofile.bench.attention_pass"
 ATTENTION_TIMEOUT_S = 1800.0
 
 
 @dataclass
-class Outcome:
+class LegOutcome:
     """What a leg has measured so far."""
 
     rows: list[record.Request] = field(default_factory=list)
@@ -59,18 +59,18 @@ class LegRun:
     """One leg of a plan, once. ``token_bytes``: what a token takes in a cache without budgets, where that is known."""
 
     def __init__(
-        self, plan: Plan, leg: LegPlan, repetition: int, parts: Parts, token_bytes: int | None, say: Say
+        self, plan: BenchPlan, leg: LegPlan, repetition: int, parts: LegStore, token_bytes: int | None, say: Say
     ) -> None:
         self.plan, self.leg, self.repetition, self.parts, self.say = plan, leg, repetition, parts, say
         self.token_bytes = token_bytes
         self.seed = plan.seed_of(repetition)
-        self.outcome = Outcome(mode=plan.load.mode)
+        self.outcome = LegOutcome(mode=plan.load.mode)
         self._answered: list[Prompt] = []
         self.secret_names = tuple(
             each.provider.key_env for each in plan.legs if each.provider is not None and each.provider.key_env
         )
 
-    def run(self) -> Outcome:
+    def run(self) -> LegOutcome:
         """Measure. Raises LegFailedError; what was measured until then is in ``outcome`` either way."""
         with self._engine() as running:
             self.outcome.model = running.endpoint.model
@@ -88,7 +88,7 @@ class LegRun:
             with openai_compatible.connected(provider, self.plan.provider_model, os.environ) as running:
                 yield running
             return
-        with vllm.serving(
+        with vllm_server.serving(
             self.plan.model,
             self.plan.model_name,
             self.plan.engine,
@@ -104,10 +104,10 @@ class LegRun:
             remote = openai_compatible.endpoint(provider, own.base_url, own.model, own.key)
             yield Running(remote, warnings=("a rehearsal: this provider ran on this machine",), ended=running.ended)
 
-    def _budgets(self) -> vllm.Budgets | None:
+    def _budgets(self) -> vllm_server.Budgets | None:
         if self.leg.kind == "remote" or self.leg.retention is None or self.plan.profile is None:
             return None
-        return vllm.Budgets(self.parts.profile, self.leg.retention, self._path("stats"))
+        return vllm_server.Budgets(self.parts.profile, self.leg.retention, self._path("stats"))
 
     def _path(self, ending: str) -> Path:
         return self.parts.path(self.leg, self.repetition, ending)
@@ -188,7 +188,7 @@ class LegRun:
             rows: list[record.Request] = []
             sender.closed(batch, None, lambda prompt, answer: rows.append(_row(prompt, answer, began)))
             after = watch.sample().preemptions
-            passed = before == after and measure.most_at_once(rows) == count
+            passed = before == after and timings.most_at_once(rows) == count
             self.say(f"{self.leg.name}: {count} at once {'fit' if passed else 'do not fit'}")
             return passed
 
@@ -255,7 +255,7 @@ class LegRun:
         budgets = self._budgets()
         if budgets is not None:
             budgets = replace(budgets, stats=self._path("attention.stats"))  # the leg's own file is read already
-        environment = vllm.environment_of(budgets, options, self.secret_names)
+        environment = vllm_server.environment_of(budgets, options, self.secret_names)
         try:
             found = _attention_pass(job, environment, self._path("attention.log"))
         except LegFailedError as error:
@@ -269,7 +269,7 @@ def _attention_pass(job: Mapping[str, Any], environment: Mapping[str, str], log:
     with open(log, "wb") as out:
         try:
             run = subprocess.run(  # noqa: S603 - our own interpreter
-                vllm.child_command(ATTENTION),
+                vllm_server.child_command(ATTENTION),
                 input=json.dumps(job).encode(), stdout=subprocess.PIPE, stderr=out, env=dict(environment),
                 timeout=ATTENTION_TIMEOUT_S, check=False,
             )  # fmt: skip
@@ -281,7 +281,7 @@ def _attention_pass(job: Mapping[str, Any], environment: Mapping[str, str], log:
             with contextlib.suppress(ValueError):
                 found: dict[str, Any] = json.loads(line.removeprefix(RESULT))
                 return found
-    raise LegFailedError(vllm.reason_in(log))
+    raise LegFailedError(vllm_server.reason_in(log))
 
 
 def _row(prompt: Prompt, answer: Answer, began: float) -> record.Request:
@@ -301,11 +301,11 @@ def _row(prompt: Prompt, answer: Answer, began: float) -> record.Request:
         finish_reason=answer.finish_reason,
         input_tokens=answer.input_tokens,
         output_tokens=answer.output_tokens,
-        **measure.timings(answer),
+        **timings.timings(answer),
     )
 
 
-def documents_of(documents: Sequence[Document], rows: Sequence[record.Request]) -> list[record.Document]:
+def documents_of(documents: Sequence[BenchDocument], rows: Sequence[record.Request]) -> list[record.Document]:
     """Documents with the mean tokens of the prompts about them: what the leg's tokenizer made of each."""
     found = []
     for document in documents:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kvprofile.bench import documents, providers
-from kvprofile.bench.scenario import SEED_RETENTIONS, EngineOptions, Load, Plan, local_legs, remote_legs
+from kvprofile.bench.scenario import SEED_RETENTIONS, BenchPlan, EngineOptions, LoadPlan, local_legs, remote_legs
 from kvprofile.bench.verifiers import choose
 from kvprofile.budget import store
 from kvprofile.budget.model_shape import find_shape
@@ -47,7 +47,7 @@ class Wish:
     seed: int = 0
     attention_pass: bool = True
     preset: str | None = None
-    load: Load = field(default_factory=Load)
+    load: LoadPlan = field(default_factory=LoadPlan)
     engine: EngineOptions = field(default_factory=EngineOptions)
 
 
@@ -55,7 +55,7 @@ class Wish:
 class Prepared:
     """A plan, and the reason of every choice that was not asked for."""
 
-    plan: Plan
+    plan: BenchPlan
     reasons: tuple[str, ...]
 
 
@@ -87,7 +87,7 @@ def prepare(wish: Wish) -> Prepared:
     references, reason = _documents(wish)
     reasons += [reason] if reason else []
     choose(wish.verifiers)
-    plan = Plan(
+    plan = BenchPlan(
         model=wish.model,
         model_name=name,
         legs=(*local, *remote),
@@ -107,13 +107,13 @@ def prepare(wish: Wish) -> Prepared:
     return Prepared(plan, tuple(reasons))
 
 
-def default_folder(plan: Plan) -> Path:
+def default_folder(plan: BenchPlan) -> Path:
     """runs/bench/<model>/<settings>: the same settings find their folder again."""
     model = store.file_name(plan.model_name).removesuffix(".json")
     return Path("runs/bench") / model / plan.run_key()[:12]
 
 
-def missing(plan: Plan, environ: Mapping[str, str] = os.environ) -> list[str]:
+def missing(plan: BenchPlan, environ: Mapping[str, str] = os.environ) -> list[str]:
     """What is not here and would make legs fail, one line each: libraries, then keys."""
     found = _missing_libraries(plan)
     for leg in plan.legs:
@@ -125,13 +125,13 @@ def missing(plan: Plan, environ: Mapping[str, str] = os.environ) -> list[str]:
     return found
 
 
-def require_installed(plan: Plan) -> None:
+def require_installed(plan: BenchPlan) -> None:
     """Raise InputError where a library that every leg needs is missing. Missing keys fail their own leg only."""
     for line in _missing_libraries(plan):
         raise InputError(line)
 
 
-def _missing_libraries(plan: Plan) -> list[str]:
+def _missing_libraries(plan: BenchPlan) -> list[str]:
     found = []
     serves = any(leg.kind == "local" or (leg.provider is not None and leg.provider.serve) for leg in plan.legs)
     if serves and importlib.util.find_spec("vllm") is None:
@@ -144,7 +144,7 @@ def _missing_libraries(plan: Plan) -> list[str]:
     return found
 
 
-def estimate(plan: Plan) -> dict[str, Any]:
+def estimate(plan: BenchPlan) -> dict[str, Any]:
     """What a run would send and cost, before anything is tokenised: lengths are guesses from characters."""
     characters = [len(document.text) for document in plan.documents]
     mean_tokens = sum(characters) / len(characters) / CHARACTERS_PER_TOKEN
@@ -166,7 +166,7 @@ def estimate(plan: Plan) -> dict[str, Any]:
     }
 
 
-def described(plan: Plan, reasons: Sequence[str]) -> dict[str, Any]:
+def described(plan: BenchPlan, reasons: Sequence[str]) -> dict[str, Any]:
     """A plan as --dry-run --json prints it."""
     return {
         "model": plan.model_name,

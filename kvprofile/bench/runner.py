@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kvprofile import __version__
-from kvprofile.bench import measure
+from kvprofile.bench import timings
 from kvprofile.bench.engines.base import LegFailedError
-from kvprofile.bench.legs import LegRun, Outcome, Say, documents_of
-from kvprofile.bench.parts import RECORD, Parts
-from kvprofile.bench.scenario import BASELINE, LegPlan, Plan
+from kvprofile.bench.leg_store import RECORD, LegStore
+from kvprofile.bench.legs import LegOutcome, LegRun, Say, documents_of
+from kvprofile.bench.scenario import BASELINE, BenchPlan, LegPlan
 from kvprofile.bench.verifiers import judge
 from kvprofile.budget import runtime_file, store
 from kvprofile.budget.allocate import Constraints, effective_retention
@@ -22,7 +22,7 @@ from kvprofile.budget.formats.vllm import runtime
 from kvprofile.budget.profile import FULL_ATTENTION, mean_budget
 from kvprofile.budget.runtime_file import RuntimeFile
 from kvprofile.errors import MOST_CHARACTERS, InputError, plain
-from kvprofile.report import provenance, record, run_files
+from kvprofile.records import provenance, record, run_files
 
 PACKAGES = (*provenance.PACKAGES, "openai", "sacrebleu", "rouge-score")
 
@@ -32,19 +32,19 @@ MOST_SAMPLES = 2000
 HOW = "1 / (r + (1 - r) * (S + W) / n), memory-bound decoding; reached: output throughput over the baseline's"
 
 
-def run(plan: Plan, folder: Path, say: Say, force: bool = False) -> record.RunRecord:
+def run(plan: BenchPlan, folder: Path, say: Say, force: bool = False) -> record.RunRecord:
     """Run what is left of a plan and write ``record.json`` after each leg; gives the whole record.
 
     A leg that fails is recorded with its reason, and tried again by the next run. Raises InputError where the folder
     belongs to something else, another process is at work there or the disk is full, and KeyboardInterrupt; what was
     measured is kept.
     """
-    parts = Parts(folder, plan)
+    parts = LegStore(folder, plan)
     with parts.opened(force):
         return _run(plan, parts, say)
 
 
-def _run(plan: Plan, parts: Parts, say: Say) -> record.RunRecord:
+def _run(plan: BenchPlan, parts: LegStore, say: Say) -> record.RunRecord:
     started = provenance.now()
     token_bytes = _token_bytes(plan)
     legs: dict[tuple[str, int], record.Leg] = {}
@@ -76,7 +76,7 @@ def _run(plan: Plan, parts: Parts, say: Say) -> record.RunRecord:
 
 
 def _measured(
-    plan: Plan, leg: LegPlan, repetition: int, parts: Parts, token_bytes: int | None, say: Say, title: str
+    plan: BenchPlan, leg: LegPlan, repetition: int, parts: LegStore, token_bytes: int | None, say: Say, title: str
 ) -> record.Leg:
     running = LegRun(plan, leg, repetition, parts, token_bytes, say)
     began, reason = provenance.now(), None
@@ -105,7 +105,7 @@ def _measured(
 
 
 def _leg(
-    plan: Plan, leg: LegPlan, repetition: int, outcome: Outcome, began: str, reason: str | None, profile: Path
+    plan: BenchPlan, leg: LegPlan, repetition: int, outcome: LegOutcome, began: str, reason: str | None, profile: Path
 ) -> record.Leg:
     local = leg.kind == "local"
     budget = _runtime_file(plan, leg, profile)
@@ -142,7 +142,7 @@ def _leg(
         ),
         documents=documents_of(plan.documents, rows),
         seeds=[plan.seed_of(repetition)],
-        metrics=measure.metrics(rows, outcome.duration_s) if rows else record.Metrics(),
+        metrics=timings.metrics(rows, outcome.duration_s) if rows else record.Metrics(),
         requests=rows,
         samples=_samples(outcome),
         memory=_memory(outcome),
@@ -154,14 +154,14 @@ def _leg(
     )
 
 
-def _model_of(plan: Plan, leg: LegPlan) -> str:
+def _model_of(plan: BenchPlan, leg: LegPlan) -> str:
     """The model of a leg that never got as far as asking for it."""
     if leg.provider is None or leg.provider.serve:
         return plan.model_name
     return plan.provider_model or leg.provider.model or "unknown"
 
 
-def _samples(outcome: Outcome) -> list[record.Sample]:
+def _samples(outcome: LegOutcome) -> list[record.Sample]:
     step = max(1, -(-len(outcome.looks) // MOST_SAMPLES))
     return [
         record.Sample(
@@ -178,7 +178,7 @@ def _samples(outcome: Outcome) -> list[record.Sample]:
     ]
 
 
-def _memory(outcome: Outcome) -> record.Memory:
+def _memory(outcome: LegOutcome) -> record.Memory:
     def peak(name: str) -> int | None:
         return max((value for look in outcome.looks if (value := getattr(look, name)) is not None), default=None)
 
@@ -191,7 +191,7 @@ def _memory(outcome: Outcome) -> record.Memory:
     )
 
 
-def _cost(leg: LegPlan, outcome: Outcome) -> record.Cost | None:
+def _cost(leg: LegPlan, outcome: LegOutcome) -> record.Cost | None:
     """By the prices of the provider's table; None without prices, or where the provider did not count."""
     prices = None if leg.provider is None else leg.provider.prices
     done = [row for row in outcome.rows if row.error is None]
@@ -206,7 +206,7 @@ def _cost(leg: LegPlan, outcome: Outcome) -> record.Cost | None:
     )
 
 
-def _runtime_file(plan: Plan, leg: LegPlan, profile: Path) -> RuntimeFile | None:
+def _runtime_file(plan: BenchPlan, leg: LegPlan, profile: Path) -> RuntimeFile | None:
     """The budgets that a leg is served with, as the runtime makes them of the profile."""
     if leg.kind == "remote" or leg.retention is None or plan.profile is None:
         return None
@@ -227,7 +227,7 @@ def budget_at(path: Path, retention: float, tensor_parallel_size: int) -> Runtim
     return found
 
 
-def _heads(plan: Plan, budget: RuntimeFile | None) -> record.Heads | None:
+def _heads(plan: BenchPlan, budget: RuntimeFile | None) -> record.Heads | None:
     if budget is None:
         return None
     return record.Heads(
@@ -267,7 +267,7 @@ def _bounded(leg: record.Leg, baseline: float | None) -> record.Leg:
     return leg.model_copy(update={"bound": bound})
 
 
-def _write(plan: Plan, parts: Parts, legs: dict[tuple[str, int], record.Leg], started: str) -> record.RunRecord:
+def _write(plan: BenchPlan, parts: LegStore, legs: dict[tuple[str, int], record.Leg], started: str) -> record.RunRecord:
     order = [(leg.name, repetition) for leg, repetition in plan.schedule]
     found = [legs[place] for place in order if place in legs]
     judged = judge(plan, with_bounds(found))
@@ -293,10 +293,10 @@ def _summary(leg: record.Leg) -> str:
     return f"{metrics.completed} answers in {metrics.duration or 0:.1f} s{speed}"
 
 
-def _token_bytes(plan: Plan) -> int | None:
+def _token_bytes(plan: BenchPlan) -> int | None:
     """Cache bytes of a token on one rank without budgets, by the model's shape; None with sliding layers."""
+    from kvprofile.budget.capacity import DTYPES
     from kvprofile.budget.model_shape import find_shape
-    from kvprofile.budget.plan import DTYPES
 
     try:
         shape = find_shape(plan.model)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from kvprofile.bench.documents import Document
+from kvprofile.bench.documents import BenchDocument
 from kvprofile.bench.providers import Provider
 from kvprofile.budget.allocate import require_retention
 from kvprofile.errors import InputError
@@ -21,7 +21,7 @@ MOST = 1_000_000
 
 
 @dataclass(frozen=True)
-class Load:
+class LoadPlan:
     """How requests are sent. ``fill`` looks for the concurrency itself, up to ``concurrency``."""
 
     mode: Literal["closed", "open", "fill"] = "closed"
@@ -81,14 +81,14 @@ class LegPlan:
 
 
 @dataclass(frozen=True)
-class Plan:
+class BenchPlan:
     """Everything a run depends on. ``model_name`` is what records call the model: never a path."""
 
     model: str
     model_name: str
     legs: tuple[LegPlan, ...]
-    documents: tuple[Document, ...]
-    load: Load = field(default_factory=Load)
+    documents: tuple[BenchDocument, ...]
+    load: LoadPlan = field(default_factory=LoadPlan)
     engine: EngineOptions = field(default_factory=EngineOptions)
     profile: str | None = None
     profile_sha256: str | None = None

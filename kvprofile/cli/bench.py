@@ -11,7 +11,7 @@ from kvprofile.cli.output import print_json, say, stdout_console
 
 if TYPE_CHECKING:
     from kvprofile.bench.prepare import Prepared
-    from kvprofile.report.record import Leg, RunRecord
+    from kvprofile.records.record import Leg, RunRecord
 
 
 def bench(
@@ -93,7 +93,7 @@ def bench(
 ) -> None:
     """Compare vLLM with and without budgets, and remote providers. Run it again after an interruption to continue."""
     from kvprofile.bench import prepare
-    from kvprofile.bench.scenario import EngineOptions, Load
+    from kvprofile.bench.scenario import EngineOptions, LoadPlan
 
     pool_bytes = None if pool_memory is None else prepare.parse_size(pool_memory, "--pool-memory")
     wish = prepare.Wish(
@@ -111,7 +111,7 @@ def bench(
         seed=seed,
         attention_pass=attention,
         preset=preset,
-        load=Load(
+        load=LoadPlan(
             mode=_mode(load),
             concurrency=concurrency,
             request_rate=request_rate,

@@ -12,8 +12,8 @@ from kvprofile.cli.output import load_profile, print_json, stdout_console
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from kvprofile.budget.compare import AtRetention, Comparison
     from kvprofile.budget.profile import Profile
+    from kvprofile.budget.profile_diff import DiffAtRetention, ProfileDiff
 
 _LISTED_HEADS = 12
 """Moved heads are listed by name up to this many; the map shows them all."""
@@ -29,8 +29,8 @@ def diff(
     as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON.")] = False,
 ) -> None:
     """Compare two profiles: how far their rankings agree and which heads change at each retention."""
-    from kvprofile.budget.compare import compare, shared_retentions
     from kvprofile.budget.profile import PRESETS
+    from kvprofile.budget.profile_diff import compare, shared_retentions
 
     old, new = load_profile(before), load_profile(after)
     shared = shared_retentions(old, new)
@@ -45,7 +45,7 @@ def diff(
 def render(
     first: tuple[str, Profile],
     second: tuple[str, Profile],
-    found: Comparison,
+    found: ProfileDiff,
     mapped: tuple[float, ...],
     console: Console,
 ) -> None:
@@ -79,7 +79,7 @@ def render(
 def _render_scores(before: Profile, after: Profile, console: Console) -> None:
     from rich.text import Text
 
-    from kvprofile.budget.compare import ranking_scores
+    from kvprofile.budget.profile_diff import ranking_scores
     from kvprofile.cli import heatmap
 
     geometry = before.model.geometry
@@ -93,10 +93,10 @@ def _render_scores(before: Profile, after: Profile, console: Console) -> None:
         console.print(row)
 
 
-def _render_changes(before: Profile, after: Profile, at: AtRetention, console: Console) -> None:
+def _render_changes(before: Profile, after: Profile, at: DiffAtRetention, console: Console) -> None:
     from rich.text import Text
 
-    from kvprofile.budget.compare import budgets_at
+    from kvprofile.budget.profile_diff import budgets_at
     from kvprofile.cli import heatmap
 
     geometry = before.model.geometry
@@ -115,7 +115,7 @@ def _render_changes(before: Profile, after: Profile, at: AtRetention, console: C
         console.print(row)
 
 
-def _table(found: Comparison) -> object:
+def _table(found: ProfileDiff) -> object:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kvprofile.cli.output import load_profile, print_json, resolve_profile, say, stdout_console
-from kvprofile.cli.progress import TokenProgress
-from kvprofile.evaluate.tasks import DEFAULT_TASKS, TASKS
+from kvprofile.cli.progress_bar import TokenProgress
+from kvprofile.questions.tasks import DEFAULT_TASKS, TASKS
 
 if TYPE_CHECKING:
-    from kvprofile.evaluate.run import Plan
+    from kvprofile.evaluate.evaluation import EvaluationPlan
     from kvprofile.evaluate.variants import Contender
 
 
@@ -82,12 +82,12 @@ def evaluate(
     """Measure how much of a model's answers each retention keeps. Run it again after an interruption to continue."""
     from kvprofile import checkpoint
     from kvprofile.budget.profile import PRESETS
-    from kvprofile.evaluate import run
-    from kvprofile.evaluate.options import Options
+    from kvprofile.evaluate import evaluation
+    from kvprofile.evaluate.options import EvaluationOptions
     from kvprofile.files import require_writable
     from kvprofile.report import plots, quality_plot
 
-    options = Options(
+    options = EvaluationOptions(
         retentions=tuple(retention or PRESETS),
         tasks=tuple(tasks or DEFAULT_TASKS),
         context_tokens=tuple(context_tokens or (1000,)),
@@ -110,14 +110,14 @@ def evaluate(
     under_test = _contenders(profile or [_default_profile(source.name, model)], statistic)
     description = checkpoint.describe(source, trust_remote_code)
     tokenizer = checkpoint.load_tokenizer(source, trust_remote_code)
-    planned = run.plan(description, tokenizer, under_test, options)
+    planned = evaluation.plan(description, tokenizer, under_test, options)
     placement = checkpoint.place(description, dtype, device, planned.cache_tokens)
-    folder = output or run.default_folder(planned, placement)
+    folder = output or evaluation.default_folder(planned, placement)
 
     _announce(planned, placement.reasons)
     started = time.monotonic()
     with TokenProgress("evaluating") as progress:
-        summary = run.evaluate(planned, placement, folder, progress, force)
+        summary = evaluation.evaluate(planned, placement, folder, progress, force)
     say(f"wrote {folder} in {time.monotonic() - started:.0f} s")
     if plot is not None:
         quality_plot.write(summary, plot)
@@ -145,7 +145,7 @@ def _contenders(references: list[str], statistic: str | None) -> list[Contender]
     return contenders([(resolve_profile(each), load_profile(each)) for each in references], statistic)
 
 
-def _announce(planned: Plan, reasons: tuple[str, ...]) -> None:
+def _announce(planned: EvaluationPlan, reasons: tuple[str, ...]) -> None:
     """What is about to be done, on stderr."""
     description, rule = planned.description, planned.rule
     say(f"{description.source.name}: {description.geometry.describe()}, {description.architecture}")

@@ -34,11 +34,11 @@ def import_(
 ) -> None:
     """Read scores of KVzip, DuoAttention, LU-KV, a runtime file or a table, and write a budget file."""
     from kvprofile.budget import formats, known_models, store
-    from kvprofile.budget.formats.base import Provenance, import_profile
+    from kvprofile.budget.formats.base import Origin, import_profile
 
     form = formats.get(format_name)
     facts = None if form.names_its_model or model is None else known_models.find(model, config)
-    provenance = Provenance(repository, commit, licence)
+    provenance = Origin(repository, commit, licence)
     profile = import_profile(form, paths, facts, provenance, model if form.names_its_model else None)
     name = profile.model.name
     target = output or store.default_path(name)

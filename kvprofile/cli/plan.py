@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from kvprofile.budget.plan import Plan
+    from kvprofile.budget.capacity import Capacity
 
 
 def plan(
@@ -40,15 +40,15 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     """Count what fits at each retention: cache bytes, requests in flight, the bound on speed. No weights needed."""
-    from kvprofile.budget import plan as plans
+    from kvprofile.budget import capacity
     from kvprofile.budget.model_shape import find_shape
     from kvprofile.errors import InputError
 
-    if weights_gib is not None and not weights_gib * 2**30 <= plans.MAX_BYTES:
+    if weights_gib is not None and not weights_gib * 2**30 <= capacity.MAX_BYTES:
         raise InputError(f"--weights-gib {weights_gib} is no size")
-    found = plans.plan(
+    found = capacity.plan(
         find_shape(model),
-        plans.parse_gpu_memory(gpu_memory),
+        capacity.parse_gpu_memory(gpu_memory),
         context,
         retentions=tuple(retention or ()),
         tensor_parallel_size=tensor_parallel_size,
@@ -64,7 +64,7 @@ def plan(
         render(found, stdout_console())
 
 
-def render(plan: Plan, console: Console) -> None:
+def render(plan: Capacity, console: Console) -> None:
     """The plan as text and one table; fits 80 columns."""
     from rich.text import Text
 
@@ -101,7 +101,7 @@ def render(plan: Plan, console: Console) -> None:
         line(f"{decision.what}: {decision.value} ({decision.reason})")
 
 
-def _table(plan: Plan) -> Table:
+def _table(plan: Capacity) -> Table:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -122,7 +122,7 @@ def _table(plan: Plan) -> Table:
     return table
 
 
-def _per_gpu(plan: Plan) -> str:
+def _per_gpu(plan: Capacity) -> str:
     return f", {_size(plan.kv_bytes_per_token_per_gpu)} on each GPU" if plan.tensor_parallel_size > 1 else ""
 
 

@@ -30,7 +30,8 @@ def report(
     """Put the legs of a benchmark side by side on one page that needs no network."""
     from kvprofile.errors import InputError, plain
     from kvprofile.files import require_writable
-    from kvprofile.report import html, run_files
+    from kvprofile.records import run_files
+    from kvprofile.report import html
     from kvprofile.report.compare import summarise
 
     found, others = run_files.collect(places)

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvprofile.cli.output import print_json, say, stdout_console
-from kvprofile.cli.progress import TokenProgress
+from kvprofile.cli.progress_bar import TokenProgress
 
 if TYPE_CHECKING:
     from kvprofile.budget.profile import Profile
-    from kvprofile.scoring.estimate import Estimate
-    from kvprofile.scoring.run import Plan
+    from kvprofile.scoring.estimate import RunEstimate
+    from kvprofile.scoring.plan import ScoringPlan
 
 
 def score(
@@ -69,12 +69,12 @@ def score(
     from kvprofile.corpus.sources import bundled_names, load_corpus
     from kvprofile.errors import InputError
     from kvprofile.files import LOCK, alone, require_writable
-    from kvprofile.scoring import run
+    from kvprofile.scoring import plan, run
     from kvprofile.scoring.effort import EXACT, FAST
-    from kvprofile.scoring.engines import Engine, check_engine, choose_engine
+    from kvprofile.scoring.engine import Engine, check_engine, choose_engine
 
     effort = FAST if fast else EXACT
-    options = run.Options(method, chunk_tokens, context_tokens, seed, sink_tokens, recent_tokens, effort)
+    options = plan.ScoringOptions(method, chunk_tokens, context_tokens, seed, sink_tokens, recent_tokens, effort)
     check_engine(engine, method)
     if fast and save_token_scores is not None:
         raise InputError("--save-token-scores needs every chunk; leave out --fast")
@@ -90,7 +90,7 @@ def score(
     if not force:
         store.refuse_other_model(target, source.name, description.geometry)
     tokenizer = checkpoint.load_tokenizer(source, trust_remote_code)
-    planned = run.plan(description, tokenizer, corpora, options)
+    planned = plan.plan(description, tokenizer, corpora, options)
     chosen, why = choose_engine(engine, description, method)
     runs: Engine
     if chosen == "vllm":
@@ -124,7 +124,7 @@ def score(
     _print_result(made, target, save_token_scores, as_json)
 
 
-def _announce(planned: Plan, reasons: tuple[str, ...]) -> None:
+def _announce(planned: ScoringPlan, reasons: tuple[str, ...]) -> None:
     """What is about to be read, on stderr."""
     description = planned.description
     say(f"{description.source.name}: {description.geometry.describe()}, {description.architecture}")
@@ -139,7 +139,7 @@ def _announce(planned: Plan, reasons: tuple[str, ...]) -> None:
         say("  fast: sparse rows, half of the chunks, and an end once budgets settle; scores are not exact")
 
 
-def _print_estimate(found: Estimate, as_json: bool) -> None:
+def _print_estimate(found: RunEstimate, as_json: bool) -> None:
     if as_json:
         print_json(found.payload())
         return

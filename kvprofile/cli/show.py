@@ -52,8 +52,8 @@ def budgets_for(profile: Profile, retention: float | None, statistic: str) -> tu
     InputError where the file lacks the statistic, has neither budget nor scores, or the retention is outside (0, 1].
     """
     from kvprofile.budget.allocate import has_scores
-    from kvprofile.budget.compare import budgets_at
     from kvprofile.budget.profile import retention_key
+    from kvprofile.budget.profile_diff import budgets_at
     from kvprofile.errors import InputError
 
     present = profile.scores.statistics()

@@ -1,7 +1,7 @@
 """Seeded text generators: endless filler of six kinds.
 
 The same kind and seed give the same text on every machine. Corpora that people wrote live in ``corpora/``; facts to ask
-for, hidden in such filler, are made by ``kvprofile.evaluate.tasks``.
+for, hidden in such filler, are made by ``kvprofile.questions.tasks``.
 """
 
 from __future__ import annotations

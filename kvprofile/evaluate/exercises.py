@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from kvprofile.budget.trim import TrimRule
 from kvprofile.checkpoint import Description
 from kvprofile.errors import InputError
-from kvprofile.evaluate import sources
-from kvprofile.evaluate.asking import Asked, Wording, ask
-from kvprofile.evaluate.options import Options
-from kvprofile.evaluate.tasks import TASKS, exercise
+from kvprofile.evaluate.encoding import Asked, Wording, ask
+from kvprofile.evaluate.options import EvaluationOptions
+from kvprofile.questions import user_tasks
+from kvprofile.questions.tasks import TASKS, exercise
 from kvprofile.scoring.prompts import encode
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def make(
     tokenizer: PreTrainedTokenizerBase,
     words: Wording,
     rule: TrimRule,
-    options: Options,
+    options: EvaluationOptions,
 ) -> tuple[list[Asked], list[str]]:
     """The exercises of a task that can be asked, and a line for each reason why others are left out."""
     warnings = []
@@ -52,7 +52,7 @@ def make(
 
 
 def _generated(
-    task: str, tokenizer: PreTrainedTokenizerBase, words: Wording, rule: TrimRule, options: Options
+    task: str, tokenizer: PreTrainedTokenizerBase, words: Wording, rule: TrimRule, options: EvaluationOptions
 ) -> Iterator[Asked]:
     wanted = _EVERY_QUESTION if options.only_outside else options.questions
     for length in dict.fromkeys(options.context_tokens):
@@ -64,16 +64,16 @@ def _generated(
 
 
 def _brought(
-    reference: str, tokenizer: PreTrainedTokenizerBase, words: Wording, rule: TrimRule, options: Options
+    reference: str, tokenizer: PreTrainedTokenizerBase, words: Wording, rule: TrimRule, options: EvaluationOptions
 ) -> list[Asked]:
     wanted = _EVERY_QUESTION if options.only_outside else options.questions
-    name, found = sources.load(reference, options.contexts, wanted)
+    name, found = user_tasks.load(reference, options.contexts, wanted)
     asked = [ask(f"{name}/{number}", each, None, tokenizer, words, rule) for number, each in enumerate(found)]
     return [_only_outside(each, tokenizer, words, rule, options) for each in asked] if options.only_outside else asked
 
 
 def _only_outside(
-    asked: Asked, tokenizer: PreTrainedTokenizerBase, words: Wording, rule: TrimRule, options: Options
+    asked: Asked, tokenizer: PreTrainedTokenizerBase, words: Wording, rule: TrimRule, options: EvaluationOptions
 ) -> Asked:
     """The exercise without questions whose evidence a trimmed head sees; what has no known place stays."""
     chosen = [number for number, outside in enumerate(asked.outside) if outside is not False][: options.questions]

@@ -8,14 +8,14 @@ from kvprofile.budget.allocate import require_retention
 from kvprofile.budget.profile import PRESETS
 from kvprofile.budget.trim import DEFAULT_BLOCK_TOKENS
 from kvprofile.errors import InputError
-from kvprofile.evaluate.tasks import DEFAULT_TASKS
+from kvprofile.questions.tasks import DEFAULT_TASKS
 
 MOST = 1_000_000
 """Most of anything that is counted."""
 
 
 @dataclass(frozen=True)
-class Options:
+class EvaluationOptions:
     """What a user may choose about an evaluation. Sinks and window are the first profile's unless given.
 
     Without ``generate`` an answer is right only where greedy decoding writes the reference, so nothing is written.

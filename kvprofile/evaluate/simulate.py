@@ -30,7 +30,7 @@ PREFILL_SLICE_TOKENS = 1024
 
 
 @dataclass
-class Heads:
+class HeldHeads:
     """KV heads of one layer that live under one rule, and what they hold of the context: spans shared by all branches.
 
     ``sees`` None stands for plain causal attention.
@@ -92,7 +92,7 @@ class Simulation:
         self.branch: Branch | None = None
         self.fused: dict[tuple[torch.device, torch.dtype, int, int], kernels.Fused | None] = {}
         self.prefilled: list[list[Span]] = []
-        self.layers: list[list[Heads]] = []
+        self.layers: list[list[HeldHeads]] = []
         self.set_heads(heads)
 
     def set_heads(self, heads: Matrix) -> None:
@@ -143,13 +143,13 @@ class Simulation:
         """Free the untrimmed context: from here on only what the budget keeps is held."""
         self.prefilled = []
 
-    def _trimmed(self, layer: int) -> list[Heads]:
+    def _trimmed(self, layer: int) -> list[HeldHeads]:
         spans = self.prefilled[layer]
         row = self.heads[layer]
         if row[0] is None or self._slides(layer):
             every = torch.arange(self.geometry.kv_heads)
             first = max(0, self.length - (self.window or self.length) + 1)
-            return [Heads(every, self._sliding, [joined(spans).cut(first, self.length)])]
+            return [HeldHeads(every, self._sliding, [joined(spans).cut(first, self.length)])]
         groups = []
         full = torch.tensor([head for head, value in enumerate(row) if value == 1.0], dtype=torch.long)
         trimmed = torch.tensor([head for head, value in enumerate(row) if value == 0.0], dtype=torch.long)
@@ -158,13 +158,13 @@ class Simulation:
             keys, values = whole.keys, whole.values
             if len(trimmed):
                 keys, values = keys[:, full], values[:, full]
-            groups.append(Heads(full, None, [Span(keys, values, 0)]))
+            groups.append(HeldHeads(full, None, [Span(keys, values, 0)]))
         if len(trimmed):
             mine = Span(whole.keys[:, trimmed], whole.values[:, trimmed], 0)
             sink_end = min(self.rule.sink_end, self.length)
             start = max(sink_end, min(self.rule.window_start(self.length), self.length))
             kept = [mine.cut(0, sink_end), mine.cut(start, self.length)]
-            groups.append(Heads(trimmed, self._trim_rule, [span for span in kept if span.count]))
+            groups.append(HeldHeads(trimmed, self._trim_rule, [span for span in kept if span.count]))
         return groups
 
     def nbytes(self) -> int:

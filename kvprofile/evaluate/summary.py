@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvprofile.errors import InputError
-from kvprofile.evaluate.items import DIGITS, ITEMS, RUN, Item, read_items
+from kvprofile.evaluate.item_store import DIGITS, ITEMS, RUN, Item, read_items
 from kvprofile.evaluate.variants import FULL, PROFILE, RANDOM, Variant
 from kvprofile.statistics import Bootstrap, Estimate
 

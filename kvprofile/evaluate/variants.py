@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvprofile.budget.allocate import Place, has_scores, ranking, require_scores
-from kvprofile.budget.compare import budgets_at, tie_breaks
 from kvprofile.budget.profile import Geometry, Matrix, Profile
+from kvprofile.budget.profile_diff import budgets_at, tie_breaks
 from kvprofile.errors import InputError, plain
 
 FULL, STREAMING, RANDOM, INVERTED, UNIFORM, PROFILE = "full", "streaming", "random", "inverted", "uniform", "profile"

@@ -10,9 +10,9 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from kvprofile.records.record import Leg, Sample
 from kvprofile.report.compare import Group, Row, Summary
 from kvprofile.report.figures import figures
-from kvprofile.report.record import Leg, Sample
 from kvprofile.report.wording import Scale, interval, scale_for
 from kvprofile.statistics import Estimate
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from kvprofile.report.record import Leg, RunRecord
+from kvprofile.records.record import Leg, RunRecord
 
 Groups = Mapping[str, Sequence[Leg]]
 """Legs that worked, by the name of their group."""

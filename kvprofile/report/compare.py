@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from kvprofile.records.record import Leg, Request, RunRecord
 from kvprofile.report.comparability import warnings_about
 from kvprofile.report.figures import QUALITY, Figure, QualityFigure, Unit, figures, quality_figures
-from kvprofile.report.record import Leg, Request, RunRecord
 from kvprofile.statistics import Bootstrap, Estimate, student_mean
 
 UNKNOWN = Estimate(None, None, None)

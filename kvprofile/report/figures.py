@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from kvprofile.report.record import LATENCIES, Leg, Request
+from kvprofile.records.record import LATENCIES, Leg, Request
 
 Unit: TypeAlias = Literal["tokens/s", "requests/s", "ms", "s", "bytes", "share", "count", "x", "money"]
 QUALITY, SPEED, LATENCY, MEMORY, BOUND, LOAD = "Quality", "Speed", "Latency", "Memory", "Bound", "Load"

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kvprofile.records.record import Cost, Leg, Request, RunRecord
 from kvprofile.report.compare import Comparison, Row, Summary
 from kvprofile.report.figures import passed
-from kvprofile.report.record import Cost, Leg, Request, RunRecord
 from kvprofile.report.wording import difference, interval, number, scale_for, verdict
 from kvprofile.statistics import Estimate
 

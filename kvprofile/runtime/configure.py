@@ -14,7 +14,7 @@ from vllm.platforms import current_platform
 
 from kvprofile import unsupported
 from kvprofile.runtime import metrics, stats
-from kvprofile.runtime.budget import CONFIG_KEY
+from kvprofile.runtime.engine_budget import CONFIG_KEY
 from kvprofile.runtime.find import Served, find
 from kvprofile.runtime.permute import LOAD_FORMATS
 from kvprofile.runtime.settings import PREFIX, from_environment, logger

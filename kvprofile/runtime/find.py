@@ -18,7 +18,7 @@ from kvprofile.budget.profile import Profile
 from kvprofile.budget.runtime_file import RuntimeFile, RuntimeModel
 from kvprofile.errors import InputError
 from kvprofile.files import read_bytes
-from kvprofile.runtime.budget import Budget
+from kvprofile.runtime.engine_budget import EngineBudget
 from kvprofile.runtime.settings import PREFIX, Settings
 
 
@@ -39,7 +39,7 @@ class Served:
         return any(own == name or (store.is_dir(Path(own)) and Path(own).resolve().name == last) for own in self.names)
 
 
-def find(settings: Settings, served: Served) -> tuple[Budget, str]:
+def find(settings: Settings, served: Served) -> tuple[EngineBudget, str]:
     """The budget to serve with, and a phrase on where it comes from.
 
     Raises ValueError or kvprofile's InputError, one line each, where there is no file for the model, more than one, or
@@ -76,9 +76,9 @@ def find(settings: Settings, served: Served) -> tuple[Budget, str]:
     return budget, origin
 
 
-def _budget(found: RuntimeFile, settings: Settings) -> Budget:
+def _budget(found: RuntimeFile, settings: Settings) -> EngineBudget:
     sinks, recent = settings.sink_tokens, settings.recent_tokens
-    budget = Budget(found.full_heads, found.model.kv_heads, found.sink_tokens, found.recent_tokens)
+    budget = EngineBudget(found.full_heads, found.model.kv_heads, found.sink_tokens, found.recent_tokens)
     if sinks is not None:
         budget = replace(budget, sink_tokens=sinks)
     if recent is not None:

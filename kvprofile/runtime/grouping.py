@@ -9,10 +9,10 @@ from typing import Any
 from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec, UniformTypeKVCacheSpecs
 
-from kvprofile.runtime.budget import Budget
-from kvprofile.runtime.cache import StreamSpec
+from kvprofile.runtime.engine_budget import EngineBudget
 from kvprofile.runtime.packing import Piece, pack
 from kvprofile.runtime.settings import logger
+from kvprofile.runtime.stream_cache import StreamSpec
 
 Groups = list[Any]
 
@@ -27,7 +27,7 @@ def budgeted(stock: Callable[[Any, dict[str, Any]], Groups]) -> Callable[[Any, d
     """
 
     def get_kv_cache_groups(vllm_config: Any, kv_cache_spec: dict[str, Any]) -> Groups:
-        budget = Budget.of(vllm_config.additional_config)
+        budget = EngineBudget.of(vllm_config.additional_config)
         expected = budget.stream_heads_per_rank(vllm_config.parallel_config.tensor_parallel_size)
         found = sum(spec.num_kv_heads for spec in kv_cache_spec.values() if isinstance(spec, StreamSpec))
         if found != expected:
@@ -41,7 +41,7 @@ def budgeted(stock: Callable[[Any, dict[str, Any]], Groups]) -> Callable[[Any, d
     return get_kv_cache_groups
 
 
-def _groups(specs: Mapping[str, Any], budget: Budget, vllm_config: Any) -> Groups:
+def _groups(specs: Mapping[str, Any], budget: EngineBudget, vllm_config: Any) -> Groups:
     tokens = min(TYPICAL_TOKENS, vllm_config.model_config.max_model_len)
     packing = pack([_piece(name, spec, tokens) for name, spec in specs.items()])
     logger.info(

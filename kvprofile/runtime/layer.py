@@ -22,8 +22,8 @@ from vllm.v1.kv_cache_interface import replace_as
 
 from kvprofile import unsupported
 from kvprofile.runtime.backend import with_layout, with_trimming
-from kvprofile.runtime.budget import Budget, Heads
-from kvprofile.runtime.cache import StreamSpec
+from kvprofile.runtime.engine_budget import EngineBudget, RankHeads
+from kvprofile.runtime.stream_cache import StreamSpec
 
 _FULL_ATTENTION_ONLY = ("sliding_window", "attention_chunk_size", "non_causal")
 """Fields of FullAttentionSpec that a StreamSpec lacks; none is set where layers are split."""
@@ -36,7 +36,7 @@ class FullHalf(Attention):  # type: ignore[misc]
 class StreamHalf(Attention):  # type: ignore[misc]
     """The heads of a layer that keep sinks and window."""
 
-    def __init__(self, *args: Any, budget: Budget, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, budget: EngineBudget, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.budget = budget
 
@@ -63,7 +63,7 @@ class Share:
 class SplitAttention(Attention):  # type: ignore[misc]
     """An ``Attention`` whose heads are computed by its halves; its own cache and kernel are never used.
 
-    Heads come half by half where weights were loaded so (``permute``) or where they lie so in the model. Otherwise
+    RankHeads come half by half where weights were loaded so (``permute``) or where they lie so in the model. Otherwise
     ``order`` names the KV heads half by half, and states are gathered and put back at every call.
     """
 
@@ -113,7 +113,7 @@ def splitting(construct: Callable[..., None]) -> Callable[..., None]:
     def construct_and_split(self: Any, *args: Any, **kwargs: Any) -> None:
         construct(self, *args, **kwargs)
         config = get_current_vllm_config()
-        budget = Budget.of(config.additional_config)
+        budget = EngineBudget.of(config.additional_config)
         if type(self) is not Attention or self.attn_type != AttentionType.DECODER or budget.full == budget.heads:
             return
         self.attn_backend = with_layout(self.attn_backend)  # every layer shares the pool, hence its layout
@@ -147,7 +147,7 @@ def _require_plain(layer: Any, kv_heads: int) -> None:
         raise ValueError(f"kvprofile cannot trim heads of {layer.layer_name}: {', '.join(found)}")
 
 
-def _split(layer: Any, given: dict[str, Any], heads: Heads, budget: Budget) -> None:
+def _split(layer: Any, given: dict[str, Any], heads: RankHeads, budget: EngineBudget) -> None:
     """Make ``layer``, built with the arguments ``given``, a SplitAttention with one half or two."""
     common = {**given.pop("extra_impl_args"), **given}
     for name in ("self", "num_heads", "num_kv_heads", "prefix", "attn_backend"):

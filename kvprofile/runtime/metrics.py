@@ -9,13 +9,13 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from kvprofile.runtime import stats
-from kvprofile.runtime.budget import Budget
+from kvprofile.runtime.engine_budget import EngineBudget
 
 
 class BudgetCollector(Collector):
     """Reads the shared counters whenever Prometheus asks. One for each process, for the engine configured last."""
 
-    budget: Budget | None = None
+    budget: EngineBudget | None = None
 
     def collect(self) -> Iterator[Metric]:
         """All of the runtime's metrics; none before an engine is configured."""
@@ -40,7 +40,7 @@ class BudgetCollector(Collector):
 _collector = BudgetCollector()
 
 
-def show(budget: Budget) -> None:
+def show(budget: EngineBudget) -> None:
     """Put the metrics of an engine with this budget on the registry that vLLM exposes."""
     if _collector.budget is None:
         REGISTRY.register(_collector)

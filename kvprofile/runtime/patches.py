@@ -8,7 +8,7 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.engine.input_processor import InputProcessor
 
-from kvprofile.runtime import cache, configure, grouping, layer, permute
+from kvprofile.runtime import configure, grouping, layer, permute, stream_cache
 from kvprofile.runtime.patching import Patch
 
 PATCHES = (
@@ -26,7 +26,7 @@ def install(*, poison: bool) -> None:
     """Register the cache spec and apply all patches, once in this process; ``poison`` adds those for debugging."""
     if _installed:
         return
-    cache.register()
+    stream_cache.register()
     wanted = list(PATCHES)
     if poison:
         from kvprofile.runtime import poison as debugging

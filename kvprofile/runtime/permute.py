@@ -18,7 +18,7 @@ from vllm.model_executor.layers.linear import QKVParallelLinear, RowParallelLine
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
 from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
 
-from kvprofile.runtime.budget import Budget
+from kvprofile.runtime.engine_budget import EngineBudget
 from kvprofile.runtime.layer import SplitAttention
 from kvprofile.runtime.settings import logger
 
@@ -31,7 +31,7 @@ def permuting(stock: Callable[..., Any]) -> Callable[..., Any]:
 
     def create_model(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
         model = stock(self, vllm_config, *args, **kwargs)
-        if Budget.of(vllm_config.additional_config).permute_weights:
+        if EngineBudget.of(vllm_config.additional_config).permute_weights:
             ordered, gathered = _permute(model)
             if ordered or gathered:
                 logger.info("kvprofile: heads of %d layers load in order, of %d are gathered", ordered, gathered)

@@ -15,8 +15,8 @@ import torch
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-from kvprofile.runtime.cache import StreamManager
 from kvprofile.runtime.patching import Patch
+from kvprofile.runtime.stream_cache import StreamManager
 
 
 def _noting_freed(stock: Callable[..., None]) -> Callable[..., None]:

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 from kvprofile.checkpoint import DTYPES, Placement, weight_bytes_in
 from kvprofile.checkpoint.load import cache_values
 from kvprofile.scoring.attention import DEVICE_LOGIT_BLOCK_VALUES
-from kvprofile.scoring.kvzip import PREFILL_SLICE_TOKENS
 from kvprofile.scoring.prompts import chunks, longest_repeat
+from kvprofile.scoring.reconstruction import PREFILL_SLICE_TOKENS
 from kvprofile.scoring.work import DecoderShape, Repeat, Work, count, matrix_rate
 
 if TYPE_CHECKING:
-    from kvprofile.scoring.run import Plan
+    from kvprofile.scoring.plan import ScoringPlan
 
 
 @dataclass(frozen=True)
-class Estimate:
+class RunEstimate:
     """Of one run. ``least_seconds`` is the count over the machine's rate on large matrices: no run is faster."""
 
     documents: int
@@ -39,7 +39,7 @@ class Estimate:
         return asdict(self)
 
 
-def estimate(plan: Plan, placement: Placement, rate: Callable[[str, str], float] = matrix_rate) -> Estimate:
+def estimate(plan: ScoringPlan, placement: Placement, rate: Callable[[str, str], float] = matrix_rate) -> RunEstimate:
     """The estimate of a plan placed somewhere. ``rate`` gives multiply-adds a second for a device and a dtype.
 
     Documents that early stopping would leave out are counted.
@@ -61,7 +61,7 @@ def estimate(plan: Plan, placement: Placement, rate: Callable[[str, str], float]
     value_bytes = DTYPES[placement.dtype]
     longest = longest_repeat(plan.frame, min(options.chunk_tokens, plan.document_tokens))
     held = cache_values(geometry, plan.document_tokens + longest)
-    return Estimate(
+    return RunEstimate(
         documents=len(plan.documents),
         context_tokens=sum(len(document.context_ids) for document in plan.documents),
         tokens_read=read,

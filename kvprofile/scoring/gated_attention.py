@@ -14,7 +14,7 @@ import torch
 
 from kvprofile.scoring import kernels
 from kvprofile.scoring.attention import Recorder, span
-from kvprofile.scoring.cache import PreallocatedLayer, ReconstructionCache, SlidingLayer
+from kvprofile.scoring.reconstruction_cache import PreallocatedLayer, ReconstructionCache, SlidingLayer
 
 Pair = tuple[torch.Tensor, torch.Tensor]
 

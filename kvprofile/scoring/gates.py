@@ -25,8 +25,8 @@ from kvprofile.budget.trim import TrimRule
 from kvprofile.errors import InputError
 from kvprofile.scoring import attention
 from kvprofile.scoring.gated_attention import GatedCache, GatedLayer, Sight, mixed
-from kvprofile.scoring.kvzip import DEFAULT_CHUNK_TOKENS, PREFILL_SLICE_TOKENS, check_routed, input_device
-from kvprofile.scoring.prompts import Chunk, Document, Frame, chunks, longest_repeat
+from kvprofile.scoring.prompts import Chunk, Frame, FramedDocument, chunks, longest_repeat
+from kvprofile.scoring.reconstruction import DEFAULT_CHUNK_TOKENS, PREFILL_SLICE_TOKENS, check_routed, input_device
 
 NAME = "kvprofile_gates"
 DEFAULT_ROWS_AT_ONCE = 2304
@@ -83,7 +83,7 @@ class GatedModel:
         return torch.full((len(self.profiled), self.recorder.geometry.kv_heads), value)
 
     @torch.no_grad()
-    def prefill(self, document: Document) -> list[Chunk]:
+    def prefill(self, document: FramedDocument) -> list[Chunk]:
         """Read a document of at most ``document_tokens`` (prefix and context); returns its chunks.
 
         Raises InputError where a layer cannot be gated.
@@ -275,7 +275,7 @@ def _forward(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[N
             module.forward = own
 
 
-def _mean(gated: GatedModel, documents: Iterable[Document], ask: Callable[[Chunk], torch.Tensor]) -> torch.Tensor:
+def _mean(gated: GatedModel, documents: Iterable[FramedDocument], ask: Callable[[Chunk], torch.Tensor]) -> torch.Tensor:
     """Mean of [L', G] over the context tokens of all documents."""
     total, tokens = gated.gates(0.0), 0
     for document in documents:
@@ -285,7 +285,7 @@ def _mean(gated: GatedModel, documents: Iterable[Document], ask: Callable[[Chunk
     return total / tokens
 
 
-def gate_scores(gated: GatedModel, documents: Iterable[Document], steps: int = 1) -> torch.Tensor:
+def gate_scores(gated: GatedModel, documents: Iterable[FramedDocument], steps: int = 1) -> torch.Tensor:
     """Taylor cost [L', G] of trimming each head, in nats per token: minus the slope of the loss by its gate.
 
     With several ``steps`` the mean of slopes with all gates at 1, 1 - 1/steps, ... 1/steps: integrated gradients
@@ -299,7 +299,7 @@ def gate_scores(gated: GatedModel, documents: Iterable[Document], steps: int = 1
     return -_mean(gated, documents, slope)
 
 
-def ablation_scores(gated: GatedModel, documents: Iterable[Document]) -> torch.Tensor:
+def ablation_scores(gated: GatedModel, documents: Iterable[FramedDocument]) -> torch.Tensor:
     """Rise of the loss [L', G] in nats per token when one head alone is trimmed: L' * G forward passes for a chunk."""
 
     def rise(chunk: Chunk) -> torch.Tensor:
@@ -313,7 +313,7 @@ def ablation_scores(gated: GatedModel, documents: Iterable[Document]) -> torch.T
     return _mean(gated, documents, rise)
 
 
-def greedy(gated: GatedModel, documents: Sequence[Document], share: float = 0.1) -> torch.Tensor:
+def greedy(gated: GatedModel, documents: Sequence[FramedDocument], share: float = 0.1) -> torch.Tensor:
     """Scores [L', G] in (0, 1]: the order in which heads go when those that matter least go first, 1 for the last.
 
     Rounds of ``share`` of all heads; each asks for the slopes with the heads trimmed so far, so a head counts for

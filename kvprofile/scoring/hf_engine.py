@@ -11,11 +11,12 @@ from kvprofile.scoring.methods import METHODS, loss_scores, repeats_read
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from kvprofile.progress import Progress
     from kvprofile.scoring.attention import Recorder
-    from kvprofile.scoring.kvzip import Scorer
-    from kvprofile.scoring.progress import ChunkStore
-    from kvprofile.scoring.prompts import Document
-    from kvprofile.scoring.run import Plan, Progress
+    from kvprofile.scoring.chunk_store import ChunkStore
+    from kvprofile.scoring.plan import ScoringPlan
+    from kvprofile.scoring.prompts import FramedDocument
+    from kvprofile.scoring.reconstruction import Scorer
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,10 @@ class HfEngine:
         """What scores depend on beside the plan."""
         return {"dtype": self.placement.dtype, "device": self.placement.device}
 
-    def score(self, plan: Plan, store: ChunkStore, progress: Progress, keep_token_scores: bool) -> str:
+    def score(self, plan: ScoringPlan, store: ChunkStore, progress: Progress, keep_token_scores: bool) -> str:
         """Score what is not finished yet; returns the attention kernel used, with the reason."""
         from kvprofile.scoring.attention import recording
-        from kvprofile.scoring.kvzip import Scorer, forward_tokens
+        from kvprofile.scoring.reconstruction import Scorer, forward_tokens
 
         chunk_tokens = plan.options.chunk_tokens
         work = [
@@ -76,7 +77,7 @@ class HfEngine:
         return attention
 
 
-def _score_chunks(plan: Plan, scorer: Scorer, store: ChunkStore, keep_token_scores: bool) -> bool:
+def _score_chunks(plan: ScoringPlan, scorer: Scorer, store: ChunkStore, keep_token_scores: bool) -> bool:
     """Score the chunks that are wanted; returns whether it stopped early.
 
     Where the run may stop early, finished chunks of an interrupted run are looked at again in the same order, so it
@@ -100,7 +101,7 @@ def _score_chunks(plan: Plan, scorer: Scorer, store: ChunkStore, keep_token_scor
     return False
 
 
-def _score_losses(plan: Plan, model: PreTrainedModel, store: ChunkStore, progress: Progress) -> None:
+def _score_losses(plan: ScoringPlan, model: PreTrainedModel, store: ChunkStore, progress: Progress) -> None:
     """Loss-aware scores of every document that has none yet."""
     from kvprofile.budget.trim import TrimRule
     from kvprofile.scoring.gates import gating
@@ -114,7 +115,7 @@ def _score_losses(plan: Plan, model: PreTrainedModel, store: ChunkStore, progres
                 store.save_loss(index, loss_scores(options.method, gated, [document]))
 
 
-def _loss_tokens(plan: Plan, document: Document) -> int:
+def _loss_tokens(plan: ScoringPlan, document: FramedDocument) -> int:
     """Tokens that the loss-aware part of a method reads of a document."""
     from kvprofile.scoring.prompts import chunks
 

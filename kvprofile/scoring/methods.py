@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from kvprofile.budget.profile import Geometry
     from kvprofile.scoring.gates import GatedModel
-    from kvprofile.scoring.prompts import Document
+    from kvprofile.scoring.prompts import FramedDocument
 
 GATE_STEPS = 4
 """Openings of all gates (1, 3/4, 1/2, 1/4) at which the slope of the loss is taken."""
@@ -41,7 +41,7 @@ METHODS = {
 }
 
 
-def loss_scores(method: str, gated: GatedModel, documents: Sequence[Document]) -> torch.Tensor:
+def loss_scores(method: str, gated: GatedModel, documents: Sequence[FramedDocument]) -> torch.Tensor:
     """Loss-aware scores [L', G] of documents, nats per token. Raises KeyError for a method that is not loss-aware."""
     from kvprofile.scoring import gates
 

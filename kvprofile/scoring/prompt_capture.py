@@ -13,9 +13,9 @@ from kvprofile.capture.marks import Mark
 from kvprofile.capture.session import Session
 from kvprofile.errors import InputError
 from kvprofile.scoring.aggregate import HeadStatistics
-from kvprofile.scoring.in_vllm import SessionScorer
-from kvprofile.scoring.kvzip import DEFAULT_CHUNK_TOKENS, required_positions
-from kvprofile.scoring.prompts import BARE_PREFIX_TOKENS, Document, chat_frame, encode, frame_document
+from kvprofile.scoring.prompts import BARE_PREFIX_TOKENS, FramedDocument, chat_frame, encode, frame_document
+from kvprofile.scoring.reconstruction import DEFAULT_CHUNK_TOKENS, required_positions
+from kvprofile.scoring.session_scorer import SessionScorer
 
 SUMMARIES = tuple(
     f"{kind}_{name}" for kind in ("key", "value") for name in ("mean", "norm_mean", "norm_std", "norm_min", "norm_max")
@@ -76,7 +76,7 @@ def capture_prompt(
         return PromptCapture(len(ids), len(document.prefix_ids), session.layers, summaries, token_scores)
 
 
-def _framed(llm: Any, prompt: str | Sequence[int]) -> tuple[Document, Any]:
+def _framed(llm: Any, prompt: str | Sequence[int]) -> tuple[FramedDocument, Any]:
     """The prompt as a document in the frame of the engine's tokenizer."""
     try:
         tokenizer = llm.get_tokenizer()
@@ -86,7 +86,7 @@ def _framed(llm: Any, prompt: str | Sequence[int]) -> tuple[Document, Any]:
     if isinstance(prompt, str):
         document = frame_document("prompt", encode(tokenizer, prompt), frame)
     else:
-        document = Document("prompt", tuple(prompt[:BARE_PREFIX_TOKENS]), tuple(prompt[BARE_PREFIX_TOKENS:]))
+        document = FramedDocument("prompt", tuple(prompt[:BARE_PREFIX_TOKENS]), tuple(prompt[BARE_PREFIX_TOKENS:]))
     if not document.context_ids:
         raise InputError("the prompt has no token behind its prefix; give a longer one")
     return document, frame

@@ -49,7 +49,7 @@ class Frame:
 
 
 @dataclass(frozen=True)
-class Document:
+class FramedDocument:
     """A tokenised document: P prefix ids, never scored, and T context ids."""
 
     name: str
@@ -95,14 +95,14 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
     return tuple(tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"])
 
 
-def frame_document(name: str, ids: Sequence[int], frame: Frame) -> Document:
+def frame_document(name: str, ids: Sequence[int], frame: Frame) -> FramedDocument:
     """Put a document into its frame; where the frame has no prefix, the first tokens of the document become it."""
     if frame.prefix_ids:
-        return Document(name, frame.prefix_ids, tuple(ids))
-    return Document(name, tuple(ids[:BARE_PREFIX_TOKENS]), tuple(ids[BARE_PREFIX_TOKENS:]))
+        return FramedDocument(name, frame.prefix_ids, tuple(ids))
+    return FramedDocument(name, tuple(ids[:BARE_PREFIX_TOKENS]), tuple(ids[BARE_PREFIX_TOKENS:]))
 
 
-def chunks(document: Document, frame: Frame, chunk_tokens: int) -> Iterator[Chunk]:
+def chunks(document: FramedDocument, frame: Frame, chunk_tokens: int) -> Iterator[Chunk]:
     """The document's chunks of ``chunk_tokens``, the last one shorter, each with its repeat input."""
     context = document.context_ids
     for index, start in enumerate(range(0, len(context), chunk_tokens)):

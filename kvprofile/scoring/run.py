@@ -3,157 +3,35 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from kvprofile import __version__
 from kvprofile.budget.allocate import preset_budgets
 from kvprofile.budget.profile import (
-    DEFAULT_RECENT_TOKENS,
-    DEFAULT_SINK_TOKENS,
-    CorpusRecord,
     Profile,
     Runtime,
     Scores,
     Scoring,
     Shortcuts,
 )
-from kvprofile.checkpoint import Description, identity
-from kvprofile.corpus.sources import Corpus, cut
-from kvprofile.errors import InputError, plain
+from kvprofile.checkpoint import identity
+from kvprofile.errors import InputError
 from kvprofile.files import require_writable, sha256_of, write_atomically
-from kvprofile.scoring.effort import EXACT, Effort
+from kvprofile.progress import Progress
 from kvprofile.scoring.methods import METHODS
-from kvprofile.scoring.prompts import PROMPTS_VERSION, Document, Frame, encode, frame_document
+from kvprofile.scoring.plan import ScoringPlan
+from kvprofile.scoring.prompts import PROMPTS_VERSION
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from kvprofile.scoring.engines import Engine
-    from kvprofile.scoring.progress import ChunkStore
-
-MOST_TOKENS = 1_000_000
-"""Most sinks or recent tokens that a budget file may ask for."""
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a user may choose about a run."""
-
-    method: str = "kvzip"
-    chunk_tokens: int = 2000
-    context_tokens: int | None = None
-    seed: int = 0
-    sink_tokens: int = DEFAULT_SINK_TOKENS
-    recent_tokens: int = DEFAULT_RECENT_TOKENS
-    effort: Effort = EXACT
-
-    def __post_init__(self) -> None:
-        for name in ("chunk_tokens", "context_tokens", "recent_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
-        if self.sink_tokens < 0:
-            raise InputError(f"--sink-tokens must not be negative, not {self.sink_tokens}")
-        if max(self.sink_tokens, self.recent_tokens) > MOST_TOKENS:
-            raise InputError(f"--sink-tokens and --recent-tokens must not exceed {MOST_TOKENS:,}")
-        if self.method not in METHODS:
-            raise InputError(f"unknown method {self.method!r}; known: {', '.join(METHODS)}")
-        if METHODS[self.method].loss_aware and not self.effort.exact:
-            raise InputError(f"--fast has no shortcut for --method {self.method}, which differentiates every repeat")
-
-
-class Progress(Protocol):
-    """Where a run tells how far it is; units are tokens that the model reads."""
-
-    def start(self, total: int) -> None:
-        """Called once, before the first forward pass."""
-
-    def advance(self, tokens: int) -> None:
-        """Called after every forward pass."""
-
-    def say(self, message: str) -> None:
-        """A line worth reading."""
-
-
-class Silent(Progress):
-    """Progress that nobody watches."""
-
-    def start(self, total: int) -> None:
-        """Nothing."""
-
-    def advance(self, tokens: int) -> None:
-        """Nothing."""
-
-    def say(self, message: str) -> None:
-        """Nothing."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A run that has passed every check that needs no weights."""
-
-    description: Description
-    tokenizer: PreTrainedTokenizerBase
-    frame: Frame
-    documents: tuple[Document, ...]
-    corpora: tuple[CorpusRecord, ...]
-    options: Options
-
-    @property
-    def document_tokens(self) -> int:
-        """Prefix and context tokens of the longest document."""
-        return max(len(d.prefix_ids) + len(d.context_ids) for d in self.documents)
-
-    def chunk_count(self, document: int) -> int:
-        """How many chunks a document has."""
-        return math.ceil(len(self.documents[document].context_ids) / self.options.chunk_tokens)
-
-    def wanted(self, document: int) -> frozenset[int]:
-        """Indices of the chunks of a document that are to be repeated."""
-        return self.options.effort.chunks(self.chunk_count(document), self.options.seed, document)
-
-    @property
-    def positions(self) -> int:
-        """Positions that the longest forward pass reaches."""
-        from kvprofile.scoring.kvzip import required_positions
-
-        return max(required_positions(d, self.frame, self.options.chunk_tokens) for d in self.documents)
-
-
-def plan(
-    description: Description, tokenizer: PreTrainedTokenizerBase, corpora: Iterable[Corpus], options: Options
-) -> Plan:
-    """Tokenise and check. Raises InputError for short corpora, a foreign tokenizer, or contexts that do not fit."""
-    from kvprofile.scoring.prompts import chat_frame
-
-    frame = chat_frame(tokenizer)
-    documents: list[Document] = []
-    records: list[CorpusRecord] = []
-    for corpus in corpora:
-        found = [
-            frame_document(f"{corpus.name}/{name}", ids, frame)
-            for name, ids in cut(corpus, lambda text: encode(tokenizer, text), options.context_tokens)
-        ]
-        short = [document.name for document in found if not document.context_ids]
-        if short:
-            raise InputError(f"{short[0]} has no token left after the prefix; give a longer document")
-        tokens = sum(len(document.context_ids) for document in found)
-        records.append(
-            CorpusRecord(name=plain(corpus.name), sha256=corpus.sha256(), documents=len(found), tokens=tokens)
-        )
-        documents += found
-    made = Plan(description, tokenizer, frame, tuple(documents), tuple(records), options)
-    _check_ids(made)
-    _check_positions(made)
-    return made
+    from kvprofile.scoring.chunk_store import ChunkStore
+    from kvprofile.scoring.engine import Engine
 
 
 def profile(
-    plan: Plan,
+    plan: ScoringPlan,
     engine: Engine,
     output: Path,
     progress: Progress,
@@ -164,7 +42,7 @@ def profile(
     The caller writes the profile. Raises InputError where weights do not load or the disk is full; finished
     chunks stay for the next run.
     """
-    from kvprofile.scoring.progress import ChunkStore
+    from kvprofile.scoring.chunk_store import ChunkStore
 
     store = ChunkStore(output, _run_key(plan, engine, save_token_scores is not None))
     kept = store.open()
@@ -184,12 +62,12 @@ def profile(
 
 def finish(output: Path) -> None:
     """Remove the finished chunks of a run whose profile is written."""
-    from kvprofile.scoring.progress import ChunkStore
+    from kvprofile.scoring.chunk_store import ChunkStore
 
     ChunkStore(output, "").discard()
 
 
-def _assemble(plan: Plan, engine: Engine, attention: str, store: ChunkStore) -> Profile:
+def _assemble(plan: ScoringPlan, engine: Engine, attention: str, store: ChunkStore) -> Profile:
     from kvprofile.scoring.aggregate import merge_documents
 
     options = plan.options
@@ -226,7 +104,7 @@ def _assemble(plan: Plan, engine: Engine, attention: str, store: ChunkStore) -> 
     )
 
 
-def _shortcuts(plan: Plan, store: ChunkStore) -> Shortcuts:
+def _shortcuts(plan: ScoringPlan, store: ChunkStore) -> Shortcuts:
     """What the run left out, counted from what it has finished."""
     effort = plan.options.effort
     counts = [len(store.finished(index)) for index in range(len(plan.documents))]
@@ -263,7 +141,7 @@ def _holds_token_scores(path: Path) -> bool:
         return False
 
 
-def _write_token_scores(plan: Plan, store: ChunkStore, path: Path) -> None:
+def _write_token_scores(plan: ScoringPlan, store: ChunkStore, path: Path) -> None:
     """One tensor [L, G, T] for each document, NaN in layers that slide, in one safetensors file."""
     import safetensors.torch
     import torch
@@ -284,7 +162,7 @@ def _write_token_scores(plan: Plan, store: ChunkStore, path: Path) -> None:
     write_atomically(path, safetensors.torch.save(tensors, {"kvprofile": json.dumps(notes, sort_keys=True)}))
 
 
-def _run_key(plan: Plan, engine: Engine, keep_token_scores: bool) -> str:
+def _run_key(plan: ScoringPlan, engine: Engine, keep_token_scores: bool) -> str:
     """Everything the chunks on disk depend on."""
     description = plan.description
     facts: dict[str, object] = {
@@ -303,30 +181,3 @@ def _run_key(plan: Plan, engine: Engine, keep_token_scores: bool) -> str:
         facts["trimmed"] = (plan.options.sink_tokens, plan.options.recent_tokens)
     ids: Sequence[object] = [(d.name, d.prefix_ids, d.context_ids) for d in plan.documents]
     return sha256_of(json.dumps(facts, sort_keys=True).encode(), json.dumps(ids).encode())
-
-
-def _check_ids(plan: Plan) -> None:
-    rows = plan.description.vocabulary_rows
-    frame = (*plan.frame.suffix_ids, *plan.frame.repeat_all_ids, *plan.frame.repeat_from_ids)
-    highest = max(max((*d.prefix_ids, *d.context_ids, *frame)) for d in plan.documents)
-    if highest >= rows:
-        raise InputError(
-            f"{plan.description.source.folder}: the tokenizer gives id {highest}, the model has {rows} embeddings; "
-            "it belongs to another model"
-        )
-
-
-def _check_positions(plan: Plan) -> None:
-    from kvprofile.scoring.kvzip import required_positions
-
-    limit = plan.description.max_positions
-    chunk_tokens = plan.options.chunk_tokens
-    for document in plan.documents:
-        needed = required_positions(document, plan.frame, chunk_tokens)
-        if needed > limit:
-            context = len(document.context_ids)
-            raise InputError(
-                f"{document.name} has {context} tokens and needs {needed} positions with its repeats, but "
-                f"{plan.description.position_reason}; pass --context-tokens {max(1, limit // 2 - 100)} "
-                "or a smaller --chunk-tokens"
-            )

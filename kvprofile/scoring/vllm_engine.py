@@ -22,8 +22,9 @@ from kvprofile.checkpoint.load import DTYPES, cache_values
 from kvprofile.errors import InputError, first_line
 
 if TYPE_CHECKING:
-    from kvprofile.scoring.progress import ChunkStore
-    from kvprofile.scoring.run import Plan, Progress
+    from kvprofile.progress import Progress
+    from kvprofile.scoring.chunk_store import ChunkStore
+    from kvprofile.scoring.plan import ScoringPlan
 
 _OURS = {
     "model",
@@ -64,10 +65,10 @@ class VllmEngine:
         told = {key: value for key, value in self.arguments.items() if key != "model"}
         return {"engine": self.name, "vllm": self.version, "device": self.device, "arguments": told}
 
-    def score(self, plan: Plan, store: ChunkStore, progress: Progress, keep_token_scores: bool) -> str:
+    def score(self, plan: ScoringPlan, store: ChunkStore, progress: Progress, keep_token_scores: bool) -> str:
         """Score what is not finished yet; returns the attention kernel used. Raises InputError where vLLM cannot."""
-        from kvprofile.scoring.in_vllm import SessionScorer
-        from kvprofile.scoring.kvzip import forward_tokens
+        from kvprofile.scoring.reconstruction import forward_tokens
+        from kvprofile.scoring.session_scorer import SessionScorer
 
         chunk_tokens, geometry = plan.options.chunk_tokens, plan.description.geometry
         work = [forward_tokens(d, plan.frame, chunk_tokens, store.finished(i)) for i, d in enumerate(plan.documents)]

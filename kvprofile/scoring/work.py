@@ -17,7 +17,7 @@ from kvprofile.scoring.effort import sparse_rest
 if TYPE_CHECKING:
     import torch
 
-    from kvprofile.scoring.prompts import Chunk, Document
+    from kvprofile.scoring.prompts import Chunk, FramedDocument
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Repeat:
     rest: int
 
     @classmethod
-    def of(cls, document: Document, chunk: Chunk, *, sparse_rows: bool = False) -> Repeat:
+    def of(cls, document: FramedDocument, chunk: Chunk, *, sparse_rows: bool = False) -> Repeat:
         """The repeat of a chunk of a document, exact or sparse."""
         prefix, context = len(document.prefix_ids), len(document.context_ids)
         rest = context - (chunk.stop - chunk.start)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from kvprofile.records.record import Request, Verdict
 from kvprofile.report.charts import charts
-from kvprofile.report.record import Request, Verdict
-from tests.made_up import LEGS, make_leg, make_record
+from tests.helpers.made_up import LEGS, make_leg, make_record
 
 HOSTILE = [
     "<script>window.pwned = 1; alert(1)</script>",

@@ -7,8 +7,8 @@ import shutil
 import pytest
 
 from kvprofile.cli import run
-from tests.disks import fill
-from tests.models import POCKET, ROOT
+from tests.helpers.disks import fill
+from tests.helpers.models import POCKET, ROOT
 
 PROFILE = ROOT / "models" / "kv_budget" / "pocket.json"
 RECORD = ROOT / "tests" / "data" / "run-record-v1.json"

@@ -16,23 +16,22 @@ from kvprofile.budget import store
 from kvprofile.checkpoint import choose_placement, describe, load_model, load_tokenizer, locate
 from kvprofile.cli import run as command
 from kvprofile.errors import InputError
-from kvprofile.evaluate import run
-from kvprofile.evaluate.items import ItemStore, read_items
-from kvprofile.evaluate.measure import Measurer
-from kvprofile.evaluate.options import Options
+from kvprofile.evaluate import evaluation
+from kvprofile.evaluate.item_store import ItemStore, read_items
+from kvprofile.evaluate.measurer import Measurer
+from kvprofile.evaluate.options import EvaluationOptions
 from kvprofile.evaluate.simulate import Simulation, simulating
 from kvprofile.evaluate.summary import Results
 from kvprofile.evaluate.variants import Contender
-from kvprofile.scoring.run import Silent
-from tests import masked
-from tests.models import POCKET, random_model, save_checkpoint
-from tests.unit import foreign
-from tests.unit.factories import make_profile, random_scores
+from kvprofile.progress import Silent
+from tests.helpers import foreign, masked
+from tests.helpers.factories import make_profile, random_scores
+from tests.helpers.models import POCKET, random_model, save_checkpoint
 
 SIZES = ["--context-tokens", "70", "--contexts", "1", "--questions", "2", "--retention", "0.5", "--block-tokens", "4"]
 FAST = ["--tasks", "needle", "--tasks", "repeat", *SIZES, "--random-seeds", "1", "--device", "cpu"]
 BARE = ["--tasks", "needle", *SIZES, "--no-controls", "--device", "cpu", "--output", "out"]
-OPTIONS = Options(
+OPTIONS = EvaluationOptions(
     retentions=(0.5,), tasks=("needle", "multi_turn", "repeat"), context_tokens=(70,), contexts=1, questions=2,
     block_tokens=4, random_seeds=1,
 )  # fmt: skip
@@ -62,7 +61,7 @@ def profile_file(workplace):
 
 def plan(folder, profile, options=OPTIONS):
     description = describe(locate(str(folder)))
-    return run.plan(description, load_tokenizer(description.source), [Contender("kvzip", profile)], options)
+    return evaluation.plan(description, load_tokenizer(description.source), [Contender("kvzip", profile)], options)
 
 
 def placement():
@@ -165,7 +164,7 @@ def test_the_full_cache_is_the_measure(measured):
 
 
 def test_equal_budgets_are_computed_once(tiny_checkpoint, tmp_path):
-    planned = plan(tiny_checkpoint, tiny_profile(), Options(**{**vars(OPTIONS), "retentions": (1.0, 0.5)}))
+    planned = plan(tiny_checkpoint, tiny_profile(), EvaluationOptions(**{**vars(OPTIONS), "retentions": (1.0, 0.5)}))
     assert len(planned.variants) == 10  # full, streaming, and four at each retention
     trims = []
     trim = Simulation.trim
@@ -175,7 +174,7 @@ def test_equal_budgets_are_computed_once(tiny_checkpoint, tmp_path):
         trim(self, heads)
 
     with mock.patch.object(Simulation, "trim", counted):
-        run.evaluate(planned, placement(), tmp_path / "run", Silent())
+        evaluation.evaluate(planned, placement(), tmp_path / "run", Silent())
     distinct = len({variant.budget for variant in planned.variants})
     assert len(trims) == distinct * len(planned.asked)
     assert distinct <= 6
@@ -238,7 +237,7 @@ def same_again(capsys, checkpoint):
     assert max(map(len, first.out.splitlines())) <= 80
     assert "accuracy %    needle repeat\n" in first.out
     assert "kvzip" in first.out.splitlines()[-1]
-    with mock.patch.object(run, "load_model", side_effect=AssertionError("nothing is left to measure")):
+    with mock.patch.object(evaluation, "load_model", side_effect=AssertionError("nothing is left to measure")):
         assert command(["evaluate", str(checkpoint), *FAST]) == 0
     again = capsys.readouterr()
     assert again.out == first.out
@@ -251,7 +250,7 @@ def undisturbed(tiny_checkpoint, tmp_path_factory):
     planned = plan(tiny_checkpoint, tiny_profile())
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
     with mock.patch("kvprofile.evaluate.measure.SPARE_TOKENS", SPARE):
-        run.evaluate(planned, placement(), folder, Silent())
+        evaluation.evaluate(planned, placement(), folder, Silent())
     return planned, folder
 
 
@@ -276,14 +275,14 @@ def test_an_interrupted_run_continues_to_the_same_bytes(undisturbed, tmp_path, r
     planned, expected = undisturbed
     folder = tmp_path / "run"
     with pytest.raises(Stopped):
-        run.evaluate(planned, placement(), folder, StopsAfter(reads))
+        evaluation.evaluate(planned, placement(), folder, StopsAfter(reads))
     items = folder / "items.jsonl"
     if reads < 7:
         assert not folder.exists(), "nothing was finished, so nothing stays"
     else:
         assert items.stat().st_size
         items.write_bytes(items.read_bytes()[: -cut or None])
-    run.evaluate(planned, placement(), folder, Silent())
+    evaluation.evaluate(planned, placement(), folder, Silent())
     for name in ("items.jsonl", "summary.json", "run.json"):
         assert (folder / name).read_bytes() == (expected / name).read_bytes()
 
@@ -292,21 +291,21 @@ def test_without_generation_only_the_reference_counts(undisturbed, tmp_path):
     planned, expected = undisturbed
     exact = replace(planned, options=replace(planned.options, generate=False))
     with mock.patch("kvprofile.evaluate.simulate.Branch.generate", side_effect=AssertionError("nothing is written")):
-        run.evaluate(exact, placement(), tmp_path / "run", Silent())
+        evaluation.evaluate(exact, placement(), tmp_path / "run", Silent())
     items, others = (read_items(folder / "items.jsonl") for folder in (tmp_path / "run", expected))
     for item, other in zip(items, others, strict=True):
         assert (item.nll, item.exact) == (other.nll, other.exact)
         assert item.generated is None
         assert item.right == (None if item.task == "repeat" else item.exact)
     with pytest.raises(InputError, match="other settings"):
-        run.evaluate(exact, placement(), expected, Silent())
+        evaluation.evaluate(exact, placement(), expected, Silent())
 
 
 def test_results_can_be_read_by_scripts(tiny_checkpoint, tmp_path):
     profile = tiny_profile()
     other = tiny_profile(scores=random_scores(profile.model.geometry, 5))
     under_test = [Contender("a", profile), Contender("b", other)]
-    summary = run.evaluate_checkpoint(str(tiny_checkpoint), under_test, OPTIONS, tmp_path / "run", device="cpu")
+    summary = evaluation.evaluate_checkpoint(str(tiny_checkpoint), under_test, OPTIONS, tmp_path / "run", device="cpu")
     found = Results.load(tmp_path / "run")
     rows = {(row["name"], row["retention"]): row for row in summary["rows"]}
     assert rows["b", 0.5]["against_first"] is not None
@@ -477,8 +476,8 @@ def test_a_full_disk_keeps_what_is_finished(undisturbed, tmp_path):
         append(self, items)
 
     with mock.patch.object(ItemStore, "append", full), pytest.raises(InputError, match="cannot write"):
-        run.evaluate(planned, placement(), tmp_path / "run", Silent())
-    run.evaluate(planned, placement(), tmp_path / "run", Silent())
+        evaluation.evaluate(planned, placement(), tmp_path / "run", Silent())
+    evaluation.evaluate(planned, placement(), tmp_path / "run", Silent())
     assert (tmp_path / "run/items.jsonl").read_bytes() == (expected / "items.jsonl").read_bytes()
 
 
@@ -493,11 +492,13 @@ def test_the_bundled_checkpoint_finds_needles(tmp_path):
         geometry.layers, geometry.kv_heads, query_groups=geometry.attention_heads // geometry.kv_heads,
         head_size=geometry.head_size, sink_tokens=16, recent_tokens=64,
     )  # fmt: skip
-    options = Options(
+    options = EvaluationOptions(
         retentions=(0.5,), tasks=("needle",), context_tokens=(300,), contexts=3, questions=4, random_seeds=1,
         only_outside=True,
     )  # fmt: skip
-    summary = run.evaluate_checkpoint(str(checkpoint), [Contender("made up", profile)], options, tmp_path / "run")
+    summary = evaluation.evaluate_checkpoint(
+        str(checkpoint), [Contender("made up", profile)], options, tmp_path / "run"
+    )
     rows = {row["name"]: row for row in summary["rows"]}
     best = rows["full"]["accuracy"]["value"]
     assert best >= 0.8

@@ -12,10 +12,10 @@ from kvprofile.cli import run
 from kvprofile.corpus.generate import generate_text
 from kvprofile.scoring import attention, effort
 from kvprofile.scoring.attention import recording
-from kvprofile.scoring.kvzip import Scorer
-from kvprofile.scoring.progress import ChunkStore
+from kvprofile.scoring.chunk_store import ChunkStore
 from kvprofile.scoring.prompts import chat_frame, encode, frame_document
-from tests.models import random_model
+from kvprofile.scoring.reconstruction import Scorer
+from tests.helpers.models import random_model
 
 CORPORA = [option for seed in range(10) for option in ("--corpus", f"generate:prose:{seed}:3000")]
 FAST = ["--fast", "--method", "kvzip-mean"]

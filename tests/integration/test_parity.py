@@ -10,10 +10,10 @@ from kvprofile.budget.profile import Geometry
 from kvprofile.checkpoint import Source, describe
 from kvprofile.corpus.generate import generate_text
 from kvprofile.scoring.attention import recording
-from kvprofile.scoring.kvzip import Scorer
 from kvprofile.scoring.prompts import chat_frame, encode, frame_document
-from tests import reference
-from tests.models import FAMILIES, POCKET, random_model
+from kvprofile.scoring.reconstruction import Scorer
+from tests.helpers import reference
+from tests.helpers.models import FAMILIES, POCKET, random_model
 
 TOLERANCE = 1e-4
 CHUNKINGS = {"one chunk": (70, 100), "several chunks": (150, 60), "last chunk of one token": (121, 60)}

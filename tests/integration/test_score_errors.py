@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from kvprofile import checkpoint as checkpoints
 from kvprofile.cli import run
 from kvprofile.scoring import prompts
-from tests.attack import Attack
-from tests.models import _SHAPE, random_model, save_checkpoint
+from tests.helpers.attack import Attack
+from tests.helpers.models import _SHAPE, random_model, save_checkpoint
 
 FAST = ["--corpus", "generate:prose:1:3000", "--context-tokens", "64", "--chunk-tokens", "32"]
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from kvprofile.budget import store
 from kvprofile.cli import run as run_here
 from kvprofile.corpus.generate import generate_text
-from kvprofile.scoring.progress import ChunkStore
+from kvprofile.scoring.chunk_store import ChunkStore
 
 CORPUS = ["--corpus", "generate:prose:1:6000", "--corpus", "generate:tables:2:6000"]
 SMALL = ["--context-tokens", "640", "--chunk-tokens", "32", "--dtype", "float32", "--device", "cpu"]

@@ -13,8 +13,8 @@ from kvprofile.budget.trim import TrimRule
 from kvprofile.checkpoint import Source, describe
 from kvprofile.errors import InputError
 from kvprofile.evaluate.simulate import simulating
-from tests import masked
-from tests.models import FAMILIES, POCKET, random_model
+from tests.helpers import masked
+from tests.helpers.models import FAMILIES, POCKET, random_model
 
 MODELS = ["pocket", *FAMILIES]
 

@@ -11,9 +11,9 @@ import time
 
 import pytest
 
+from tests.helpers.models import POCKET, ROOT
 from tests.integration.test_score_run import command as score
 from tests.integration.test_score_run import finish, wait_for_chunks
-from tests.models import POCKET, ROOT
 
 BUDGETS = ["--profile", "models/kv_budget/pocket.json", "--sink-tokens", "16", "--recent-tokens", "64"]
 EVALUATE = [sys.executable, "-m", "kvprofile", "evaluate", str(POCKET), *BUDGETS, "--tasks", "needle", "--contexts"]

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.models import ROOT
+from tests.helpers.models import ROOT
 
 pytestmark = pytest.mark.slow
 

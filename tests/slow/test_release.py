@@ -20,7 +20,7 @@ from email import message_from_bytes
 import pytest
 
 from kvprofile import __version__
-from tests.models import POCKET, ROOT
+from tests.helpers.models import POCKET, ROOT
 
 pytestmark = pytest.mark.slow
 

@@ -12,8 +12,8 @@ import time
 
 import pytest
 
+from tests.helpers.models import ROOT
 from tests.integration.test_score_run import finish, start
-from tests.models import ROOT
 
 pytestmark = pytest.mark.slow
 

@@ -12,9 +12,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.vllm]
 PLANTED = """
 import sys
 from tests.vllm import soak
-from kvprofile.runtime import backend, cache
+from kvprofile.runtime import backend
+from kvprofile.runtime import stream_cache
 
-Manager = cache.StreamManager
+Manager = stream_cache.StreamManager
 remove, pop = Manager._remove_blocks_in_range, Manager.pop_blocks_for_free
 
 def forget_one(self, request_id, first, stop):

@@ -10,15 +10,15 @@ from contextlib import suppress
 import pytest
 
 from kvprofile.bench import runner
-from kvprofile.bench.parts import Parts
+from kvprofile.bench.leg_store import LegStore
 from kvprofile.bench.scenario import LegPlan
 from kvprofile.errors import InputError
-from kvprofile.evaluate.items import ItemStore
+from kvprofile.evaluate.item_store import ItemStore
 from kvprofile.files import alone, write_atomically
-from kvprofile.report.record import Leg
-from kvprofile.scoring.progress import ChunkStore
-from tests.models import ROOT
-from tests.unit.test_bench_parts import make_plan
+from kvprofile.records.record import Leg
+from kvprofile.scoring.chunk_store import ChunkStore
+from tests.helpers.models import ROOT
+from tests.unit.bench.test_bench_parts import make_plan
 
 HALF_WAY = """
 import sys, time
@@ -109,7 +109,7 @@ def test_a_folder_in_which_a_run_was_killed_at_its_very_beginning_is_not_foreign
             (folder / name).write_text("")
     assert ChunkStore(tmp_path / "out.json", "key").open() == 0
     assert ItemStore(folders["evaluate"], "key").open({}, []) == 0
-    with Parts(tmp_path / "bench", make_plan()).opened(force=False):
+    with LegStore(tmp_path / "bench", make_plan()).opened(force=False):
         assert (folders["bench"] / "plan").is_file()
     for folder in folders.values():
         (folder / "thesis.txt").write_text("mine")
@@ -119,7 +119,10 @@ def test_a_folder_in_which_a_run_was_killed_at_its_very_beginning_is_not_foreign
         ChunkStore(tmp_path / "out.json", "key").open()
     with pytest.raises(InputError, match="no evaluation's folder"):
         ItemStore(folders["evaluate"], "key").open({}, [])
-    with pytest.raises(InputError, match="no benchmark's folder"), Parts(tmp_path / "bench", make_plan()).opened(True):
+    with (
+        pytest.raises(InputError, match="no benchmark's folder"),
+        LegStore(tmp_path / "bench", make_plan()).opened(True),
+    ):
         pass
 
 
@@ -129,7 +132,7 @@ def test_a_benchmark_serves_the_budgets_that_it_was_planned_with(tmp_path):
     profile = tmp_path / "b.json"
     profile.write_bytes(b"planned")
     plan = make_plan(profile=str(profile), profile_sha256=hashlib.sha256(b"planned").hexdigest())
-    parts = Parts(tmp_path / "run", plan)
+    parts = LegStore(tmp_path / "run", plan)
     parts.open(force=False)
     profile.write_bytes(b"edited")
     assert parts.profile.read_bytes() == b"planned"
@@ -142,7 +145,7 @@ def test_a_benchmark_serves_the_budgets_that_it_was_planned_with(tmp_path):
 
 def test_rows_of_a_leg_that_was_kept_and_then_killed_go_with_the_next_run(tmp_path):
     plan = make_plan(legs=(LegPlan("0.9", 0.9),))
-    parts = Parts(tmp_path / "run", plan)
+    parts = LegStore(tmp_path / "run", plan)
     parts.open(force=False)
     parts.save(plan.legs[0], 0, Leg(name="0.9", kind="local", status="ok", model="pocket", load={"mode": "closed"}))
     parts.rows(plan.legs[0], 0).close()

@@ -28,8 +28,8 @@ def vllm_attributes(llm):
 
 def score(case):
     from kvprofile.capture.session import Session
-    from kvprofile.scoring.in_vllm import SessionScorer
-    from kvprofile.scoring.prompts import Document, Frame
+    from kvprofile.scoring.prompts import Frame, FramedDocument
+    from kvprofile.scoring.session_scorer import SessionScorer
     from kvprofile.scoring.vllm_engine import started
 
     frame = Frame(**{name: tuple(v) if isinstance(v, list) else v for name, v in case["frame"].items()})
@@ -57,7 +57,7 @@ def score(case):
             options = {"chunk_tokens": case["chunk_tokens"], "request_tokens": case.get("request_tokens", 8192)}
             scorer = SessionScorer(session, frame, advance=disturb, **options)
             for index, (name, prefix, context) in enumerate(case["documents"]):
-                document = Document(name, tuple(prefix), tuple(context))
+                document = FramedDocument(name, tuple(prefix), tuple(context))
                 found = [scored.token_scores for scored in scorer.score(document, f"document-{index}")]
                 tensors[f"{index}"] = torch.cat(found, -1)
             notes = {

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from kvprofile.budget.runtime_file import RuntimeFile, RuntimeModel, RuntimeProvenance
 from kvprofile.checkpoint import Source, describe
 from kvprofile.evaluate.simulate import simulating
-from tests.models import ROOT, random_model
+from tests.helpers.models import ROOT, random_model
 
 NEAR_TIE = 1e-3
 """Logits closer than this may be ranked either way by another order of summation."""

@@ -10,7 +10,7 @@ import time
 import urllib.request
 from contextlib import contextmanager
 
-from tests.models import POCKET
+from tests.helpers.models import POCKET
 
 KEY = "sk-test-0123456789abcdef"
 

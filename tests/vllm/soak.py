@@ -18,7 +18,7 @@ import sys
 from collections import Counter, deque
 from pathlib import Path
 
-from tests.models import POCKET, ROOT
+from tests.helpers.models import POCKET, ROOT
 
 LONGEST, BLOCK_TOKENS, STEPS_BETWEEN_LOOKS = 1024, 32, 100
 IN_FLIGHT, ABORTED, SAMPLED, CHECKED = 12, 0.15, 0.3, 0.12

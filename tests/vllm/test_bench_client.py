@@ -11,7 +11,7 @@ import pytest
 
 from kvprofile.budget import store
 from kvprofile.budget.trim import TrimRule
-from tests.models import POCKET, ROOT
+from tests.helpers.models import POCKET, ROOT
 from tests.vllm.engine import environment
 
 pytest.importorskip("vllm")

@@ -12,8 +12,8 @@ import time
 import psutil
 import pytest
 
-from kvprofile.report import run_files
-from tests.models import POCKET, ROOT
+from kvprofile.records import run_files
+from tests.helpers.models import POCKET, ROOT
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm

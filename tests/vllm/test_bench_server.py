@@ -10,24 +10,24 @@ import time
 import pytest
 
 from kvprofile.bench import runner
-from kvprofile.bench.asking import Endpoint, Sampling
+from kvprofile.bench.chat_client import Endpoint, Sampling
 from kvprofile.bench.documents import pocket
 from kvprofile.bench.engines.base import Running
+from kvprofile.bench.leg_store import LegStore
 from kvprofile.bench.legs import LegRun
-from kvprofile.bench.load import Sender, prompts
-from kvprofile.bench.parts import Parts
+from kvprofile.bench.load_generator import Sender, prompts
 from kvprofile.bench.providers import Prices, Provider
-from kvprofile.bench.scenario import LegPlan, Load, Plan, remote_legs
+from kvprofile.bench.scenario import BenchPlan, LegPlan, LoadPlan, remote_legs
 from kvprofile.budget import store
 from kvprofile.budget.trim import TrimRule
 from kvprofile.client import BudgetsNotAppliedError, VLLMClient
 from kvprofile.errors import InputError
 from kvprofile.instrumentation import GPUMemoryManager, RequestLog
-from kvprofile.report import provenance, run_files
-from tests.disks import fill
-from tests.faulty import FaultyProxy
+from kvprofile.records import provenance, run_files
+from tests.helpers.disks import fill
+from tests.helpers.faulty import FaultyProxy
+from tests.helpers.models import POCKET, ROOT
 from tests.integration.test_score_run import stepping
-from tests.models import POCKET, ROOT
 from tests.vllm.engine import environment
 from tests.vllm.served import KEY, serving_pocket
 
@@ -241,12 +241,12 @@ def test_a_refused_key_ends_at_once_and_is_never_repeated(server):
 
 def plan_of(legs, **changes):
     options = {"requests": 3, "warmup_requests": 1, "concurrency": 2, "max_output_tokens": 24}
-    return Plan(
+    return BenchPlan(
         model=str(POCKET),
         model_name="pocket",
         legs=legs,
         documents=tuple(pocket(0)),
-        load=Load(**options),
+        load=LoadPlan(**options),
         **changes,
     )
 
@@ -255,8 +255,8 @@ def test_fill_finds_what_the_pool_holds(server, tmp_path):
     """Up to three at once fit into this pool; the leg is measured with as many and says how the pool was used."""
     url, stats = server
     leg = LegPlan("0.5", 0.5)
-    load = Load(mode="fill", concurrency=3, requests=3, warmup_requests=0, max_output_tokens=40)
-    plan = Plan(
+    load = LoadPlan(mode="fill", concurrency=3, requests=3, warmup_requests=0, max_output_tokens=40)
+    plan = BenchPlan(
         model=str(POCKET),
         model_name="pocket",
         legs=(leg,),
@@ -264,7 +264,7 @@ def test_fill_finds_what_the_pool_holds(server, tmp_path):
         load=load,
         profile=str(BUDGET),
     )
-    parts = Parts(tmp_path / "run", plan)
+    parts = LegStore(tmp_path / "run", plan)
     parts.open(force=False)
     running = LegRun(plan, leg, 0, parts, None, lambda _: None)
     running._load(Running(endpoint(url), metrics_url=url, stats=stats))
@@ -356,7 +356,7 @@ def test_a_leg_that_is_interrupted_keeps_its_rows_and_runs_again(server, tmp_pat
 def test_steps_of_the_clock_change_no_times(server, tmp_path, monkeypatch):
     url, stats = server
     plan = plan_of((LegPlan("0.5", 0.5),), profile=str(BUDGET))
-    parts = Parts(tmp_path / "run", plan)
+    parts = LegStore(tmp_path / "run", plan)
     parts.open(force=False)
     running = LegRun(plan, plan.legs[0], 0, parts, None, lambda _: None)
     stepping(monkeypatch)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from transformers import AutoModelForCausalLM
 
-from tests.models import POCKET, random_model
+from tests.helpers.models import POCKET, random_model
 from tests.vllm.capture import TOLERANCE, case_of, draw_documents, hf_scores, run_cases, worst_difference
 
 pytest.importorskip("vllm")

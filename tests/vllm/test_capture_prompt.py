@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kvprofile.corpus.generate import generate_text
-from kvprofile.scoring.prompts import Document, chat_frame, encode, frame_document
-from tests.models import POCKET, ROOT
+from kvprofile.scoring.prompts import FramedDocument, chat_frame, encode, frame_document
+from tests.helpers.models import POCKET, ROOT
 from tests.vllm.capture import TOLERANCE, hf_scores
 from tests.vllm.engine import environment
 
@@ -69,7 +69,7 @@ def test_a_prompt_is_looked_into(tmp_path, capsys):
     notes, found = json.loads(line.removeprefix("RESULT")), load_file(tmp_path / "found.safetensors")
 
     documents = {
-        "ids": Document("ids", tuple(prompts[0][:4]), tuple(prompts[0][4:])),
+        "ids": FramedDocument("ids", tuple(prompts[0][:4]), tuple(prompts[0][4:])),
         "text": frame_document("text", encode(tokenizer, text), frame),
     }
     worst = 0.0

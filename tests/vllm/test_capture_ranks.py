@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.models import random_model
+from tests.helpers.models import random_model
 from tests.vllm.capture import TOLERANCE, case_of, draw_documents, hf_scores, run_cases, worst_difference
 
 pytest.importorskip("vllm")

@@ -18,8 +18,8 @@ from kvprofile.checkpoint import Source, describe
 from kvprofile.cli import run as run_here
 from kvprofile.errors import InputError
 from kvprofile.scoring.vllm_engine import place_in_vllm
-from tests.models import POCKET
-from tests.quantised import quantise
+from tests.helpers.models import POCKET
+from tests.helpers.quantised import quantise
 from tests.vllm.capture import TOLERANCE
 from tests.vllm.engine import environment
 

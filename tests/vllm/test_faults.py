@@ -8,9 +8,9 @@ import time
 import psutil
 import pytest
 
-from kvprofile.bench.engines.vllm import reason_in
+from kvprofile.bench.engines.vllm_server import reason_in
 from kvprofile.evaluate.simulate import simulating
-from kvprofile.report import run_files
+from kvprofile.records import run_files
 from tests.vllm.engine import NEAR_TIE, environment, make_subject, write_budget
 from tests.vllm.served import serving
 from tests.vllm.test_bench_command import OPTIONS, command, servers_for

@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kvprofile.evaluate.tasks import exercise
+from kvprofile.questions.tasks import exercise
 from kvprofile.scoring.prompts import chat_frame, encode
-from tests.models import POCKET
+from tests.helpers.models import POCKET
 
 pytestmark = pytest.mark.vllm
 

@@ -13,9 +13,9 @@ import pytest
 
 from kvprofile.budget.trim import TrimRule
 from kvprofile.evaluate.simulate import simulating
-from kvprofile.report import run_files
+from kvprofile.records import run_files
 from kvprofile.runtime import doctor
-from tests import grafana
+from tests.helpers import grafana
 from tests.vllm.engine import NEAR_TIE, compare_all, environment, make_subject, serve, write_budget
 from tests.vllm.served import serving
 

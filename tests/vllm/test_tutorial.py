@@ -14,8 +14,8 @@ import urllib.request
 import pytest
 
 from kvprofile.corpus.sources import load_corpus
-from tests.models import POCKET, ROOT
-from tests.unit.documents import blocks, commands
+from tests.helpers.docs_pages import blocks, commands
+from tests.helpers.models import POCKET, ROOT
 from tests.vllm.served import running
 
 pytest.importorskip("vllm")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kvprofile.bench.asking import Endpoint
+from kvprofile.bench.chat_client import Endpoint
 from kvprofile.errors import plain
 
 

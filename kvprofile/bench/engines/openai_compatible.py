@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from kvprofile.bench.asking import Endpoint
+from kvprofile.bench.chat_client import Endpoint
 from kvprofile.bench.engines.base import LegFailedError, Running
 from kvprofile.bench.providers import Provider
 from kvprofile.errors import InputError, plain

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from kvprofile.bench.scenario import BASELINE, Plan
+from kvprofile.bench.scenario import BASELINE, BenchPlan
 from kvprofile.bench.verifiers.base import Case, Verifier
 from kvprofile.bench.verifiers.expected import Expected, JsonSchema, Pattern
 from kvprofile.bench.verifiers.own import COMMAND, Command, Function
 from kvprofile.bench.verifiers.steadiness import Agreement, Length, Loops
 from kvprofile.bench.verifiers.voice import Voice
 from kvprofile.errors import InputError
-from kvprofile.report.record import Leg, Request, Verdict
+from kvprofile.records.record import Leg, Request, Verdict
 
 BUILT_IN: dict[str, Callable[[], Verifier]] = {
     "expected": Expected,
@@ -33,7 +33,7 @@ def choose(names: Sequence[str]) -> list[Verifier]:
     return [_choose(name) for name in names or tuple(BUILT_IN)]
 
 
-def judge(plan: Plan, legs: Sequence[Leg]) -> list[Leg]:
+def judge(plan: BenchPlan, legs: Sequence[Leg]) -> list[Leg]:
     """The legs with verdicts on every output."""
     verifiers = choose(plan.verifiers)
     documents = {document.name: document for document in plan.documents}

@@ -6,8 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvprofile.bench.documents import Document, Question
-from kvprofile.report.record import Verdict
+from kvprofile.bench.documents import BenchDocument, BenchQuestion
+from kvprofile.records.record import Verdict
 
 
 @dataclass(frozen=True)
@@ -17,8 +17,8 @@ class Case:
     Of a baseline's output the reference is that of another repetition: what differs there is noise.
     """
 
-    document: Document
-    question: Question
+    document: BenchDocument
+    question: BenchQuestion
     output: str
     leg: str
     repetition: int

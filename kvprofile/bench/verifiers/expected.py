@@ -8,9 +8,8 @@ from typing import Any
 
 from kvprofile.bench.verifiers.base import Case, Verifier
 from kvprofile.errors import InputError
-from kvprofile.evaluate.asking import is_right
-from kvprofile.evaluate.tasks import Question
-from kvprofile.report.record import Verdict
+from kvprofile.questions.judge import holds
+from kvprofile.records.record import Verdict
 
 
 class Expected(Verifier):
@@ -23,7 +22,7 @@ class Expected(Verifier):
         wanted = case.question.expected
         if not wanted:
             return None
-        found = [is_right(Question("", "", (text,), ()), case.output) for text in wanted]
+        found = [holds(case.output, text) for text in wanted]
         passed = any(found) if case.question.any_of else all(found)
         missing = [text for text, there in zip(wanted, found, strict=True) if not there]
         warnings = [] if passed else [f"missing: {', '.join(missing)}"]

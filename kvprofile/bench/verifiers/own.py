@@ -11,7 +11,7 @@ from typing import Any
 
 from kvprofile.bench.verifiers.base import Case, Verifier
 from kvprofile.errors import InputError, plain
-from kvprofile.report.record import Verdict
+from kvprofile.records.record import Verdict
 
 COMMAND = "exec:"
 ANSWER_TIMEOUT_S = 60.0

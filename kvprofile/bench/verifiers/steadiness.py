@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from kvprofile.bench.verifiers.base import Case, Verifier
-from kvprofile.report.record import Verdict
+from kvprofile.records.record import Verdict
 
 MOST_COMPARED = 8000
 """Characters of two outputs that are compared: the longest common subsequence takes the product of both in memory."""

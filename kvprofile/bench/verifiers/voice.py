@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvprofile.bench.verifiers.base import Case, Verifier
-from kvprofile.report.record import Verdict
+from kvprofile.records.record import Verdict
 
 FALSE_ALARMS = 0.04
 """Aimed at; a run has few answers, and a twentieth must not be passed."""

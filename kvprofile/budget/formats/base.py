@@ -30,7 +30,6 @@ from kvprofile.budget.allocate import (
     require_retention,
     require_scores,
 )
-from kvprofile.budget.compare import ranking_scores, tie_breaks
 from kvprofile.budget.known_models import ModelFacts
 from kvprofile.budget.profile import (
     DEFAULT_RECENT_TOKENS,
@@ -50,6 +49,7 @@ from kvprofile.budget.profile import (
     retention_key,
     round_significant,
 )
+from kvprofile.budget.profile_diff import ranking_scores, tie_breaks
 from kvprofile.errors import InputError, plain
 from kvprofile.files import read_bytes
 
@@ -88,7 +88,7 @@ class ForeignScores:
 
 
 @dataclass(frozen=True)
-class Provenance:
+class Origin:
     """Where foreign files were published. ``files`` are their names there; the local names unless given."""
 
     repository: str | None = None
@@ -230,7 +230,7 @@ class Format(ABC):
 
 
 def import_profile(
-    form: Format, paths: Sequence[Path], facts: ModelFacts | None, provenance: Provenance, model: str | None = None
+    form: Format, paths: Sequence[Path], facts: ModelFacts | None, provenance: Origin, model: str | None = None
 ) -> Profile:
     """Foreign files of one model as a profile. Raises InputError for broken files or another model's files."""
     if facts is None and not form.names_its_model:

@@ -1,0 +1,298 @@
+"""A whole evaluation: profiles, tasks and a checkpoint in, items and a summary out, resumable exercise by exercise."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvprofile import __version__
+from kvprofile.budget import store
+from kvprofile.budget.trim import TrimRule
+from kvprofile.checkpoint import Description, Placement, describe, identity, load_model, load_tokenizer, locate, place
+from kvprofile.errors import InputError
+from kvprofile.evaluate import exercises
+from kvprofile.evaluate.encoding import Asked, Wording, wording
+from kvprofile.evaluate.item_store import Item, ItemStore
+from kvprofile.evaluate.options import EvaluationOptions
+from kvprofile.evaluate.summary import Results, summarise
+from kvprofile.evaluate.variants import Contender, Variant, build
+from kvprofile.files import LOCK, alone, sha256_of
+from kvprofile.progress import Progress, Silent
+from kvprofile.questions import user_tasks
+from kvprofile.questions.tasks import TASKS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+OUTPUT_DIR = Path("runs/evaluate")
+SUMMARY_VERSION = 1
+
+
+@dataclass(frozen=True)
+class EvaluationPlan:
+    """An evaluation that has passed every check that needs no weights."""
+
+    description: Description
+    tokenizer: PreTrainedTokenizerBase
+    words: Wording
+    rule: TrimRule
+    contenders: tuple[Contender, ...]
+    variants: tuple[Variant, ...]
+    asked: tuple[Asked, ...]
+    options: EvaluationOptions
+    warnings: tuple[str, ...]
+
+    @property
+    def cache_tokens(self) -> int:
+        """Tokens of the largest cache held at a time: a context, its trimmed copy, and a batch of branches."""
+        return max(
+            2 * len(asked.context_ids) + self.options.batch * (asked.positions - len(asked.context_ids))
+            for asked in self.asked
+        )
+
+    @property
+    def questions(self) -> int:
+        """Questions that every variant is asked."""
+        return sum(len(asked.exercise.questions) for asked in self.asked)
+
+
+def plan(
+    description: Description,
+    tokenizer: PreTrainedTokenizerBase,
+    contenders: Sequence[Contender],
+    options: EvaluationOptions,
+) -> EvaluationPlan:
+    """Make exercises and budgets, and check them.
+
+    Raises InputError for profiles of another geometry or without scores, unknown tasks, and contexts that do not fit.
+    """
+    runtime = contenders[0].profile.runtime
+    rule = TrimRule(
+        runtime.sink_tokens if options.sink_tokens is None else options.sink_tokens,
+        runtime.recent_tokens if options.recent_tokens is None else options.recent_tokens,
+        options.block_tokens,
+    )
+    variants = build(
+        contenders,
+        description.geometry,
+        options.retentions,
+        controls=options.controls,
+        random_seeds=options.random_seeds,
+        seed=options.seed,
+    )
+    words = wording(tokenizer, description.config, description.source.folder)
+    warnings = list(_profile_warnings(description, contenders))
+    asked: list[Asked] = []
+    user_tasks.require([task for task in options.tasks if task not in TASKS])
+    for task in dict.fromkeys(options.tasks):
+        found, told = exercises.make(task, description, tokenizer, words, rule, options)
+        asked += found
+        warnings += told
+    made = EvaluationPlan(
+        description, tokenizer, words, rule, tuple(contenders), tuple(variants), tuple(asked), options, ()
+    )
+    _check(made)
+    return replace(made, warnings=(*warnings, *_length_warnings(made)))
+
+
+def evaluate(
+    planned: EvaluationPlan, placement: Placement, folder: Path, progress: Progress, force: bool = False
+) -> dict[str, Any]:
+    """Ask every question under every variant, continuing where an earlier run stopped, and summarise.
+
+    Gives what ``summary.json`` holds. Raises InputError where ``folder`` holds other things, weights do not load or the
+    disk is full; finished exercises stay for the next run.
+    """
+    kept = ItemStore(folder, run_key(planned, placement))
+    kept.refuse_foreign(force)
+    with alone(folder / LOCK, folder):
+        return _evaluate(planned, placement, kept, progress, force)
+
+
+def _evaluate(
+    planned: EvaluationPlan, placement: Placement, kept: ItemStore, progress: Progress, force: bool
+) -> dict[str, Any]:
+    count = len(planned.variants)
+    expected = [(asked.name, count * len(asked.exercise.questions)) for asked in planned.asked]
+    try:
+        finished = kept.open(_run_document(planned, placement), expected, force)
+        if finished:
+            progress.say(f"continuing: {finished} of {len(expected)} exercises are finished already")
+        if finished < len(expected):
+            _measure(planned, placement, kept, planned.asked[finished:], progress)
+    except BaseException:
+        kept.discard_if_empty()
+        raise
+    summary = {
+        "schema_version": SUMMARY_VERSION,
+        "kvprofile_version": __version__,
+        **_facts(planned, placement),
+        "warnings": list(planned.warnings),
+        **summarise(Results.of(kept.items(), planned.variants)),
+    }
+    kept.save_summary(summary)
+    return summary
+
+
+def evaluate_checkpoint(
+    model: str,
+    contenders: Sequence[Contender],
+    options: EvaluationOptions,
+    folder: Path,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    progress: Progress | None = None,
+    force: bool = False,
+) -> dict[str, Any]:
+    """All of it in one call, for scripts: ``kvprofile evaluate`` without its output. Errors as in plan and evaluate."""
+    description = describe(locate(model))
+    planned = plan(description, load_tokenizer(description.source), contenders, options)
+    placement = place(description, dtype, device, planned.cache_tokens)
+    return evaluate(planned, placement, folder, progress or Silent(), force)
+
+
+def default_folder(planned: EvaluationPlan, placement: Placement) -> Path:
+    """Where an evaluation is kept unless told otherwise: one folder for each model and settings."""
+    name = store.file_name(planned.description.source.name).removesuffix(".json")
+    return OUTPUT_DIR / name / run_key(planned, placement)[:8]
+
+
+def run_key(planned: EvaluationPlan, placement: Placement) -> str:
+    """Everything the items depend on, as one hash. The batch is left out: a run may continue with a smaller one."""
+    facts = {
+        "version": __version__,
+        "model": identity(planned.description, planned.tokenizer).model_dump(mode="json"),
+        "dtype": placement.dtype,
+        "device": placement.device.partition(":")[0],
+        "rule": asdict(planned.rule),
+        "generate": planned.options.generate,
+        "words": [planned.words.end_ids, planned.words.next_ids, sorted(planned.words.stop_ids)],
+        "variants": [(variant.key, variant.heads) for variant in planned.variants],
+        "exercises": [
+            (asked.name, asked.exercise.verbatim, asked.context_ids, [asdict(row) for row in asked.rows])
+            for asked in planned.asked
+        ],
+        "expected": [[(q.expected, q.any_of) for q in asked.exercise.questions] for asked in planned.asked],
+    }
+    return sha256_of(json.dumps(facts, sort_keys=True).encode())
+
+
+def _measure(
+    planned: EvaluationPlan, placement: Placement, kept: ItemStore, left: Sequence[Asked], progress: Progress
+) -> None:
+    """Ask what is left, and write each exercise's items as soon as they are known."""
+    from kvprofile.evaluate.measurer import Measurer
+    from kvprofile.evaluate.simulate import simulating
+
+    budgets = {variant.budget: variant.heads for variant in planned.variants}
+    order = {budget: number for number, budget in enumerate(budgets)}
+    model = load_model(planned.description, placement)
+    progress.start(sum(len(asked.context_ids) + len(budgets) * asked.read_tokens for asked in left))
+    with simulating(model, planned.description.geometry, planned.variants[0].heads, planned.rule) as simulation:
+        measurer = Measurer(
+            simulation,
+            planned.tokenizer,
+            planned.words,
+            planned.options.batch,
+            progress.advance,
+            planned.options.generate,
+        )
+        for asked in left:
+            outcomes = measurer.measure(asked, list(budgets.values()))
+            kept.append(
+                [
+                    Item(
+                        exercise=asked.name,
+                        task=asked.exercise.task,
+                        length=asked.length,
+                        question=number,
+                        variant=variant.key,
+                        context_tokens=len(asked.context_ids),
+                        depth=asked.depths[number],
+                        outside=asked.outside[number],
+                        **asdict(outcomes[order[variant.budget]][number]),
+                    )
+                    for number in range(len(asked.exercise.questions))
+                    for variant in planned.variants
+                ]
+            )
+
+
+def _facts(planned: EvaluationPlan, placement: Placement) -> dict[str, Any]:
+    """What was evaluated and how, without anything that names a machine."""
+    settings = {
+        **asdict(planned.options),
+        **asdict(planned.rule),
+        "tasks": list(dict.fromkeys(asked.exercise.task for asked in planned.asked)),
+        "dtype": placement.dtype,
+        "device": placement.device.partition(":")[0],
+    }
+    del settings["batch"]  # not in the key either: it changes nothing but the memory needed
+    return {
+        "model": identity(planned.description, planned.tokenizer).model_dump(mode="json"),
+        "profiles": [
+            {
+                "label": contender.label,
+                "model": contender.profile.model.name,
+                "method": contender.profile.scoring.method,
+                "statistic": contender.statistic or contender.profile.scoring.statistic,
+                "sha256": sha256_of(store.to_bytes(contender.profile)),
+            }
+            for contender in planned.contenders
+        ],
+        "settings": settings,
+    }
+
+
+def _run_document(planned: EvaluationPlan, placement: Placement) -> dict[str, Any]:
+    libraries = ("numpy", "tokenizers", "torch", "transformers")
+    return {
+        "kvprofile_version": __version__,
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in libraries}},
+        **_facts(planned, placement),
+        "batch": planned.options.batch,
+        "exercises": len(planned.asked),
+        "questions": planned.questions,
+        "variants": [asdict(variant) for variant in planned.variants],
+    }
+
+
+def _profile_warnings(description: Description, contenders: Sequence[Contender]) -> Iterator[str]:
+    for contender in contenders:
+        known = contender.profile.model.weights_sha256
+        if known is None:
+            yield f"the profile {contender.label} was imported and is not verified against weights"
+        elif known != description.weights_sha256:
+            yield f"the profile {contender.label} was made from other weights than these"
+
+
+def _length_warnings(planned: EvaluationPlan) -> Iterator[str]:
+    shortest = min(len(asked.context_ids) for asked in planned.asked)
+    share = planned.rule.held_tokens(shortest) / shortest
+    if share > 1 / 3:
+        yield f"trimmed heads keep {share:.0%} of a context of {shortest:,} tokens; longer ones tell heads apart better"
+
+
+def _check(planned: EvaluationPlan) -> None:
+    names = [asked.name for asked in planned.asked]
+    if not names:
+        raise InputError(
+            f"no exercise is left, with {planned.rule.sink_tokens} sinks, the last {planned.rule.recent_tokens} tokens "
+            f"and {planned.description.max_positions:,} positions; choose other --context-tokens or --tasks"
+        )
+    twice = next((name for name in names if names.count(name) > 1), None) if len({*names}) < len(names) else None
+    if twice:
+        raise InputError(f"two sources of tasks are called {twice.rpartition('/')[0]}; rename one")
+    rows = planned.description.vocabulary_rows
+    highest = max(max((*asked.context_ids, *(i for row in asked.rows for i in row.ids))) for asked in planned.asked)
+    if highest >= rows:
+        raise InputError(
+            f"{planned.description.source.folder}: the tokenizer gives id {highest}, the model has {rows} embeddings; "
+            "it belongs to another model"
+        )

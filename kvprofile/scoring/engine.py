@@ -1,0 +1,80 @@
+"""What can run a model for a profile, and which of them does. Each engine gives the scores of ``scoring.attention``."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import TYPE_CHECKING, Protocol
+
+from kvprofile.errors import InputError, plain
+from kvprofile.scoring.methods import METHODS
+
+if TYPE_CHECKING:
+    from kvprofile.checkpoint import Description
+    from kvprofile.progress import Progress
+    from kvprofile.scoring.chunk_store import ChunkStore
+    from kvprofile.scoring.plan import ScoringPlan
+
+ENGINES = ("auto", "hf", "vllm")
+
+
+class Engine(Protocol):
+    """Runs a model over the documents of a plan. ``dtype`` and ``device`` are those that the file records."""
+
+    name: str
+
+    @property
+    def dtype(self) -> str:
+        """Of weights and activations."""
+
+    @property
+    def device(self) -> str:
+        """Its kind: cpu, cuda."""
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Its choices, each with its reason."""
+
+    def facts(self) -> dict[str, object]:
+        """What scores depend on beside the plan; another run with the same facts may use finished chunks."""
+
+    def score(self, plan: ScoringPlan, store: ChunkStore, progress: Progress, keep_token_scores: bool) -> str:
+        """Score what the store does not hold yet. Gives the attention kernel used, with the reason."""
+
+
+def check_engine(asked: str, method: str) -> None:
+    """Raise InputError where the engine asked for is unknown, not installed, or cannot do the method."""
+    if asked not in ENGINES:
+        raise InputError(f"unknown engine {asked!r}; known: {', '.join(ENGINES)}")
+    if asked == "vllm" and METHODS[method].loss_aware:
+        raise InputError(f"--method {method} needs gradients or gates, which --engine vllm does not have; use hf")
+    if asked == "vllm" and not vllm_is_installed():
+        raise InputError("--engine vllm needs vLLM, which is not installed here")
+
+
+def choose_engine(asked: str, description: Description, method: str) -> tuple[str, str]:
+    """'hf' or 'vllm', and why. Raises InputError as ``check_engine``."""
+    check_engine(asked, method)
+    if asked != "auto":
+        return asked, f"engine {asked}: asked for"
+    quantisation = quantisation_of(description)
+    if quantisation and METHODS[method].loss_aware:
+        return "hf", f"engine hf: the weights are quantised ({quantisation}), but --method {method} needs gradients"
+    if quantisation and not vllm_is_installed():
+        return "hf", f"engine hf: the weights are quantised ({quantisation}), but vLLM is not installed here"
+    if quantisation:
+        return "vllm", f"engine vllm: the weights are quantised ({quantisation}), and vLLM runs them as they are served"
+    return "hf", "engine hf: exact on any machine, and has every method; --engine vllm profiles what vLLM serves"
+
+
+def quantisation_of(description: Description) -> str | None:
+    """How the checkpoint's weights are quantised, as its config says."""
+    found = getattr(description.config, "quantization_config", None)
+    if not found:
+        return None
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    return plain(getattr(method, "value", method) or "by a method it does not name")[:100]
+
+
+def vllm_is_installed() -> bool:
+    """Whether vLLM could be imported, without the seconds that importing takes."""
+    return importlib.util.find_spec("vllm") is not None

@@ -1,0 +1,134 @@
+"""What a profiling run will do, before weights load: options, documents as ids, every check that needs no weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kvprofile.budget.profile import DEFAULT_RECENT_TOKENS, DEFAULT_SINK_TOKENS, CorpusRecord
+from kvprofile.checkpoint import Description
+from kvprofile.corpus.sources import Corpus, cut
+from kvprofile.errors import InputError, plain
+from kvprofile.scoring.effort import EXACT, Effort
+from kvprofile.scoring.methods import METHODS
+from kvprofile.scoring.prompts import Frame, FramedDocument, chat_frame, encode, frame_document
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MOST_TOKENS = 1_000_000
+"""Most sinks or recent tokens that a budget file may ask for."""
+
+
+@dataclass(frozen=True)
+class ScoringOptions:
+    """What a user may choose about a run."""
+
+    method: str = "kvzip"
+    chunk_tokens: int = 2000
+    context_tokens: int | None = None
+    seed: int = 0
+    sink_tokens: int = DEFAULT_SINK_TOKENS
+    recent_tokens: int = DEFAULT_RECENT_TOKENS
+    effort: Effort = EXACT
+
+    def __post_init__(self) -> None:
+        for name in ("chunk_tokens", "context_tokens", "recent_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+        if self.sink_tokens < 0:
+            raise InputError(f"--sink-tokens must not be negative, not {self.sink_tokens}")
+        if max(self.sink_tokens, self.recent_tokens) > MOST_TOKENS:
+            raise InputError(f"--sink-tokens and --recent-tokens must not exceed {MOST_TOKENS:,}")
+        if self.method not in METHODS:
+            raise InputError(f"unknown method {self.method!r}; known: {', '.join(METHODS)}")
+        if METHODS[self.method].loss_aware and not self.effort.exact:
+            raise InputError(f"--fast has no shortcut for --method {self.method}, which differentiates every repeat")
+
+
+@dataclass(frozen=True)
+class ScoringPlan:
+    """A run that has passed every check that needs no weights."""
+
+    description: Description
+    tokenizer: PreTrainedTokenizerBase
+    frame: Frame
+    documents: tuple[FramedDocument, ...]
+    corpora: tuple[CorpusRecord, ...]
+    options: ScoringOptions
+
+    @property
+    def document_tokens(self) -> int:
+        """Prefix and context tokens of the longest document."""
+        return max(len(d.prefix_ids) + len(d.context_ids) for d in self.documents)
+
+    def chunk_count(self, document: int) -> int:
+        """How many chunks a document has."""
+        return math.ceil(len(self.documents[document].context_ids) / self.options.chunk_tokens)
+
+    def wanted(self, document: int) -> frozenset[int]:
+        """Indices of the chunks of a document that are to be repeated."""
+        return self.options.effort.chunks(self.chunk_count(document), self.options.seed, document)
+
+    @property
+    def positions(self) -> int:
+        """Positions that the longest forward pass reaches."""
+        from kvprofile.scoring.reconstruction import required_positions
+
+        return max(required_positions(d, self.frame, self.options.chunk_tokens) for d in self.documents)
+
+
+def plan(
+    description: Description, tokenizer: PreTrainedTokenizerBase, corpora: Iterable[Corpus], options: ScoringOptions
+) -> ScoringPlan:
+    """Tokenise and check. Raises InputError for short corpora, a foreign tokenizer, or contexts that do not fit."""
+    frame = chat_frame(tokenizer)
+    documents: list[FramedDocument] = []
+    records: list[CorpusRecord] = []
+    for corpus in corpora:
+        found = [
+            frame_document(f"{corpus.name}/{name}", ids, frame)
+            for name, ids in cut(corpus, lambda text: encode(tokenizer, text), options.context_tokens)
+        ]
+        short = [document.name for document in found if not document.context_ids]
+        if short:
+            raise InputError(f"{short[0]} has no token left after the prefix; give a longer document")
+        tokens = sum(len(document.context_ids) for document in found)
+        records.append(
+            CorpusRecord(name=plain(corpus.name), sha256=corpus.sha256(), documents=len(found), tokens=tokens)
+        )
+        documents += found
+    made = ScoringPlan(description, tokenizer, frame, tuple(documents), tuple(records), options)
+    _check_ids(made)
+    _check_positions(made)
+    return made
+
+
+def _check_ids(plan: ScoringPlan) -> None:
+    rows = plan.description.vocabulary_rows
+    frame = (*plan.frame.suffix_ids, *plan.frame.repeat_all_ids, *plan.frame.repeat_from_ids)
+    highest = max(max((*d.prefix_ids, *d.context_ids, *frame)) for d in plan.documents)
+    if highest >= rows:
+        raise InputError(
+            f"{plan.description.source.folder}: the tokenizer gives id {highest}, the model has {rows} embeddings; "
+            "it belongs to another model"
+        )
+
+
+def _check_positions(plan: ScoringPlan) -> None:
+    from kvprofile.scoring.reconstruction import required_positions
+
+    limit = plan.description.max_positions
+    chunk_tokens = plan.options.chunk_tokens
+    for document in plan.documents:
+        needed = required_positions(document, plan.frame, chunk_tokens)
+        if needed > limit:
+            context = len(document.context_ids)
+            raise InputError(
+                f"{document.name} has {context} tokens and needs {needed} positions with its repeats, but "
+                f"{plan.description.position_reason}; pass --context-tokens {max(1, limit // 2 - 100)} "
+                "or a smaller --chunk-tokens"
+            )

@@ -1,0 +1,145 @@
+"""The house rules that code can check: which package may import which, and what importing costs."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+
+import pytest
+
+from tests.helpers.models import ROOT
+
+PACKAGE = ROOT / "kvprofile"
+
+ARROWS = {
+    "errors": set(),
+    "files": {"errors"},
+    "progress": set(),
+    "statistics": set(),
+    "unsupported": set(),
+    "instrumentation": set(),
+    "budget": {"errors", "files"},
+    "corpus": {"errors", "files"},
+    "questions": {"corpus", "errors", "files"},
+    "records": {"budget", "errors", "files"},
+    "checkpoint": {"budget", "errors", "files"},
+    "capture": {"errors", "unsupported"},
+    "runtime": {"budget", "errors", "files", "unsupported"},
+    "scoring": {"budget", "capture", "checkpoint", "corpus", "errors", "files", "progress"},
+    "evaluate": {"budget", "checkpoint", "errors", "files", "progress", "questions", "scoring", "statistics"},
+    "report": {"budget", "errors", "files", "records", "statistics"},
+    "client": {"errors", "instrumentation", "runtime", "scoring"},
+    "bench": {
+        "budget",
+        "corpus",
+        "errors",
+        "files",
+        "instrumentation",
+        "questions",
+        "records",
+        "runtime",
+        "statistics",
+    },
+    "cli": {
+        "bench",
+        "budget",
+        "checkpoint",
+        "corpus",
+        "errors",
+        "evaluate",
+        "files",
+        "progress",
+        "questions",
+        "records",
+        "report",
+        "runtime",
+        "scoring",
+    },
+    "__main__": {"cli"},
+}
+"""Who may import whom inside kvprofile; the version, in kvprofile itself, is for all."""
+
+
+def imports_of(file):
+    """Top-level parts of kvprofile that a file imports, wherever in the file."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        names = []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module] if node.module != "kvprofile" else [f"kvprofile.{a.name}" for a in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "kvprofile" and len(parts) > 1 and not parts[1].startswith("__version"):
+                yield parts[1]
+
+
+def test_every_part_has_its_arrows():
+    parts = {
+        p.stem if p.is_file() else p.name
+        for p in PACKAGE.iterdir()
+        if p.suffix == ".py" or (p / "__init__.py").is_file()
+    }
+    assert parts - {"__init__"} <= set(ARROWS)
+
+
+@pytest.mark.parametrize("part", sorted(ARROWS))
+def test_arrows_point_one_way(part):
+    files = [PACKAGE / f"{part}.py"] if (PACKAGE / f"{part}.py").is_file() else list((PACKAGE / part).rglob("*.py"))
+    for file in files:
+        foreign = set(imports_of(file)) - ARROWS[part] - {part}
+        assert not foreign, f"{file.relative_to(ROOT)} imports kvprofile.{', kvprofile.'.join(sorted(foreign))}"
+
+
+def test_what_runs_inside_vllm_imports_torch_and_vllm_alone():
+    allowed = {
+        "__future__",
+        "collections",
+        "dataclasses",
+        "json",
+        "typing",
+        "safetensors",
+        "torch",
+        "vllm",
+        "kvprofile",
+    }
+    for name in ("marks", "rows", "layout", "watch", "worker", "scheduler"):
+        for node in ast.walk(ast.parse((PACKAGE / "capture" / f"{name}.py").read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            assert {imported.partition(".")[0] for imported in names} <= allowed
+            assert "kvprofile.errors" not in names, "an error in a worker is no line for a user"
+
+
+def loaded_by(statement):
+    code = f"import sys; {statement}; print(*sorted({{m.partition('.')[0] for m in sys.modules}}))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(run.stdout.split())
+
+
+HEAVY = {"torch", "transformers", "datasets", "scipy", "matplotlib", "vllm", "numpy"}
+
+
+@pytest.mark.parametrize(
+    ("statement", "banned"),
+    [
+        ("import kvprofile.cli", HEAVY | {"pydantic"}),
+        ("import kvprofile.budget.store, kvprofile.budget.allocate", HEAVY),
+        ("import kvprofile.budget.runtime_file", HEAVY | {"pydantic", "typer", "rich"}),
+        ("from kvprofile.cli import run; run(['validate', 'models/kv_budget'])", HEAVY),
+        ("import kvprofile.capture, kvprofile.capture.worker, kvprofile.capture.marks", HEAVY),
+        ("import kvprofile.scoring.vllm_engine", {"vllm"}),
+    ],
+)
+def test_imports_stay_light(statement, banned):
+    assert not loaded_by(statement) & banned
+
+
+def test_files_stay_short():
+    long = {
+        str(file.relative_to(ROOT)): lines
+        for file in PACKAGE.rglob("*.py")
+        if (lines := len(file.read_text(encoding="utf-8").splitlines())) > 420
+    }
+    assert not long

@@ -1,0 +1,111 @@
+"""No network by surprise: sockets are really denied in tests, and what needs no network asks for none."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import subprocess
+import sys
+import urllib.request
+
+import pytest
+import typer
+
+from kvprofile.cli import app
+from tests.helpers.models import POCKET, ROOT
+
+ASKING = {
+    "connect": lambda: socket.create_connection(("127.0.0.1", 9)),
+    "connect to an address": lambda: socket.socket().connect(("192.0.2.1", 80)),
+    "connect without an error": lambda: socket.socket().connect_ex(("192.0.2.1", 80)),
+    "version 6": lambda: socket.socket(socket.AF_INET6).connect(("::1", 9)),
+    "a datagram": lambda: socket.socket(type=socket.SOCK_DGRAM).sendto(b"x", ("192.0.2.1", 53)),
+    "a name": lambda: socket.getaddrinfo("example.org", 80),
+    "a name, the old way": lambda: socket.gethostbyname("example.org"),
+    "listening": lambda: socket.socket().bind(("", 0)),
+    "a page": lambda: urllib.request.urlopen("http://example.org"),
+    "asyncio": lambda: asyncio.run(asyncio.open_connection("192.0.2.1", 80)),
+}
+
+
+@pytest.mark.parametrize("ask", ASKING.values(), ids=ASKING)
+def test_sockets_are_denied_here(ask, sockets_denied):
+    with pytest.raises(OSError, match="this test may not use the network"):
+        ask()
+    assert sockets_denied.read_text()
+    sockets_denied.unlink()
+
+
+def test_sockets_are_denied_to_processes_even_where_they_swallow_the_error(sockets_denied):
+    code = "import contextlib, socket\nwith contextlib.suppress(OSError): socket.create_connection(('127.0.0.1', 9))"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert sockets_denied.read_text() == "socket.getaddrinfo 127.0.0.1\n"
+    sockets_denied.unlink()
+
+
+@pytest.mark.loopback
+def test_a_mark_allows_this_machine_and_no_other(sockets_denied):
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()):
+        pass
+    with pytest.raises(OSError, match="may not use the network"):
+        socket.socket().connect(("192.0.2.1", 80))
+    sockets_denied.unlink()
+
+
+SCORE = ["--corpus", "prose", "--documents", "1", "--context-tokens", "200", "--chunk-tokens", "200"]
+BUDGET = ROOT / "models" / "kv_budget" / "pocket.json"
+COMMANDS = [
+    ["score", POCKET, *SCORE, "--dry-run"],
+    ["score", POCKET, *SCORE, "--output", "made.json"],
+    ["evaluate", POCKET, "--profile", BUDGET, "--tasks", "needle", "--contexts", "1", "--context-tokens", "300"],
+    ["show", "made.json"],
+    ["validate", "made.json"],
+    ["diff", "made.json", BUDGET],
+    ["plot", "made.json", "--output", "made.svg"],
+    ["plan", POCKET, "--gpu-memory", "24GiB", "--context", "1000"],
+    ["plan", "models/pocket", "--gpu-memory", "1GiB", "--context", "500"],  # no such folder here: the bundled one
+    ["plan", BUDGET, "--gpu-memory", "H100", "--context", "1000"],
+    ["export", BUDGET, "--format", "vllm", "--retention", "0.5", "--output", "made.vllm"],
+    ["export", BUDGET, "--format", "csv", "--retention", "0.5", "--output", "made.csv"],
+    ["export", BUDGET, "--format", "kvzip", "--output", "made.pt"],
+    ["export", BUDGET, "--format", "duo-attention", "--retention", "0.5", "--output", "made.duo"],
+    ["import", "made.vllm", "--format", "vllm", "--output", "back.json"],
+    ["report", ROOT / "tests" / "data" / "run-record-v1.json", "--output", "made.html"],
+    ["bench", "--model", POCKET, "--profile", BUDGET, "--preset", "seed", "--dry-run"],
+    ["doctor"],
+]
+RUN = """
+import json, os, sys
+from kvprofile.cli import run
+for words in json.load(sys.stdin):
+    code = run(words)
+    print("RAN", code, os.path.exists(os.environ["TESTS_SOCKETS_DENIED"]), *words, flush=True)
+"""
+
+
+@pytest.mark.usefixtures("workplace")
+def test_commands_about_what_is_here_ask_for_no_network():
+    """All in one process, online as far as it knows: imports take longer than work."""
+    words = [[str(word) for word in command] for command in COMMANDS]
+    done = in_a_process(["-c", RUN], json.dumps(words))
+    ran = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("RAN ")]
+    assert {line[2] for line in ran} == set(typer.main.get_command(app).commands)
+    assert [line for line in ran if line[1] != "False"] == []
+    assert [line for line in ran if line[0] != "0" and line[2] != "doctor"] == [], done.stderr
+    assert len(ran) == len(COMMANDS)
+
+
+@pytest.mark.usefixtures("workplace")
+def test_a_hub_id_does_ask_so_the_guard_sees_what_commands_do(sockets_denied):
+    done = in_a_process(["-m", "kvprofile", "score", "some-org/some-model", *SCORE])
+    assert done.returncode == 2
+    assert "the hub cannot be reached" in done.stderr
+    assert "huggingface.co" in sockets_denied.read_text()
+    sockets_denied.unlink()
+
+
+def in_a_process(words, given=None):
+    env = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    return subprocess.run([sys.executable, *words], env=env, input=given, capture_output=True, text=True, check=False)

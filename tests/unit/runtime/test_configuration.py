@@ -1,0 +1,312 @@
+"""The runtime's parts that know nothing of vLLM: gate, settings, finding the budget, sharing it, packing, patching."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+import threading
+import types
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvprofile.budget import store
+from kvprofile.budget.runtime_file import RuntimeFile, RuntimeModel, RuntimeProvenance
+from kvprofile.errors import InputError
+from kvprofile.runtime import doctor, gate, stats
+from kvprofile.runtime.engine_budget import CONFIG_KEY, EngineBudget, RankHeads
+from kvprofile.runtime.find import Served, find
+from kvprofile.runtime.packing import Piece, pack
+from kvprofile.runtime.patching import Patch
+from kvprofile.runtime.settings import SHARED, from_environment, require_tested
+from tests.helpers.models import ROOT
+
+PROFILE = ROOT / "models" / "kv_budget" / "pocket.json"
+POCKET = store.load(PROFILE)
+SHAPE = {name: getattr(POCKET.model.geometry, name) for name in ("layers", "attention_heads", "kv_heads", "head_size")}
+
+
+def served(*names, **changes):
+    """The pocket model as vLLM sees it."""
+    return Served(names or ("pocket",), **{**SHAPE, "tensor_parallel_size": 1, **changes})
+
+
+def settings(**names):
+    return from_environment({f"LLM_KVZIP_{name}": str(value) for name, value in names.items()})
+
+
+def test_the_gate_costs_nothing_when_off(monkeypatch):
+    monkeypatch.delenv("LLM_KVZIP_ENABLED", raising=False)
+    code = (
+        "import sys, time; start = time.perf_counter(); from kvprofile.runtime import gate; gate.register();"
+        "print(time.perf_counter() - start, *sorted(sys.modules))"
+    )
+    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(5)]
+    _, *modules = runs[0].stdout.split()
+    assert not {"torch", "vllm", "numpy", "pydantic", "kvprofile.runtime.settings"} & set(modules)
+    assert min(float(run.stdout.split()[0]) for run in runs) < 0.02
+
+
+def test_the_entry_point_is_declared():
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["entry-points"]["vllm.general_plugins"] == {"kvprofile": "kvprofile.runtime.gate:register"}
+    assert gate.register.__name__ == "register"
+
+
+def test_settings_are_read_and_unknown_names_warned_about(caplog):
+    with caplog.at_level(logging.WARNING, logger="vllm.kvprofile"):
+        logging.getLogger("vllm").propagate = True
+        found = from_environment({"LLM_KVZIP_RETENTION": "0.5", "LLM_KVZIP_SINKS": "3", "LLM_KVZIP_SINK": "3"})
+    assert found.retention == 0.5
+    assert found.sink_tokens == 3
+    assert found.recent_tokens is None
+    assert found.budget_dir == Path("models/kv_budget")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("RETENTION", "0"),
+        ("RETENTION", "half"),
+        ("RETENTION", "nan"),
+        ("SINK", "-1"),
+        ("RECENT", "0"),
+        ("ENABLED", "yes"),
+    ],
+)
+def test_bad_settings_are_one_line(name, value):
+    with pytest.raises(ValueError, match=f"LLM_KVZIP_{name} is '{value}'") as caught:
+        settings(**{name: value})
+    assert "\n" not in str(caught.value)
+
+
+def test_releases_that_were_not_tested_are_refused_by_name():
+    require_tested("0.32.0+cpu", settings())
+    require_tested("0.28.0", settings(ALLOW_UNTESTED=1))
+    with pytest.raises(
+        ValueError, match=r"tested with vLLM 0\.30\.0, 0\.31\.0, 0\.32\.0, this is 0\.28\.0; LLM_KVZIP_ALLOW_UNTESTED=1"
+    ):
+        require_tested("0.28.0", settings())
+
+
+def test_a_profile_gives_the_budget_at_a_retention():
+    budget, origin = find(settings(BUDGET=PROFILE, RETENTION=0.5), served())
+    stated = POCKET.budgets["0.5"]
+    assert budget.full_heads == tuple(tuple(h for h, v in enumerate(row) if v == 1.0) for row in stated.heads)
+    assert (budget.sink_tokens, budget.recent_tokens) == (POCKET.runtime.sink_tokens, POCKET.runtime.recent_tokens)
+    assert f"{stated.retention_realised:.4f} realised" in origin
+    whole, _ = find(settings(BUDGET=PROFILE, RETENTION=1.0), served())
+    assert whole.full == whole.heads == SHAPE["layers"] * SHAPE["kv_heads"]
+    shorter, _ = find(settings(BUDGET=PROFILE, RETENTION=0.5, SINK=0, RECENT=32), served())
+    assert (shorter.sink_tokens, shorter.recent_tokens) == (0, 32)
+
+
+def test_a_profile_is_dealt_to_ranks():
+    budget, _ = find(settings(BUDGET=PROFILE, RETENTION=0.5), served(tensor_parallel_size=2))
+    assert budget.uneven_layer(2) is None
+
+
+def test_files_are_found_by_the_model_inside(tmp_path):
+    (tmp_path / "some-name.json").write_bytes(PROFILE.read_bytes())
+    (tmp_path / "noise.json").write_text("{")
+    budget, origin = find(settings(BUDGET_DIR=tmp_path, RETENTION=0.5), served())
+    assert "some-name.json" in origin
+    folder = tmp_path / "pocket"
+    folder.mkdir()
+    assert find(settings(BUDGET_DIR=tmp_path, RETENTION=0.5), served(str(folder)))[0] == budget
+    (tmp_path / "twin.json").write_bytes(PROFILE.read_bytes())
+    with pytest.raises(ValueError, match="2 budgets for pocket"):
+        find(settings(BUDGET_DIR=tmp_path, RETENTION=0.5), served())
+
+
+@pytest.mark.parametrize(
+    ("model", "names", "message"),
+    [
+        (served(), {"BUDGET_DIR": "/nowhere"}, "is no folder"),
+        (served(), {"BUDGET": "/nowhere/at/all.json", "RETENTION": 0.5}, "cannot read"),
+        (served(), {"BUDGET": PROFILE}, "set LLM_KVZIP_RETENTION, for example 0.9, 0.7"),
+        (served("other/pocket"), {"BUDGET": PROFILE, "RETENTION": 0.5}, "is for pocket, vLLM serves other/pocket"),
+        (served(layers=99), {"BUDGET": PROFILE, "RETENTION": 0.5}, "layers, vLLM serves one with 99"),
+        (
+            served("a", "pocket", head_size=8),
+            {"BUDGET": PROFILE, "RETENTION": 0.5},
+            "head size, vLLM serves one with 8",
+        ),
+    ],
+)
+def test_other_models_and_missing_files_are_one_line(model, names, message):
+    with pytest.raises((ValueError, InputError), match=message) as caught:
+        find(settings(**names), model)
+    assert "\n" not in str(caught.value)
+
+
+def write_runtime_file(path, full_heads, order=None):
+    geometry = {"layers": 2, "attention_heads": 8, "kv_heads": 4, "head_size": 32}
+    bare = RuntimeModel("m", None, "A", **geometry, layer_types=("full_attention",) * 2, geometry_sha256="",
+                        tokenizer_sha256=None, weights_sha256=None)  # fmt: skip
+    model = RuntimeModel(**{**vars(bare), "geometry_sha256": bare.geometry_hash()})
+    source = RuntimeProvenance("0", "0", "kvzip", "max", None, 0.5, 0.5, None, 0, 1, ())
+    path.write_bytes(RuntimeFile(model, full_heads, order, 4, 8, source).to_bytes())
+    return path
+
+
+def test_runtime_files_are_taken_as_they_are(tmp_path):
+    path = write_runtime_file(tmp_path / "r.json", ((0, 1), (2, 3)))
+    one, two = (Served(("m",), 2, 8, 4, 32, size) for size in (1, 2))
+    assert find(settings(BUDGET=path), one)[0].full_heads == ((0, 1), (2, 3))
+    assert find(settings(BUDGET=path, RETENTION=0.5), one)[0].full == 4
+    with pytest.raises(ValueError, match=r"is for retention 0\.5, LLM_KVZIP_RETENTION asks for 0\.7"):
+        find(settings(BUDGET=path, RETENTION=0.7), one)
+    with pytest.raises(ValueError, match="layer 0 are not dealt evenly to 2 ranks; export it with"):
+        find(settings(BUDGET=path), two)
+    permuted = write_runtime_file(tmp_path / "p.json", ((0, 1), (2, 3)), ((0, 2, 1, 3), (2, 0, 3, 1)))
+    with pytest.raises(ValueError, match="another order"):
+        find(settings(BUDGET=permuted), two)
+
+
+def test_a_budget_travels_as_json():
+    budget = EngineBudget(((0, 2), None, ()), 4, 16, 64)
+    config = json.loads(json.dumps({CONFIG_KEY: budget.as_config(), "other": 1}))
+    assert EngineBudget.of(config) == budget
+    assert (budget.heads, budget.full) == (8, 2)
+    with pytest.raises(ValueError, match="carries no budget"):
+        EngineBudget.of({})
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_ranks_together_hold_every_head(size):
+    budget = EngineBudget(((0, 3), (1, 2)), 4, 0, 1)
+    for layer in (0, 1):
+        per_rank = max(1, 4 // size)
+        found = set()
+        for rank in range(size):
+            heads = budget.on_rank(layer, rank, size)
+            found |= {rank * 4 // size + head for head in heads.full}
+            assert len(heads.full) + len(heads.stream) == per_rank
+        assert found == set(budget.full_heads[layer])
+    assert EngineBudget((None,), 4, 0, 1).on_rank(0, 0, 1) is None
+    assert EngineBudget(((3,),), 4, 0, 1).on_rank(0, 1, 2) == RankHeads((1,), (0,))
+
+
+def halves(layer, full):
+    """Pieces of a layer with 8 heads, for a request of 2048 tokens in blocks of 32, sinks 128 and window 256."""
+    found = [Piece(f"{layer}.full", "full", full * 100, 64, 64)] if full else []
+    return found + ([Piece(f"{layer}.stream", "stream", (8 - full) * 100, 12, 64)] if full < 8 else [])
+
+
+@given(st.lists(st.tuples(st.integers(0, 8), st.booleans()), min_size=1, max_size=40))
+def test_packing_holds_every_piece_once_and_keeps_kinds_apart(layers):
+    pieces = []
+    for layer, (full, slides) in enumerate(layers):
+        pieces += [Piece(f"{layer}", "sliding", 800, 4, 4)] if slides else halves(layer, full)
+    found = pack(pieces)
+    assert sorted(p.name for group in found.groups for p in group) == sorted(p.name for p in pieces)
+    assert all(len({p.kind for p in group}) == 1 for group in found.groups)
+    assert found.width >= max(p.block_bytes for p in pieces)
+    assert found.decode_waste > 0.999
+    assert found.prefill_waste > 0.999
+
+
+@pytest.mark.parametrize("retention", [0.7, 0.5, 0.3])
+def test_packing_reaches_the_bound(retention):
+    """A model of 32 layers with 8 heads, its full heads spread unevenly: little is lost to width."""
+    full = [min(8, max(0, round(retention * 8 + (layer % 5 - 2) * 1.5))) for layer in range(32)]
+    found = pack([piece for layer, count in enumerate(full) for piece in halves(layer, count)])
+    print(retention, found.reason())
+    assert found.decode_waste < 1.05
+    assert found.prefill_waste < 1.1
+
+
+def test_patches_are_applied_once_and_removed():
+    owner = types.SimpleNamespace
+    toy = type("Toy", (), {"answer": lambda _: 41})
+    module = types.ModuleType("toys")
+    module.double = lambda x: 2 * x
+    original, double = toy.answer, module.double
+    patch = Patch(toy, "answer", lambda stock: lambda self: stock(self) + 1)
+    patch.apply()
+    assert toy().answer() == 42
+    assert toy.answer is not original
+    with pytest.raises(RuntimeError, match=r"Toy\.answer is patched already"):
+        Patch(toy, "answer", lambda stock: stock).apply()
+    patch.remove()
+    assert toy.answer is original
+    with pytest.raises(RuntimeError, match="is not patched"):
+        patch.remove()
+    other = Patch(module, "double", lambda stock: lambda x: stock(x) + 1)
+    other.apply()
+    assert module.double(2) == 5
+    other.remove()
+    assert module.double is double
+    with pytest.raises(RuntimeError, match=r"toys\.missing does not exist"):
+        Patch(module, "missing", owner).apply()
+
+
+def test_counters_cross_processes(tmp_path, monkeypatch):
+    shared, lines = tmp_path / "shared", tmp_path / "lines.jsonl"
+    shared.touch()
+    monkeypatch.setenv(SHARED, str(shared))
+    stats.share()
+    assert stats.read() == dict.fromkeys(stats.FIELDS, 0)
+    count = (
+        "from pathlib import Path; from kvprofile.runtime.stats import Counters;"
+        f"counters = Counters(Path({str(shared)!r}), Path({str(lines)!r}));"
+        "counters.reclaimed(3, 100); counters.in_use(5, 100); counters.reclaimed(2, 100); counters.in_use(4, 100)"
+    )
+    subprocess.run([sys.executable, "-c", count], check=True)
+    expected = {"kv_blocks_reclaimed_total": 5, "kv_bytes_reclaimed_total": 500, "kv_bytes_in_use": 400}
+    assert stats.read() == {**expected, "kv_block_bytes": 100}
+    (line,) = [json.loads(text) for text in lines.read_text().splitlines()]  # the second is within a second
+    assert line["kv_bytes_in_use"] == 500
+
+
+def serve_metrics(text):
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        def log_message(self, *args):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.handle_request, daemon=True).start()
+    return server, f"http://127.0.0.1:{server.server_port}"
+
+
+@pytest.mark.loopback
+@pytest.mark.parametrize(
+    ("text", "good"),
+    [
+        ("kvprofile_enabled 1.0\nkvprofile_retention_ratio 0.5\nkvprofile_kv_bytes_reclaimed_total 7.0\n", True),
+        ("kvprofile_enabled 0.0\n", False),
+        ("vllm:num_requests_running 0.0\n", False),
+        ("kvprofile_enabled\nkvprofile_enabled yes\nkvprofile_retention_ratio \x1b[31m\n", False),
+        ("kvprofile_enabled nan\n", False),
+    ],
+)
+def test_the_doctor_knows_a_server_that_applies_budgets(text, good):
+    server, address = serve_metrics(text)
+    with server:
+        found = doctor.server(address)
+    assert found.good is good
+    assert ("retention 0.5, 7.0 bytes" in found.detail) is good
+
+
+@pytest.mark.loopback
+def test_the_doctor_looks_around():
+    assert doctor.plugin().good
+    assert doctor.environment({}).good is None
+    assert doctor.environment({"LLM_KVZIP_ENABLED": "1"}).good
+    assert doctor.environment({"LLM_KVZIP_ENABLED": "1", "LLM_KVZIP_SINK": "x"}).good is False
+    assert "does not answer" in doctor.server("http://127.0.0.1:9").detail
+    assert doctor.server("file:///etc").good is False
+    assert [check.name for check in doctor.checks({})] == ["plugin", "vLLM", "patches", "environment"]

@@ -1,0 +1,238 @@
+"""vLLM's own schedulers on random schedules: no step reads a freed or foreign block, nothing trimmed is handed on.
+
+The worker is imitated down to the slot: it keeps block tables as model runners do, remembers what was written into
+every slot of the pool, and reads through the real TrimmedView.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+from collections import deque
+
+import pytest
+import torch
+
+from kvprofile.budget.trim import TrimRule
+from tests.helpers.models import POCKET
+
+pytest.importorskip("vllm")
+
+from vllm import SamplingParams
+from vllm.engine.arg_utils import EngineArgs
+from vllm.utils.hashing import sha256
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+from vllm.v1.structured_output import StructuredOutputManager
+
+from kvprofile.runtime import stats, stream_cache
+from kvprofile.runtime.backend import TrimmedView
+from kvprofile.runtime.settings import SHARED
+
+BLOCK, BLOCKS, ROWS, LONGEST = 8, 56, 8, 160
+GROUPS = ("full", "stream", "stream")
+
+
+@pytest.fixture(scope="module")
+def config():
+    stats.share()
+    stream_cache.register()
+    init_none_hash(sha256)
+    arguments = EngineArgs(
+        model=str(POCKET), max_model_len=LONGEST, max_num_batched_tokens=48, max_num_seqs=ROWS, block_size=32
+    )
+    yield arguments.create_engine_config()
+    del os.environ[SHARED]
+    stats.counters.cache_clear()
+
+
+def make_scheduler(kind, config, rule, caching):
+    shape = {"block_size": BLOCK, "num_kv_heads": 1, "head_size": 32, "dtype": torch.float32}
+    trim = {"sink_tokens": rule.sink_tokens, "recent_tokens": rule.recent_tokens}
+    specs = {"full": FullAttentionSpec(**shape), "stream": stream_cache.StreamSpec(**shape, **trim)}
+    groups = [KVCacheGroupSpec([f"layer.{i}"], specs[name]) for i, name in enumerate(GROUPS)]
+    pool = KVCacheConfig(num_blocks=BLOCKS, kv_cache_tensors=[], kv_cache_groups=groups)
+    config.cache_config.num_gpu_blocks = BLOCKS
+    config.cache_config.enable_prefix_caching = caching
+    manager = StructuredOutputManager(config)
+    return kind(config, pool, manager, block_size=BLOCK, hash_block_size=BLOCK, log_stats=True)
+
+
+def generated(name, position):
+    return random.Random(f"{name}:{position}").randrange(1000)
+
+
+class Worker:
+    """Block tables, the pool's contents, and checks on every read."""
+
+    def __init__(self, rule, v2):
+        self.rule, self.v2 = rule, v2
+        self.tables, self.tokens, self.prompt, self.prefill_end = {}, {}, {}, {}
+        self.pool = {}
+        self.view = TrimmedView(rule, 2 * ROWS, torch.device("cpu"))
+        self.trimmed_rows = 0
+
+    def run(self, output, requests):
+        for new in output.scheduled_new_reqs:
+            self.admit(requests[new.req_id], new.block_ids)
+        cached = output.scheduled_cached_reqs
+        for name, blocks in zip(cached.req_ids, cached.new_block_ids, strict=True):
+            if name in cached.resumed_req_ids:
+                self.admit(requests[name], blocks)
+            elif blocks is not None:
+                for table, more in zip(self.tables[name], blocks, strict=True):
+                    table.extend(more)
+        starts = dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        starts |= {new.req_id: new.num_computed_tokens for new in output.scheduled_new_reqs}
+        rows = [(name, starts[name], count) for name, count in output.num_scheduled_tokens.items()]
+        skips = self.skipped(rows)
+        for name, start, count in rows:
+            self.write(name, start, count, skips[name])
+        for group in range(len(GROUPS)):
+            self.read(group, rows, skips)
+        return self.sample(rows)
+
+    def admit(self, request, blocks):
+        name = request.request_id
+        self.tables[name] = [list(group) for group in blocks]
+        self.tokens[name] = list(request.all_token_ids)
+        self.prompt[name], self.prefill_end[name] = request.num_prompt_tokens, request.num_tokens
+
+    def flagged(self, name, start):
+        return start < (self.prefill_end[name] if self.v2 else self.prompt[name])
+
+    def skipped(self, rows):
+        """Blocks that the rule leaves out of each row, said in plain Python."""
+        found = {}
+        for name, start, count in rows:
+            decodes = count == 1 and not self.flagged(name, start)
+            found[name] = self.rule.first_recent_block(start) - self.rule.sink_blocks if decodes else 0
+        return found
+
+    def identity(self, name, position):
+        """What a slot holds: the hash of a prefix, which is what prefix caching goes by."""
+        return hash(tuple(self.tokens[name][: position + 1]))
+
+    def write(self, name, start, count, skipped):
+        for position in range(start, start + count):
+            for group, table in enumerate(self.tables[name]):
+                slot = (table[position // BLOCK], position % BLOCK)
+                assert slot[0] != 0, "a row writes into the null block"
+                self.pool[slot] = (group, self.identity(name, position), not skipped)
+
+    def read(self, group, rows, skips):
+        stream = GROUPS[group] == "stream"
+        table, lengths = self.raw(group, rows)
+        if stream:
+            seen = self.view.of(self.metadata(rows, table, lengths))
+            table, lengths = seen.block_table_tensor, seen.seq_lens
+        for row, (name, start, count) in enumerate(rows):
+            last = start + count - 1
+            trimmed = stream and skips[name] > 0
+            positions = [k for k in range(last + 1) if not trimmed or self.rule.sees(last, k)]
+            self.trimmed_rows += trimmed
+            assert int(lengths[row]) == len(positions)
+            for place, position in enumerate(positions):
+                block = int(table[row, place // BLOCK])
+                where, what, whole = self.pool.get((block, place % BLOCK), (None, None, None))
+                assert (where, what) == (group, self.identity(name, position)), f"{name} reads a foreign slot"
+                assert whole or position >= self.prompt[name], "part of a prompt was computed on a trimmed cache"
+
+    def raw(self, group, rows):
+        table = torch.zeros(ROWS + 3, LONGEST // BLOCK, dtype=torch.int32)
+        lengths = torch.zeros(ROWS + 3, dtype=torch.int32)
+        for row, (name, start, count) in enumerate(rows):
+            blocks = self.tables[name][group]
+            table[row, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
+            lengths[row] = start + count
+        return table, lengths
+
+    def metadata(self, rows, table, lengths):
+        """As the runners give it: V2 pads the batch for CUDA graphs and leaves the flags unpadded."""
+        padded = len(rows) + (3 if self.v2 else 0)
+        counts = torch.tensor([0, *(count for _, _, count in rows), *([0] * (padded - len(rows)))])
+        starts = counts.cumsum(0).to(torch.int32)
+        flags = torch.tensor([self.flagged(name, start) for name, start, _ in rows], dtype=torch.bool)
+        return CommonAttentionMetadata(
+            query_start_loc=starts,
+            query_start_loc_cpu=starts,
+            seq_lens=lengths[:padded],
+            seq_lens_cpu_upper_bound=lengths[:padded].clone(),
+            num_reqs=padded,
+            num_actual_tokens=int(starts[-1]),
+            max_query_len=int(counts.max()),
+            max_seq_len=LONGEST,
+            block_table_tensor=table[:padded],
+            slot_mapping=torch.empty(0),
+            is_prefilling=flags,
+        )
+
+    def sample(self, rows):
+        sampled = []
+        for name, start, count in rows:
+            done = start + count == len(self.tokens[name])
+            sampled.append([generated(name, start + count)] if done else [])
+            self.tokens[name] += sampled[-1]
+        names = [name for name, _, _ in rows]
+        return ModelRunnerOutput(names, {name: i for i, name in enumerate(names)}, sampled)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("v2", [False, True], ids=["v1", "v2"])
+@pytest.mark.parametrize("kind", [Scheduler, AsyncScheduler])
+def test_no_step_reads_a_freed_or_foreign_block(config, kind, v2, seed):
+    rng = random.Random(f"{kind.__name__}:{v2}:{seed}")
+    rule = TrimRule(rng.choice((0, 5, 16)), rng.choice((1, 9, 24, 60)), BLOCK)
+    scheduler = make_scheduler(kind, config, rule, caching=rng.random() < 0.7)
+    hasher = get_request_block_hasher(BLOCK, sha256)
+    worker, in_flight = Worker(rule, v2), deque()
+    shared = [rng.randrange(1000) for _ in range(100)]
+    reclaimed = stats.read()["kv_blocks_reclaimed_total"]
+    preemptions = finished = 0
+    for step in range(500):
+        while step < 200 and len(scheduler.requests) < 7 and rng.random() < 0.5:
+            prompt = shared[: rng.choice((0, 8, 16, 35))] + [rng.randrange(1000) for _ in range(rng.randrange(1, 60))]
+            options = SamplingParams(max_tokens=rng.choice((1, 5, 40, 50)), ignore_eos=True)
+            scheduler.add_request(Request(f"{seed}-{step}-{rng.random()}", prompt, options, None, block_hasher=hasher))
+        if scheduler.requests and rng.random() < 0.01:
+            scheduler.finish_requests(rng.choice(list(scheduler.requests)), RequestStatus.FINISHED_ABORTED)
+        output = scheduler.schedule()
+        preemptions += len(output.preempted_req_ids or ())
+        finished += len(output.finished_req_ids)
+        in_flight.append((output, worker.run(output, scheduler.requests)))
+        if kind is Scheduler or len(in_flight) == 2:
+            scheduler.update_from_output(*in_flight.popleft())
+        if step > 200 and not scheduler.requests:
+            break
+    while in_flight:
+        scheduler.update_from_output(*in_flight.popleft())
+    assert not scheduler.requests
+    assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == BLOCKS - 1
+    managers = scheduler.kv_cache_manager.coordinator.single_type_managers
+    assert not any(manager._prefill_end for manager in managers if isinstance(manager, stream_cache.StreamManager))
+    assert stats.read()["kv_blocks_reclaimed_total"] > reclaimed
+    assert preemptions > 0
+    assert finished > 5
+    assert worker.trimmed_rows > 50
+
+
+def test_no_host_synchronisation_and_buffers_stay(config):
+    """The view's results live where CUDA graphs captured them, whatever the batch."""
+    del config
+    view = TrimmedView(TrimRule(16, 24, BLOCK), ROWS, torch.device("cpu"))
+    worker = Worker(TrimRule(16, 24, BLOCK), v2=True)
+    for name, length in (("a", 100), ("b", 30)):
+        worker.tables[name] = [list(range(1, 20))] * 3
+        worker.prompt[name] = worker.prefill_end[name] = length
+        worker.tokens[name] = [0] * (length + 1)
+    places = set()
+    for rows in ([("a", 100, 1), ("b", 30, 1)], [("b", 30, 1)], [("a", 10, 20)]):
+        seen = view.of(worker.metadata(rows, *worker.raw(1, rows)))
+        assert seen.max_seq_len == LONGEST  # the incoming bound, not a value read back from the device
+        places.add((seen.block_table_tensor.data_ptr(), seen.seq_lens.data_ptr()))
+    assert len(places) == 1
