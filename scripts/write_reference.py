@@ -7,7 +7,6 @@ code does not do. With --check nothing is written and a stale page ends with exi
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 import sys
 import tempfile
@@ -111,12 +110,9 @@ def files() -> str:
     parts += [
         "## Runtime file\n",
         f"`kvprofile export --format vllm` writes it: `format` is `{runtime_file.FORMAT}`, `version` is "
-        f"{runtime_file.VERSION}. `full_heads` has for each layer its full KV heads in rising order, null where it "
-        "slides; `kv_head_order` the order in which heads are dealt to ranks, null for the model's own.\n",
+        f"{runtime_file.VERSION}.\n",
+        *_fields(runtime_file.RuntimeFile),
     ]
-    for kind in (runtime_file.RuntimeFile, runtime_file.RuntimeModel, runtime_file.RuntimeProvenance):
-        rows = [(f"`{f.name}`", f"`{f.type}`".replace("|", "or")) for f in dataclasses.fields(kind)]
-        parts += [f"### {kind.__name__}\n", _table(("field", "type"), rows)]
     return "\n".join(parts)
 
 

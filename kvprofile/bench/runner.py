@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 from collections.abc import Sequence
@@ -15,12 +14,10 @@ from kvprofile.bench.leg_store import RECORD, LegStore
 from kvprofile.bench.legs import LegOutcome, LegRun, Say, documents_of
 from kvprofile.bench.scenario import BASELINE, BenchPlan, LegPlan
 from kvprofile.bench.verifiers import judge
-from kvprofile.budget import runtime_file, store
+from kvprofile.budget import servable
 from kvprofile.budget.allocate import Constraints, effective_retention
-from kvprofile.budget.formats.base import Export
-from kvprofile.budget.formats.vllm import runtime
-from kvprofile.budget.profile import FULL_ATTENTION, mean_budget
-from kvprofile.budget.runtime_file import RuntimeFile
+from kvprofile.budget.profile import FULL_ATTENTION, Profile, mean_budget
+from kvprofile.budget.servable import ServableBudget
 from kvprofile.errors import MOST_CHARACTERS, InputError, plain
 from kvprofile.records import provenance, record, run_files
 
@@ -108,7 +105,7 @@ def _leg(
     plan: BenchPlan, leg: LegPlan, repetition: int, outcome: LegOutcome, began: str, reason: str | None, profile: Path
 ) -> record.Leg:
     local = leg.kind == "local"
-    budget = _runtime_file(plan, leg, profile)
+    budget = _budget(plan, leg, profile)
     rows = sorted(outcome.rows, key=lambda row: row.start_s or 0.0)
     load = plan.load
     return record.Leg(
@@ -120,7 +117,7 @@ def _leg(
         started=began,
         compressed=leg.retention is not None if local else None,
         retention_asked=(leg.retention if leg.retention is not None else 1.0) if local else None,
-        retention_realised=(mean_budget(budget.budgets()) if budget is not None else 1.0) if local else None,
+        retention_realised=(mean_budget(budget.heads) if budget is not None else 1.0) if local else None,
         provider=None if leg.provider is None else leg.provider.name,
         engine=outcome.facts.get("engine"),
         model=plain(outcome.model or _model_of(plan, leg))[:200] or "unknown",
@@ -206,34 +203,31 @@ def _cost(leg: LegPlan, outcome: LegOutcome) -> record.Cost | None:
     )
 
 
-def _runtime_file(plan: BenchPlan, leg: LegPlan, profile: Path) -> RuntimeFile | None:
+def _budget(plan: BenchPlan, leg: LegPlan, profile: Path) -> ServableBudget | None:
     """The budgets that a leg is served with, as the runtime makes them of the profile."""
     if leg.kind == "remote" or leg.retention is None or plan.profile is None:
         return None
     return budget_at(profile, leg.retention, plan.engine.tensor_parallel_size)
 
 
-def budget_at(path: Path, retention: float, tensor_parallel_size: int) -> RuntimeFile:
+def budget_at(path: Path, retention: float, tensor_parallel_size: int) -> ServableBudget:
     """The heads that a budget file keeps at a retention, or a runtime file of that retention. Raises InputError."""
-    try:
-        is_runtime = "format" in json.loads(path.read_bytes())
-    except (OSError, ValueError, TypeError, RecursionError):
-        is_runtime = False
-    if not is_runtime:
-        return runtime(Export(store.load(path), Constraints(tensor_parallel_size=tensor_parallel_size), retention))
-    found = runtime_file.load(path)
-    if found.provenance.retention_asked != retention:
-        raise InputError(f"{path} is for retention {found.provenance.retention_asked:g}, a leg asks for {retention:g}")
-    return found
+    found = servable.read(path)
+    if isinstance(found, Profile):
+        return servable.of_profile(found, retention, Constraints(tensor_parallel_size=tensor_parallel_size))
+    kept = servable.of_runtime_file(found)
+    if kept.retention_asked != retention:
+        raise InputError(f"{path} is for retention {kept.retention_asked:g}, a leg asks for {retention:g}")
+    return kept
 
 
-def _heads(plan: BenchPlan, budget: RuntimeFile | None) -> record.Heads | None:
+def _heads(plan: BenchPlan, budget: ServableBudget | None) -> record.Heads | None:
     if budget is None:
         return None
     return record.Heads(
-        budgets=budget.budgets(),
-        method=budget.provenance.method,
-        statistic=budget.provenance.statistic,
+        budgets=budget.heads,
+        method=budget.method,
+        statistic=budget.statistic,
         profile_sha256=plan.profile_sha256,
         sink_tokens=budget.sink_tokens,
         recent_tokens=budget.recent_tokens,

@@ -1,4 +1,4 @@
-"""From head scores to per-head budgets at a retention: which KV heads keep the whole context.
+"""From head scores to per-head budgets at a retention: the arithmetic behind ``budget.choice``, on matrices alone.
 
 Retention r of n profiled heads gives exactly round(r * n) full heads, halves rounded up. Heads are ranked by score,
 then by tie-break statistics in the order given, then by (layer, head), so equal scores never make the result depend
@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
-from kvprofile.budget.profile import PRESETS, HeadBudgets, Matrix, Profile, Scores, mean_budget, retention_key
+from kvprofile.budget.profile import PRESETS, HeadBudgets, Matrix, Scores, mean_budget, retention_key
 from kvprofile.errors import InputError
 
 Place: TypeAlias = tuple[int, int]
@@ -33,21 +33,6 @@ def ranking(scores: Matrix, tie_breaks: Sequence[Matrix] = ()) -> list[Place]:
         return tuple(-(matrix[layer][head] or 0.0) for matrix in (scores, *tie_breaks))
 
     return sorted(heads, key=lambda place: (key(place), place))
-
-
-def has_scores(profile: Profile) -> bool:
-    """Whether the numbers of a profile rank heads. Those of an imported runtime file are 1 for full, 0 for trimmed."""
-    source = profile.scoring.imported_from
-    return source is None or source.format != "vllm"
-
-
-def require_scores(profile: Profile) -> None:
-    """Raise InputError where heads would be chosen by score and the profile has none."""
-    if not has_scores(profile):
-        raise InputError(
-            f"{profile.model.name} was imported from a runtime file, which holds no scores; "
-            f"only retention {', '.join(profile.budgets)} is known, and only as it stands"
-        )
 
 
 def require_retention(retention: float) -> None:
@@ -96,27 +81,25 @@ class Constraints:
     tensor_parallel_size: t ranks; KV heads are dealt to them in order, G/t each. Every rank builds the same cache
         layout, so every rank must hold the same number of full heads of a layer. With t > G each rank holds one
         replicated head, so a layer is full or trimmed as a whole; t = G comes to the same.
-    permute_heads: a layer's KV heads may be dealt to the ranks in another order. That frees the choice of heads
-        but not their number, which stays a multiple of t.
     pipeline_stages: layers of each pipeline stage. A stage holds whole layers and has its own pool, and the tightest
         pool bounds all, so the stages' numbers of full heads are kept as near to equal as their layers allow.
-    heads_per_group: consecutive KV heads of a layer that share one fate.
     """
 
     floor: int = 0
     tensor_parallel_size: int = 1
-    permute_heads: bool = False
     pipeline_stages: tuple[int, ...] = ()
-    heads_per_group: int = 1
+
+
+UNCONSTRAINED = Constraints()
 
 
 @dataclass(frozen=True)
 class Allocation:
     """Budgets under constraints, and what the constraints cost.
 
-    The cost is counted against the unconstrained choice of as many heads: how many of its heads had to be exchanged,
-    and which share of its summed score is kept. ``kv_head_order[layer][i]`` is the KV head that moves to position i
-    before the heads are dealt to ranks; None without permutation. Budgets are in the model's own order always.
+    The cost is counted against the unconstrained choice of as many heads: ``heads_exchanged`` of its heads had to
+    be exchanged, and ``score_share`` of its summed score is kept. ``reason`` says why the choice is not simply the
+    best heads at the asked retention; null where it is.
     """
 
     budgets: HeadBudgets
@@ -127,7 +110,6 @@ class Allocation:
     heads_exchanged: int
     score_share: float
     stage_full_heads: tuple[int, ...]
-    kv_head_order: tuple[tuple[int, ...] | None, ...] | None
 
 
 def pipeline_split(layers: int, stages: int) -> tuple[int, ...]:
@@ -143,7 +125,7 @@ def pipeline_split(layers: int, stages: int) -> tuple[int, ...]:
 
 
 def allocate_within(
-    scores: Matrix, retention: float, constraints: Constraints = Constraints(), tie_breaks: Sequence[Matrix] = ()
+    scores: Matrix, retention: float, constraints: Constraints = UNCONSTRAINED, tie_breaks: Sequence[Matrix] = ()
 ) -> Allocation:
     """Budgets at the feasible retention nearest to the asked one (the higher of two equally near).
 
@@ -167,27 +149,44 @@ def allocate_within(
     taken = min(max(nearest, least), len(order))
     full = {place for unit in order[:taken] for place in unit}
     reason = _reason(asked_heads, len(full), unit_heads, constraints, at_floor=taken == least and nearest < least)
-    found = _costed(scores, retention, full, ranked, stages, reason)
-    if not constraints.permute_heads:
-        return found
-    return replace(found, kv_head_order=_kv_head_order(found.budgets.heads, constraints))
+    return _costed(scores, retention, full, ranked, stages, reason)
 
 
 def as_given(
-    scores: Matrix, retention: float, heads: Matrix, tie_breaks: Sequence[Matrix] = (), reason: str | None = None
+    scores: Matrix, retention: float, given: HeadBudgets, tie_breaks: Sequence[Matrix] = (), reason: str | None = None
 ) -> Allocation:
-    """Budgets [L][G] that were chosen elsewhere, kept as they are, with their cost against the choice by score."""
-    found = _costed(scores, retention, _full(heads), ranking(scores, tie_breaks), [range(len(scores))], reason)
-    return replace(found, budgets=HeadBudgets(heads=heads, retention_realised=mean_budget(heads)))
+    """Budgets that were chosen elsewhere, kept as they are, with their cost against the choice by score."""
+    full = full_places(given.heads)
+    found = _costed(scores, retention, full, ranking(scores, tie_breaks), [range(len(scores))], reason)
+    return replace(found, budgets=given)
+
+
+def satisfies(heads: Matrix, constraints: Constraints) -> bool:
+    """Whether whole heads [L][G] keep to the floor and give every rank equally many full heads of each layer.
+
+    The balance of pipeline stages is a preference of ``allocate_within`` and not asked here. Raises InputError for
+    ranks that the heads cannot be dealt to.
+    """
+    ranks = _ranks(constraints, len(heads[0]))
+    share = len(heads[0]) // ranks
+    for row in heads:
+        if row[0] is None:
+            continue
+        full = [value == 1.0 for value in row]
+        per_rank = {sum(full[first : first + share]) for first in range(0, len(full), share)}
+        if len(per_rank) > 1 or sum(full) < constraints.floor:
+            return False
+    return True
 
 
 def heads_that_differ(one: Matrix, other: Matrix) -> int:
     """How many heads are full in one choice only; two heads that changed places count once."""
-    first, second = _full(one), _full(other)
+    first, second = full_places(one), full_places(other)
     return max(len(first - second), len(second - first))
 
 
-def _full(heads: Matrix) -> set[Place]:
+def full_places(heads: Matrix) -> set[Place]:
+    """Heads of [L][G] that keep the whole context."""
     return {(layer, head) for layer, row in enumerate(heads) for head, value in enumerate(row) if value == 1.0}
 
 
@@ -207,7 +206,6 @@ def _costed(
         heads_exchanged=len(full.difference(free_choice)),
         score_share=_score_sum(scores, full) / best if best > 0 else 1.0,
         stage_full_heads=tuple(sum(layer in stage for layer, _ in full) for stage in stages),
-        kv_head_order=None,
     )
 
 
@@ -222,44 +220,29 @@ def _score_sum(scores: Matrix, places: Iterable[Place]) -> float:
     return math.fsum(scores[layer][head] or 0.0 for layer, head in places)
 
 
-def _ranks_and_groups(constraints: Constraints, kv_heads: int) -> tuple[int, int]:
-    """(ranks that hold different heads, heads of an indivisible group), or InputError where they do not fit G."""
-    size, group = constraints.tensor_parallel_size, constraints.heads_per_group
+def _ranks(constraints: Constraints, kv_heads: int) -> int:
+    """Ranks that hold different heads, min(t, G). Raises InputError where t ranks cannot share G heads evenly."""
+    size = constraints.tensor_parallel_size
     if size < 1 or (kv_heads % size and size % kv_heads):
         raise InputError(
             f"tensor-parallel size {size} does not deal {kv_heads} KV heads evenly; use a divisor or a multiple"
         )
-    ranks = min(size, kv_heads)
-    per_rank = kv_heads // ranks
-    if group < 1 or kv_heads % group or (per_rank % group and group % per_rank):
-        raise InputError(
-            f"groups of {group} KV heads do not fit {kv_heads} KV heads on {ranks} ranks; use a divisor of {per_rank}"
-        )
-    return ranks, group
+    return min(size, kv_heads)
 
 
 def _units(scores: Matrix, constraints: Constraints, tie_breaks: Sequence[Matrix]) -> dict[int, list[Unit]]:
-    """By profiled layer, the steps in which it can gain full heads, best first: one group of heads on every rank."""
+    """By profiled layer, the steps in which it can gain full heads, best first: one head on every rank."""
     kv_heads = len(scores[0])
-    ranks, group = _ranks_and_groups(constraints, kv_heads)
+    share = kv_heads // _ranks(constraints, kv_heads)
     matrices = (scores, *tie_breaks)
     found: dict[int, list[Unit]] = {}
     for layer, row in enumerate(scores):
         if row[0] is None:
             continue
-        groups = [tuple((layer, h) for h in range(first, first + group)) for first in range(0, kv_heads, group)]
-        if len(groups) % ranks:  # a group spans ranks: equal ranks are then all full or all trimmed
-            found[layer] = [tuple(place for each in groups for place in each)]
-            continue
-        if constraints.permute_heads:
-            best_first = sorted(groups, key=lambda each: (_key(matrices, each), each))
-            steps = [best_first[first : first + ranks] for first in range(0, len(groups), ranks)]
-        else:
-            share = len(groups) // ranks
-            dealt = [groups[first : first + share] for first in range(0, len(groups), share)]
-            dealt = [sorted(own, key=lambda each: (_key(matrices, each), each)) for own in dealt]
-            steps = [list(step) for step in zip(*dealt, strict=True)]
-        found[layer] = [tuple(place for each in step for place in each) for step in steps]
+        # each rank's heads of this layer, its best first; a step takes the next one of every rank
+        dealt = [[(layer, head) for head in range(first, first + share)] for first in range(0, kv_heads, share)]
+        dealt = [sorted(own, key=lambda place: (_key(matrices, (place,)), place)) for own in dealt]
+        found[layer] = [tuple(step) for step in zip(*dealt, strict=True)]
     return found
 
 
@@ -284,8 +267,10 @@ def _admission_order(
     units: dict[int, list[Unit]], floor_units: int, stages: list[range], matrices: Sequence[Matrix]
 ) -> list[Unit]:
     """All units in the order in which a rising retention admits them; each layer's floor comes first."""
+    # every layer's floor comes first, whatever its scores
     order = [unit for steps in units.values() for unit in steps[:floor_units]]
     admitted = [floor_units * sum(layer in units for layer in stage) for stage in stages]
+    # one heap for each stage: the next unit of each of its layers, best score first
     waiting: list[list[tuple[tuple[float, ...], int, int]]] = [
         [
             (_key(matrices, units[layer][floor_units]), layer, floor_units)
@@ -297,6 +282,7 @@ def _admission_order(
     for heap in waiting:
         heapq.heapify(heap)
     while any(waiting):
+        # the stage with the fewest full heads admits next; its layer then offers its following unit
         stage = min((i for i, heap in enumerate(waiting) if heap), key=lambda i: (admitted[i], waiting[i][0]))
         _, layer, step = heapq.heappop(waiting[stage])
         order.append(units[layer][step])
@@ -312,41 +298,10 @@ def _reason(asked: int, full: int, unit_heads: int, constraints: Constraints, *,
         return None
     if at_floor:
         return f"{constraints.floor} full heads in every layer need {full} heads, {asked} were asked for"
-    causes = []
-    if constraints.tensor_parallel_size > 1:
-        causes.append(f"tensor-parallel size {constraints.tensor_parallel_size}")
-    if constraints.heads_per_group > 1:
-        causes.append(f"groups of {constraints.heads_per_group} heads")
-    by = " with ".join(causes)
-    return f"{by} makes a layer's heads full {unit_heads} at a time; {full} heads are nearest to the {asked} asked for"
-
-
-def _kv_head_order(heads: Matrix, constraints: Constraints) -> tuple[tuple[int, ...] | None, ...]:
-    """By layer, an order of the KV heads that gives every rank equally many full ones, with the fewest moves.
-
-    Heads stay where they are, but for full groups of ranks that have too many, each swapped with a trimmed group of
-    a rank that has too few.
-    """
-    ranks, group = _ranks_and_groups(constraints, len(heads[0]))
-    orders: list[tuple[int, ...] | None] = []
-    for row in heads:
-        if row[0] is None:
-            orders.append(None)
-            continue
-        is_full = [row[first] == 1.0 for first in range(0, len(row), group)]
-        order = list(range(len(is_full)))
-        if len(is_full) % ranks == 0:
-            share, wanted = len(is_full) // ranks, sum(is_full) // ranks
-            surplus, spare = [], []
-            for first in range(0, len(is_full), share):
-                own = range(first, first + share)
-                full = [i for i in own if is_full[i]]
-                surplus += full[wanted:]
-                spare += [i for i in own if not is_full[i]][share - wanted :]
-            for one, other in zip(surplus, spare, strict=True):
-                order[one], order[other] = other, one
-        orders.append(tuple(i * group + offset for i in order for offset in range(group)))
-    return tuple(orders)
+    return (
+        f"tensor-parallel size {constraints.tensor_parallel_size} makes a layer's heads full {unit_heads} at a time; "
+        f"{full} heads are nearest to the {asked} asked for"
+    )
 
 
 def _key(matrices: Sequence[Matrix], places: Iterable[Place]) -> tuple[float, ...]:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from kvprofile.budget.allocate import effective_retention, full_head_count, has_scores, require_scores
+from kvprofile.budget.allocate import Constraints, effective_retention, full_head_count, full_places
+from kvprofile.budget.choice import choose, has_scores
 from kvprofile.budget.model_shape import Decision, ModelShape
-from kvprofile.budget.profile import PRESETS, Geometry, retention_key
+from kvprofile.budget.profile import PRESETS, Geometry, Profile
 from kvprofile.errors import InputError
 
 DEFAULT_RETENTIONS = (1.0, *PRESETS)
@@ -136,16 +137,15 @@ def plan(
     weights_per_gpu = None if weights is None else math.ceil(weights / tensor_parallel_size)
     pool = None if weights_per_gpu is None else math.floor(gpu.memory_bytes * memory_utilization) - weights_per_gpu
     per_token = kv_bytes_per_token(geometry, DTYPES[cache_dtype])
-    rows = tuple(
-        _row(shape, retention, context_tokens, holders, DTYPES[cache_dtype], pool)
-        for retention in sorted({1.0, *(retentions or _default_retentions(shape))}, reverse=True)
-    )
+    wanted = sorted({1.0, *(retentions or _default_retentions(shape))}, reverse=True)
+    rows = tuple(_row(shape, retention, context_tokens, holders, DTYPES[cache_dtype], pool) for retention in wanted)
     decisions = [
         *shape.decisions,
         dtype_decision,
         weight_decision,
         Decision("gpu memory", f"{gpu.memory_bytes / 2**30:.1f} GiB", gpu.reason),
         *_warnings(shape, context_tokens, tensor_parallel_size, cache_dtype),
+        *_fraction_warnings(shape.profile, wanted, holders),
     ]
     return Capacity(
         model=shape.name,
@@ -218,16 +218,13 @@ def _row(
     shape: ModelShape, retention: float, context_tokens: int, holders: int, dtype_bytes: int, pool: int | None
 ) -> CapacityAtRetention:
     heads = len(shape.geometry.profiled_layers) * shape.geometry.kv_heads
-    # every rank holds equally many full heads of a layer, so full heads come in multiples of the ranks
-    full_heads = full_head_count(retention, heads // holders) * holders
-    realised = full_heads / heads
-    if shape.profile is not None:
-        stored = shape.profile.budgets.get(retention_key(retention)) if holders == 1 else None
-        if stored is not None:
-            realised = stored.retention_realised
-            full_heads = sum(value == 1.0 for row in stored.heads for value in row)
-        elif retention < 1.0:
-            require_scores(shape.profile)
+    if shape.profile is not None and retention < 1.0:
+        choice = choose(shape.profile, retention, Constraints(tensor_parallel_size=holders))
+        full_heads, realised = len(full_places(choice.heads)), choice.retention_realised
+    else:
+        # every rank holds equally many full heads of a layer, so full heads come in multiples of the ranks
+        full_heads = full_head_count(retention, heads // holders) * holders
+        realised = full_heads / heads
     effective = effective_retention(realised, shape.sink_tokens, shape.recent_tokens, context_tokens)
     whole = kv_bytes_read_per_step(shape, 1.0, context_tokens, dtype_bytes)
     held = kv_bytes_read_per_step(shape, effective, context_tokens, dtype_bytes)
@@ -252,6 +249,16 @@ def _default_retentions(shape: ModelShape) -> Sequence[float]:
     if shape.profile is None or has_scores(shape.profile):
         return DEFAULT_RETENTIONS
     return [float(key) for key in shape.profile.budgets]
+
+
+def _fraction_warnings(profile: Profile | None, retentions: Sequence[float], holders: int) -> Iterator[Decision]:
+    """Rows that no runtime can serve yet: those whose budgets keep a part of a head's context."""
+    for retention in retentions:
+        if profile is None or retention == 1.0:
+            continue
+        if choose(profile, retention, Constraints(tensor_parallel_size=holders)).first_fraction is not None:
+            why = f"the file holds fractions of heads at retention {retention:g}; only whole heads can be served"
+            yield Decision("row counted, not servable", f"{retention:g}", why)
 
 
 def _holders(geometry: Geometry, size: int) -> int:

@@ -6,8 +6,9 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from kvprofile.budget.allocate import allocate, full_head_count, has_scores, ranking, require_retention, require_scores
-from kvprofile.budget.profile import PRESETS, HeadBudgets, Matrix, Profile, retention_key
+from kvprofile.budget.allocate import full_head_count, ranking
+from kvprofile.budget.choice import choose, has_scores, ranking_scores, tie_breaks
+from kvprofile.budget.profile import PRESETS, Matrix, Profile
 from kvprofile.errors import InputError
 
 
@@ -106,31 +107,6 @@ def comparability_warnings(before: Profile, after: Profile) -> Iterator[str]:
             yield f"{whose} its {', '.join(what for what in old if what in absent)}"
 
 
-def ranking_scores(profile: Profile) -> Matrix:
-    """The scores [L][G] that rank the heads of a profile."""
-    return profile.scores.statistics()[profile.scoring.statistic]
-
-
-def tie_breaks(profile: Profile, statistic: str) -> list[Matrix]:
-    """The other statistics of a profile, [L][G] each, which order heads whose scores are equal."""
-    return [matrix for name, matrix in profile.scores.statistics().items() if name != statistic]
-
-
-def budgets_at(profile: Profile, retention: float, statistic: str | None = None) -> HeadBudgets:
-    """The file's own budgets at a retention or, where it holds none, budgets allocated now from its scores.
-
-    Another ``statistic`` than the file's own ranks anew in any case. Raises InputError unless 0 < retention <= 1, and
-    where the file has neither; KeyError for a statistic that it does not hold.
-    """
-    require_retention(retention)
-    name = statistic or profile.scoring.statistic
-    stored = profile.budgets.get(retention_key(retention))
-    if stored is not None and name == profile.scoring.statistic:
-        return stored
-    require_scores(profile)
-    return allocate(profile.scores.statistics()[name], retention, tie_breaks(profile, name))
-
-
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float | None:
     """Spearman's rank correlation: Pearson's on ranks, equal values sharing their mean rank.
 
@@ -159,7 +135,7 @@ def _average_ranks(values: Sequence[float]) -> list[float]:
 
 def _at(before: Profile, after: Profile, retention: float, heads: int) -> DiffAtRetention:
     count = full_head_count(retention, heads)
-    old, new = budgets_at(before, retention), budgets_at(after, retention)
+    old, new = choose(before, retention), choose(after, retention)
     overlap = None
     if count and has_scores(before) and has_scores(after):
         left, right = (

@@ -52,7 +52,7 @@ def render(
     """Warnings first, then agreement, the scores of both, and the heads that change at the mapped retentions."""
     from rich.text import Text
 
-    from kvprofile.budget.allocate import has_scores
+    from kvprofile.budget.choice import has_scores
 
     (before_file, before), (after_file, after) = first, second
     geometry = before.model.geometry
@@ -79,7 +79,7 @@ def render(
 def _render_scores(before: Profile, after: Profile, console: Console) -> None:
     from rich.text import Text
 
-    from kvprofile.budget.profile_diff import ranking_scores
+    from kvprofile.budget.choice import ranking_scores
     from kvprofile.cli import heatmap
 
     geometry = before.model.geometry
@@ -96,7 +96,7 @@ def _render_scores(before: Profile, after: Profile, console: Console) -> None:
 def _render_changes(before: Profile, after: Profile, at: DiffAtRetention, console: Console) -> None:
     from rich.text import Text
 
-    from kvprofile.budget.profile_diff import budgets_at
+    from kvprofile.budget.choice import choose
     from kvprofile.cli import heatmap
 
     geometry = before.model.geometry
@@ -110,7 +110,7 @@ def _render_changes(before: Profile, after: Profile, at: DiffAtRetention, consol
             console.print(Text(f"layer {head.layer}, KV head {head.kv_head}: {moved}"))
     legend = f"{heatmap.GAINED} keeps more in B   {heatmap.LOST} keeps less in B   "
     console.print(Text(f"{legend}{heatmap.FULL} full in both   {heatmap.TRIMMED} trimmed in both"))
-    cell = heatmap.change_cell(budgets_at(before, at.retention).heads, budgets_at(after, at.retention).heads)
+    cell = heatmap.change_cell(choose(before, at.retention).heads, choose(after, at.retention).heads)
     for row in heatmap.draw(cell, geometry.layers, geometry.kv_heads, console.width):
         console.print(row)
 

@@ -25,15 +25,12 @@ def export(
     ] = 1,
     pipeline_parallel_size: Annotated[int, typer.Option(help="Stages; full heads are balanced over them.", min=1)] = 1,
     floor: Annotated[int, typer.Option(help="Full heads that every layer keeps at least.", min=0)] = 0,
-    permute_heads: Annotated[
-        bool, typer.Option("--permute-heads", help="Let KV heads be dealt to ranks in another order.")
-    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an output that may be another model's.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON.")] = False,
 ) -> None:
     """Write a budget file in the form of vLLM's plugin, KVzip, DuoAttention, LU-KV or a table."""
     from kvprofile.budget import formats
-    from kvprofile.budget.allocate import Constraints, pipeline_split
+    from kvprofile.budget.allocate import UNCONSTRAINED, Constraints, pipeline_split
     from kvprofile.budget.formats.base import Export, refuse_other
     from kvprofile.errors import InputError
 
@@ -43,10 +40,9 @@ def export(
     constraints = Constraints(
         floor=floor,
         tensor_parallel_size=tensor_parallel_size,
-        permute_heads=permute_heads,
         pipeline_stages=pipeline_split(layers, pipeline_parallel_size) if pipeline_parallel_size > 1 else (),
     )
-    if form.holds == "scores" and constraints != Constraints():
+    if form.holds == "scores" and constraints != UNCONSTRAINED:
         raise InputError(f"{form.name} files hold scores, not a choice of heads, so they cannot carry constraints")
     job = Export(found, constraints, retention)
     report = summary(job, form, output)
@@ -61,19 +57,15 @@ def export(
 def summary(job: Export, form: Format, output: Path) -> dict[str, object]:
     """What ``export --json`` prints.
 
-    Figures of a choice of heads are null where the file holds none, ``score_share_permuted`` without constraints too.
+    Figures of a choice of heads are null where the file holds none.
     """
-    from dataclasses import replace
-
-    from kvprofile.budget.allocate import Constraints
+    from kvprofile.budget.allocate import UNCONSTRAINED
     from kvprofile.errors import plain
 
     chosen: Allocation | None = None
-    permuted: Allocation | None = None
     if form.needs_retention or (form.holds == "budgets" and job.retention is not None):
-        chosen = job.asked(fractions=form.holds_fractions)
-        if job.constraints != Constraints():
-            permuted = replace(job, constraints=replace(job.constraints, permute_heads=True)).asked()
+        choose = job.choice if form.holds_fractions else job.whole
+        chosen = choose(job.asked_retention()).allocation
     return {
         "model": job.profile.model.name,
         "format": form.name,
@@ -83,10 +75,10 @@ def summary(job: Export, form: Format, output: Path) -> dict[str, object]:
         "retention_realised": chosen and chosen.budgets.retention_realised,
         "full_heads": chosen and chosen.full_heads,
         "heads": chosen and chosen.heads,
+        "constrained": job.constraints != UNCONSTRAINED,
         "reason": chosen and chosen.reason,
         "heads_exchanged": chosen and chosen.heads_exchanged,
         "score_share": chosen and chosen.score_share,
-        "score_share_permuted": permuted and permuted.score_share,
         "stage_full_heads": chosen and list(chosen.stage_full_heads),
         "advice": form.advice(job),
     }
@@ -100,14 +92,13 @@ def render(report: dict[str, object]) -> None:
             f"{report['full_heads']} of {report['heads']} heads keep the whole context "
             f"(retention {report['retention_asked']:g} asked, {report['retention_realised']:.4f} realised)"
         )
-        constrained = report["score_share_permuted"] is not None
         if report["reason"]:
-            typer.echo(f"{'not as asked: ' if constrained else ''}{report['reason']}")
-        if constrained and report["heads_exchanged"]:
+            typer.echo(f"{'not as asked: ' if report['constrained'] else ''}{report['reason']}")
+        if report["constrained"] and report["heads_exchanged"]:
             heads = "head" if report["heads_exchanged"] == 1 else "heads"
             typer.echo(
                 f"the constraints exchange {report['heads_exchanged']} {heads} and keep {report['score_share']:.1%} of "
-                f"the score that as many heads could have; {report['score_share_permuted']:.1%} with --permute-heads"
+                "the score that as many heads could have"
             )
     if report["advice"]:
         typer.echo(report["advice"])

@@ -26,7 +26,7 @@ def plot(
     as_json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON.")] = False,
 ) -> None:
     """Draw profiles: heat map, sorted scores, full heads of each layer at each retention."""
-    from kvprofile.budget.allocate import require_scores
+    from kvprofile.budget.choice import require_scores
     from kvprofile.files import require_writable
     from kvprofile.report import plots
 

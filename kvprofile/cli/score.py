@@ -158,10 +158,9 @@ def _print_estimate(found: RunEstimate, as_json: bool) -> None:
 def _print_result(made: Profile, target: Path, token_scores: Path | None, as_json: bool) -> None:
     from kvprofile.cli import show
 
-    statistic = made.scoring.statistic
-    budgets, origin = show.budgets_for(made, 0.5, statistic)
+    choice = show.choice_for(made, 0.5, made.scoring.statistic)
     if as_json:
-        result = show.summary(made, statistic, budgets, origin)
+        result = show.summary(made, choice)
         print_json({**result, "file": str(target), "token_scores": str(token_scores) if token_scores else None})
     else:
-        show.render(made, statistic, budgets, origin, stdout_console())
+        show.render(made, choice, stdout_console())

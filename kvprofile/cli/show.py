@@ -12,7 +12,8 @@ from kvprofile.cli.output import load_profile, print_json, stdout_console
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from kvprofile.budget.profile import HeadBudgets, Matrix, Profile
+    from kvprofile.budget.choice import Choice
+    from kvprofile.budget.profile import Matrix, Profile
 
 
 class Statistic(StrEnum):
@@ -38,35 +39,24 @@ def show(
     """Show which KV heads matter and which keep the whole context."""
     found = load_profile(profile)
     name = found.scoring.statistic if statistic is None else statistic.value
-    budgets, origin = budgets_for(found, retention, name)
+    choice = choice_for(found, retention, name)
     if as_json:
-        print_json(summary(found, name, budgets, origin))
+        print_json(summary(found, choice))
     else:
-        render(found, name, budgets, origin, stdout_console())
+        render(found, choice, stdout_console())
 
 
-def budgets_for(profile: Profile, retention: float | None, statistic: str) -> tuple[HeadBudgets, str]:
-    """Budgets at a retention, and where they come from: the file, or allocated now from a statistic.
+def choice_for(profile: Profile, retention: float | None, statistic: str) -> Choice:
+    """The choice at a retention; without one at 0.5 or, where the file has no scores, the one it states nearest to it.
 
-    Without a retention it is 0.5 or, where the file has no scores, the one it states nearest to that. Raises
-    InputError where the file lacks the statistic, has neither budget nor scores, or the retention is outside (0, 1].
+    Raises InputError as ``budget.choice.choose``.
     """
-    from kvprofile.budget.allocate import has_scores
-    from kvprofile.budget.profile import retention_key
-    from kvprofile.budget.profile_diff import budgets_at
-    from kvprofile.errors import InputError
+    from kvprofile.budget.choice import choose, has_scores
 
-    present = profile.scores.statistics()
-    if statistic not in present:
-        raise InputError(
-            f"the profile of {profile.model.name} has no statistic {statistic}; it has {', '.join(present)}"
-        )
     if retention is None:
         stated = [0.5] if has_scores(profile) else map(float, profile.budgets)
         retention = min(stated, key=lambda each: abs(each - 0.5))
-    budgets = budgets_at(profile, retention, statistic)
-    stored = budgets is profile.budgets.get(retention_key(retention))
-    return budgets, "stored in the file" if stored else f"preview, ranked now by {statistic}"
+    return choose(profile, retention, statistic=statistic)
 
 
 def provenance(profile: Profile) -> str:
@@ -93,38 +83,39 @@ def heads_tied_at_the_cut(scores: Matrix, heads: Matrix) -> int:
     return sum(score in split for score, _ in pairs) if len(split) == 1 else 0
 
 
-def summary(profile: Profile, statistic: str, budgets: HeadBudgets, origin: str) -> dict[str, object]:
+def summary(profile: Profile, choice: Choice) -> dict[str, object]:
     """What ``show --json`` prints; ``scores`` are null where the file has none."""
-    from kvprofile.budget.allocate import has_scores
+    from kvprofile.budget.choice import has_scores, ranking_scores
 
+    scores = ranking_scores(profile, choice.statistic)
     return {
         "model": profile.model.name,
         "method": profile.scoring.method,
         "provenance": provenance(profile),
-        "statistic": statistic,
+        "statistic": choice.statistic,
         "geometry": profile.model.geometry.model_dump(mode="json"),
-        "retention_realised": budgets.retention_realised,
-        "budgets": origin,
-        "heads_tied_at_the_cut": heads_tied_at_the_cut(profile.scores.statistics()[statistic], budgets.heads),
+        "retention_realised": choice.retention_realised,
+        "budgets": choice.origin,
+        "heads_tied_at_the_cut": heads_tied_at_the_cut(scores, choice.heads),
         "sink_tokens": profile.runtime.sink_tokens,
         "recent_tokens": profile.runtime.recent_tokens,
-        "heads": budgets.heads,
-        "scores": profile.scores.statistics()[statistic] if has_scores(profile) else None,
+        "heads": choice.heads,
+        "scores": scores if has_scores(profile) else None,
     }
 
 
-def render(profile: Profile, statistic: str, budgets: HeadBudgets, origin: str, console: Console) -> None:
+def render(profile: Profile, choice: Choice, console: Console) -> None:
     """Draw scores and budgets; every line fits 80 columns unless a name is longer."""
     from rich.text import Text
 
-    from kvprofile.budget.allocate import has_scores
+    from kvprofile.budget.choice import has_scores, ranking_scores
     from kvprofile.cli import heatmap
 
     geometry, runtime = profile.model.geometry, profile.runtime
-    scores = profile.scores.statistics()[statistic]
+    scores = ranking_scores(profile, choice.statistic)
     values = sorted(value for row in scores for value in row if value is not None)
-    full = sum(value == 1.0 for row in budgets.heads for value in row)
-    partial = sum(value is not None and 0.0 < value < 1.0 for row in budgets.heads for value in row)
+    full = sum(value == 1.0 for row in choice.heads for value in row)
+    partial = sum(value is not None and 0.0 < value < 1.0 for row in choice.heads for value in row)
 
     def line(text: str = "", style: str = "") -> None:
         console.print(Text(text, style=style))
@@ -134,7 +125,7 @@ def render(profile: Profile, statistic: str, budgets: HeadBudgets, origin: str, 
     line(provenance(profile))
     line()
     if has_scores(profile):
-        line(f"score ({statistic}) from {values[0]:.3g} to {values[-1]:.3g}", "bold")
+        line(f"score ({choice.statistic}) from {values[0]:.3g} to {values[-1]:.3g}", "bold")
         console.print(heatmap.score_legend())
     else:
         line("no scores: a runtime file states the full heads only")
@@ -144,13 +135,13 @@ def render(profile: Profile, statistic: str, budgets: HeadBudgets, origin: str, 
         for row in heatmap.draw(heatmap.score_cell(scores), geometry.layers, geometry.kv_heads, console.width):
             console.print(row)
     line()
-    line(f"{full} of {len(values)} heads keep the whole context (retention {budgets.retention_realised:.3f})", "bold")
-    line(origin)
-    tied = heads_tied_at_the_cut(scores, budgets.heads)
+    line(f"{full} of {len(values)} heads keep the whole context (retention {choice.retention_realised:.3f})", "bold")
+    line(choice.origin)
+    tied = heads_tied_at_the_cut(scores, choice.heads)
     if tied:
         line(f"the cut falls among {tied} equal scores: other statistics decide, then layer and head")
     if partial:
         line(f"{partial} more keep a part of it: {' '.join(heatmap.SHADES)}")
     line(f"{heatmap.FULL} full   {heatmap.TRIMMED} {runtime.sink_tokens} sinks + last {runtime.recent_tokens} tokens")
-    for row in heatmap.draw(heatmap.budget_cell(budgets.heads), geometry.layers, geometry.kv_heads, console.width):
+    for row in heatmap.draw(heatmap.budget_cell(choice.heads), geometry.layers, geometry.kv_heads, console.width):
         console.print(row)

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvprofile.budget.allocate import Place, has_scores, ranking, require_scores
+from kvprofile.budget.allocate import Place, ranking
+from kvprofile.budget.choice import choose_whole, has_scores, ranking_scores, require_scores, tie_breaks
 from kvprofile.budget.profile import Geometry, Matrix, Profile
-from kvprofile.budget.profile_diff import budgets_at, tie_breaks
 from kvprofile.errors import InputError, plain
 
 FULL, STREAMING, RANDOM, INVERTED, UNIFORM, PROFILE = "full", "streaming", "random", "inverted", "uniform", "profile"
@@ -31,24 +31,12 @@ class Contender:
     def order(self) -> list[Place]:
         """Profiled heads, most important first. Raises InputError where the profile lacks scores or the statistic."""
         require_scores(self.profile)
-        present = self.profile.scores.statistics()
         name = self.statistic or self.profile.scoring.statistic
-        if name not in present:
-            raise InputError(f"the profile {self.label} has no statistic {name}; it has {', '.join(present)}")
-        return ranking(present[name], tie_breaks(self.profile, name))
+        return ranking(ranking_scores(self.profile, name), tie_breaks(self.profile, name))
 
     def heads(self, retention: float) -> Matrix:
-        """Budget [L][G] at a retention: the file's own where it states one. Raises InputError for graded budgets."""
-        if self.statistic not in (None, self.profile.scoring.statistic):
-            self.order()  # raises where the profile cannot be ranked by it
-        heads = budgets_at(self.profile, retention, self.statistic).heads
-        graded = [value for row in heads for value in row if value not in (0.0, 1.0, None)]
-        if graded:
-            raise InputError(
-                f"the profile {self.label} gives a head {graded[0]:g} of the context at retention {retention:g}; "
-                "the runtime knows 1 (full) and 0 (sinks and window)"
-            )
-        return heads
+        """Whole heads [L][G] at a retention. Raises InputError as ``choice.choose_whole``."""
+        return choose_whole(self.profile, retention, statistic=self.statistic).heads
 
 
 @dataclass(frozen=True)

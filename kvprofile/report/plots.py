@@ -156,7 +156,7 @@ def _heatmap(block: SubFigure, axes: Axes, profile: Profile) -> None:
     import numpy as np
     from matplotlib.patches import Patch
 
-    from kvprofile.budget.profile_diff import ranking_scores
+    from kvprofile.budget.choice import ranking_scores
 
     geometry, statistic = profile.model.geometry, profile.scoring.statistic
     scores = ranking_scores(profile)
@@ -193,7 +193,7 @@ def _sorted_scores(_block: SubFigure, axes: Axes, profile: Profile) -> None:
     from matplotlib.ticker import MaxNLocator
 
     from kvprofile.budget.allocate import full_head_count
-    from kvprofile.budget.profile_diff import ranking_scores
+    from kvprofile.budget.choice import ranking_scores
 
     values = sorted((value for row in ranking_scores(profile) for value in row if value is not None), reverse=True)
     edges = [rank + 0.5 for rank in range(len(values) + 1)]

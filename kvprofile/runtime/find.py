@@ -7,15 +7,12 @@ names. Knows nothing of vLLM; what vLLM is about to serve comes in as ``Served``
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from kvprofile.budget import runtime_file, store
+from kvprofile.budget import servable, store
 from kvprofile.budget.allocate import Constraints
-from kvprofile.budget.formats.base import Export
-from kvprofile.budget.formats.vllm import runtime
-from kvprofile.budget.profile import Profile
-from kvprofile.budget.runtime_file import RuntimeFile, RuntimeModel
+from kvprofile.budget.profile import ModelIdentity, Profile
 from kvprofile.errors import InputError
 from kvprofile.files import read_bytes
 from kvprofile.runtime.engine_budget import EngineBudget
@@ -46,7 +43,7 @@ def find(settings: Settings, served: Served) -> tuple[EngineBudget, str]:
     one of another model.
     """
     path = settings.budget if settings.budget is not None else _search(settings.budget_dir, served)
-    found = _read(path)
+    found = servable.read(path)
     if isinstance(found, Profile):
         if settings.retention is None:
             stated = ", ".join(sorted(found.budgets, reverse=True))
@@ -54,36 +51,31 @@ def find(settings: Settings, served: Served) -> tuple[EngineBudget, str]:
                 f"{path} holds budgets for several retentions; set {PREFIX}RETENTION, for example {stated}"
             )
         constraints = Constraints(tensor_parallel_size=served.tensor_parallel_size)
-        found = runtime(Export(found, constraints, settings.retention))
-    elif settings.retention not in (None, found.provenance.retention_asked):
-        raise ValueError(
-            f"{path} is for retention {found.provenance.retention_asked:g}, {PREFIX}RETENTION asks for "
-            f"{settings.retention:g}; unset it, or point {PREFIX}BUDGET to a profile"
-        )
-    _require_same_model(path, found.model, served)
-    budget = _budget(found, settings)
+        kept = servable.of_profile(found, settings.retention, constraints)
+    else:
+        kept = servable.of_runtime_file(found)
+        if settings.retention not in (None, kept.retention_asked):
+            raise ValueError(
+                f"{path} is for retention {kept.retention_asked:g}, {PREFIX}RETENTION asks for "
+                f"{settings.retention:g}; unset it, or point {PREFIX}BUDGET to a profile"
+            )
+    _require_same_model(path, kept.model, served)
+    budget = EngineBudget(
+        kept.full_heads,
+        kept.model.geometry.kv_heads,
+        kept.sink_tokens if settings.sink_tokens is None else settings.sink_tokens,
+        kept.recent_tokens if settings.recent_tokens is None else settings.recent_tokens,
+    )
     if not budget.heads:
-        raise ValueError(f"{path}: every layer of {found.model.name} slides, there is nothing to trim")
-    if found.kv_head_order is not None:
-        raise ValueError(f"{path} deals KV heads to ranks in another order, which the runtime cannot do yet")
+        raise ValueError(f"{path}: every layer of {kept.model.name} slides, there is nothing to trim")
     layer = budget.uneven_layer(served.tensor_parallel_size)
     if layer is not None:
         raise ValueError(
             f"{path}: the full heads of layer {layer} are not dealt evenly to {served.tensor_parallel_size} ranks; "
             f"export it with --tensor-parallel-size {served.tensor_parallel_size}"
         )
-    origin = f"{path} (retention {found.provenance.retention_asked:g} asked, {budget.full / budget.heads:.4f} realised)"
-    return budget, origin
-
-
-def _budget(found: RuntimeFile, settings: Settings) -> EngineBudget:
-    sinks, recent = settings.sink_tokens, settings.recent_tokens
-    budget = EngineBudget(found.full_heads, found.model.kv_heads, found.sink_tokens, found.recent_tokens)
-    if sinks is not None:
-        budget = replace(budget, sink_tokens=sinks)
-    if recent is not None:
-        budget = replace(budget, recent_tokens=recent)
-    return budget
+    origin = f"{path} (retention {kept.retention_asked:g} asked, {budget.full / budget.heads:.4f} realised)"
+    return budget, origin if kept.reason is None else f"{origin}: {kept.reason}"
 
 
 def _search(folder: Path, served: Served) -> Path:
@@ -108,26 +100,14 @@ def _model_name(path: Path) -> str | None:
         return None
 
 
-def _read(path: Path) -> Profile | RuntimeFile:
-    """A profile or a runtime file. Raises InputError with everything wrong with it in one line."""
-    content = read_bytes(path)  # refuses pipes and devices, which would be read for ever
-    try:
-        raw = json.loads(content)
-    except (ValueError, RecursionError):
-        raw = None  # both readers say what is wrong, and the profile's says it in general words
-    if isinstance(raw, dict) and "format" in raw:
-        return runtime_file.load(path)
-    return store.load(path)
-
-
-def _require_same_model(path: Path, model: RuntimeModel, served: Served) -> None:
+def _require_same_model(path: Path, model: ModelIdentity, served: Served) -> None:
     if not served.is_called(model.name):
         raise ValueError(
             f"{path} is for {model.name}, vLLM serves {' or '.join(served.names)}; if that is the same model, "
             f"say so with --served-model-name {model.name}"
         )
     for name in ("layers", "attention_heads", "kv_heads", "head_size"):
-        stated, actual = getattr(model, name), getattr(served, name)
+        stated, actual = getattr(model.geometry, name), getattr(served, name)
         if stated != actual:
             words = name.replace("_", " ")
             raise ValueError(f"{path} is for another model: {stated} {words}, vLLM serves one with {actual}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from pathlib import Path
 
 from kvprofile import __version__
 from kvprofile.budget.allocate import preset_budgets
@@ -23,6 +24,7 @@ from kvprofile.budget.profile import (
     Scores,
     Scoring,
 )
+from kvprofile.budget.runtime_file import RuntimeFile, RuntimeModel, RuntimeProvenance
 
 
 def make_geometry(
@@ -119,3 +121,48 @@ def make_profile(
         budgets=preset_budgets(statistics, statistic),
         runtime=Runtime(sink_tokens=sink_tokens, recent_tokens=recent_tokens),
     )
+
+
+def save_runtime_file(
+    path: Path,
+    geometry: Geometry,
+    name: str,
+    full_heads: Sequence[Sequence[int] | None],
+    *,
+    sink_tokens: int,
+    recent_tokens: int,
+) -> Path:
+    """A runtime file at retention 0.5 that keeps these heads of each layer full, written to ``path``."""
+    model = ModelIdentity(
+        name=name,
+        revision=None,
+        architecture="test",
+        geometry=geometry,
+        geometry_sha256=geometry.sha256(),
+        tokenizer_sha256=None,
+        weights_sha256=None,
+    )
+    heads = len(geometry.profiled_layers) * geometry.kv_heads
+    provenance = RuntimeProvenance(
+        kvprofile_version="test",
+        profile_sha256="none",
+        method="test",
+        statistic="test",
+        imported_from=None,
+        retention_asked=0.5,
+        retention_realised=sum(len(row) for row in full_heads if row is not None) / heads,
+        reason=None,
+        floor=0,
+        tensor_parallel_size=1,
+        pipeline_stages=[],
+    )
+    found = RuntimeFile(
+        model=RuntimeModel.of(model),
+        full_heads=[None if row is None else list(row) for row in full_heads],
+        kv_head_order=None,
+        sink_tokens=sink_tokens,
+        recent_tokens=recent_tokens,
+        provenance=provenance,
+    )
+    path.write_bytes(found.to_bytes())
+    return path

@@ -8,9 +8,9 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
-from kvprofile.budget.runtime_file import RuntimeFile, RuntimeModel, RuntimeProvenance
 from kvprofile.checkpoint import Source, describe
 from kvprofile.evaluate.simulate import simulating
+from tests.helpers.factories import save_runtime_file
 from tests.helpers.models import ROOT, random_model
 
 NEAR_TIE = 1e-3
@@ -36,26 +36,15 @@ def make_subject(folder, family="llama", **changes):
 
 def write_budget(path, subject, heads, rule, name=None):
     """A runtime file that keeps the heads of value 1.0."""
-    geometry = subject.geometry
-    model = RuntimeModel(
-        name=name or subject.folder.name,
-        revision=None,
-        architecture="test",
-        layers=geometry.layers,
-        attention_heads=geometry.attention_heads,
-        kv_heads=geometry.kv_heads,
-        head_size=geometry.head_size,
-        layer_types=tuple(geometry.layer_types),
-        geometry_sha256=geometry.sha256(),
-        tokenizer_sha256=None,
-        weights_sha256=None,
+    full = [None if row[0] is None else [head for head, value in enumerate(row) if value == 1.0] for row in heads]
+    return save_runtime_file(
+        path,
+        subject.geometry,
+        name or subject.folder.name,
+        full,
+        sink_tokens=rule.sink_tokens,
+        recent_tokens=rule.recent_tokens,
     )
-    flat = [value for row in heads for value in row if value is not None]
-    provenance = RuntimeProvenance("test", "none", "test", "test", None, 0.5, sum(flat) / len(flat), None, 0, 1, ())
-    rows = tuple(None if row[0] is None else tuple(h for h, v in enumerate(row) if v == 1.0) for row in heads)
-    found = RuntimeFile(model, rows, None, rule.sink_tokens, rule.recent_tokens, provenance)
-    path.write_bytes(found.to_bytes())
-    return path
 
 
 def environment(budget=None, **settings):

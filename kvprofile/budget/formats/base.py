@@ -9,7 +9,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
@@ -17,19 +17,8 @@ from pydantic import ValidationError
 
 from kvprofile import __version__
 from kvprofile.budget import store
-from kvprofile.budget.allocate import (
-    Allocation,
-    Constraints,
-    allocate,
-    allocate_within,
-    as_given,
-    has_scores,
-    heads_that_differ,
-    preset_budgets,
-    ranking,
-    require_retention,
-    require_scores,
-)
+from kvprofile.budget.allocate import Constraints, preset_budgets, ranking, require_retention
+from kvprofile.budget.choice import Choice, choose, choose_whole, ranking_scores, require_scores, tie_breaks
 from kvprofile.budget.known_models import ModelFacts
 from kvprofile.budget.profile import (
     DEFAULT_RECENT_TOKENS,
@@ -46,16 +35,10 @@ from kvprofile.budget.profile import (
     Scoring,
     matrix_problems,
     mean_budget,
-    retention_key,
     round_significant,
 )
-from kvprofile.budget.profile_diff import ranking_scores, tie_breaks
 from kvprofile.errors import InputError, plain
 from kvprofile.files import read_bytes
-
-_FRACTIONS = "the file's own budget holds fractions of heads"
-_BUDGET_FORMATS = ("csv", "lu-kv")
-"""Formats whose imports bring budgets that were not chosen by score here."""
 
 SIGNIFICANT_DIGITS = 9
 """Enough to tell every float32 from its neighbours, so imported numbers come out as they went in."""
@@ -118,51 +101,19 @@ class Export:
         require_scores(self.profile)
         return ranking_scores(self.profile)
 
-    def allocation(self, retention: float, *, fractions: bool = False) -> Allocation:
-        """The heads to keep at a retention, ties broken by the profile's other statistics.
+    def choice(self, retention: float) -> Choice:
+        """The budgets at a retention under the constraints, fractions included where the file states them."""
+        return choose(self.profile, retention, self.constraints)
 
-        A budget that the file itself states at this retention goes before the choice by score: somebody may have
-        edited it, or it came from elsewhere. It gives way, and the reason says so, where constraints are asked for
-        or where it holds fractions of heads, unless those are allowed.
-        """
-        require_retention(retention)
-        others = self._tie_breaks
-        stated = self.profile.budgets.get(retention_key(retention))
-        free = self.constraints == Constraints()
-        whole = stated is None or all(value in (None, 0.0, 1.0) for row in stated.heads for value in row)
-        if stated is not None and free and (whole or fractions):
-            reason = self._origin(retention, stated.heads, others)
-            return as_given(
-                ranking_scores(self.profile), retention, stated.heads, others, reason if whole else _FRACTIONS
-            )
-        chosen = allocate_within(self.scores, retention, self.constraints, others)
-        if stated is None or stated.heads == allocate(self.scores, retention, others).heads:
-            return chosen
-        ignored = "the file's own budget was left for the constraints" if whole else _FRACTIONS
-        reasons = [chosen.reason, f"{ignored}, so heads were chosen by score"]
-        return replace(chosen, reason="; ".join(filter(None, reasons)))
+    def whole(self, retention: float) -> Choice:
+        """The whole heads at a retention under the constraints. Raises InputError for fractions of heads."""
+        return choose_whole(self.profile, retention, self.constraints)
 
-    def _origin(self, retention: float, stated: Matrix, others: Sequence[Matrix]) -> str | None:
-        """Why a stated budget of whole heads is not the choice by score; None where it is, or where there is none."""
-        if not has_scores(self.profile):
-            return None
-        differ = heads_that_differ(stated, allocate(self.scores, retention, others).heads)
-        if not differ:
-            return None
-        source = self.profile.scoring.imported_from
-        how = "was imported" if source and source.format in _BUDGET_FORMATS else "was edited"
-        heads = f"{differ} {'head' if differ == 1 else 'heads'}"
-        return f"the file's budget at {retention_key(retention)} {how}: it differs from the choice by score in {heads}"
-
-    def budgets(self, retention: float) -> Matrix:
-        """Budgets [L][G] at a retention, fractions allowed: the file's own, or the choice by score."""
-        return self.allocation(retention, fractions=True).budgets.heads
-
-    def asked(self, *, fractions: bool = False) -> Allocation:
-        """The choice at the asked retention. Raises InputError where none was asked for."""
+    def asked_retention(self) -> float:
+        """The asked retention. Raises InputError where none was asked for."""
         if self.retention is None:
             raise InputError("this format holds the heads kept at one retention; give --retention, for example 0.5")
-        return self.allocation(self.retention, fractions=fractions)
+        return self.retention
 
     @property
     def unit_scores(self) -> Matrix:
@@ -172,15 +123,11 @@ class Export:
         """
         if self.profile.scoring.statistic != "loss":
             return self.scores
-        order = ranking(self.scores, self._tie_breaks)
+        order = ranking(self.scores, tie_breaks(self.profile, self.profile.scoring.statistic))
         shares: Matrix = [[None] * len(row) for row in self.scores]
         for rank, (layer, head) in enumerate(order):
             shares[layer][head] = 1.0 - rank / len(order)
         return shares
-
-    @property
-    def _tie_breaks(self) -> list[Matrix]:
-        return tie_breaks(self.profile, self.profile.scoring.statistic)
 
     def dense_scores(self, format_name: str) -> list[list[float]]:
         """Scores without nulls, or InputError where sliding layers leave the format nothing to write."""

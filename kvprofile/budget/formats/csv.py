@@ -49,7 +49,7 @@ class CSV(Format):
 
     def write(self, export: Export, path: Path) -> None:
         """Write the table, layers and heads in order."""
-        heads = export.budgets(export.retention) if export.retention is not None else None
+        heads = export.choice(export.retention).heads if export.retention is not None else None
         stream = io.StringIO()
         rows = csv.writer(stream, lineterminator="\n")
         rows.writerow(HEADER)

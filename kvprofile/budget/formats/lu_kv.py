@@ -60,7 +60,7 @@ class LUKV(Format):
         import numpy as np
 
         export.dense_scores(self.name)
-        budgets = [export.budgets(retention_of(at)) for at in range(RATIOS)]
+        budgets = [export.choice(retention_of(at)).heads for at in range(RATIOS)]
         stream = io.BytesIO()
         np.save(stream, (1.0 - np.array(budgets, dtype=np.float64)).astype(np.float32), allow_pickle=False)
         write_atomically(path, stream.getvalue())

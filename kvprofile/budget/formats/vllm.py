@@ -6,15 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kvprofile import __version__
-from kvprofile.budget import runtime_file, store
-from kvprofile.budget.formats.base import (
-    Export,
-    ForeignScores,
-    Format,
-    single,
-    validation_as_input_error,
-)
-from kvprofile.budget.profile import Geometry, ModelIdentity, Profile, retention_key
+from kvprofile.budget import runtime_file, servable, store
+from kvprofile.budget.formats.base import Export, ForeignScores, Format, single
+from kvprofile.budget.profile import Geometry, retention_key
 from kvprofile.budget.runtime_file import RuntimeFile, RuntimeModel, RuntimeProvenance
 from kvprofile.errors import InputError
 from kvprofile.files import read_bytes, sha256_of, write_atomically
@@ -33,7 +27,6 @@ class VLLM(Format):
         del geometry  # the file states its own, import_profile compares
         path = single(paths, self.name)
         found = runtime_file.parse(read_bytes(path, runtime_file.MAX_FILE_BYTES), str(path))
-        identity = _identity(found.model)
         asked = found.provenance.retention_asked
         if asked <= 0.0:
             raise InputError(f"{path}: retention_asked is {asked:g}; a budget needs a retention above 0")
@@ -48,7 +41,7 @@ class VLLM(Format):
             sink_tokens=found.sink_tokens,
             recent_tokens=found.recent_tokens,
             notes="a runtime file holds no scores: 1 stands for a full head, 0 for a trimmed one",
-            model=identity,
+            model=found.model.identity(),
         )
 
     def write(self, export: Export, path: Path) -> None:
@@ -69,66 +62,27 @@ class VLLM(Format):
 
 
 def runtime(export: Export) -> RuntimeFile:
-    """The runtime file of a profile at the asked retention. Raises InputError without one."""
-    profile, allocation, constraints = export.profile, export.asked(), export.constraints
+    """The runtime file of a profile at the asked retention. Raises InputError without one, and for fractions."""
+    profile, constraints = export.profile, export.constraints
+    budget = servable.of_profile(profile, export.asked_retention(), constraints)
     source = profile.scoring.imported_from
     return RuntimeFile(
-        model=_model(profile),
-        full_heads=tuple(
-            None if row[0] is None else tuple(head for head, value in enumerate(row) if value == 1.0)
-            for row in allocation.budgets.heads
-        ),
-        kv_head_order=allocation.kv_head_order,
-        sink_tokens=profile.runtime.sink_tokens,
-        recent_tokens=profile.runtime.recent_tokens,
+        model=RuntimeModel.of(profile.model),
+        full_heads=[None if row is None else list(row) for row in budget.full_heads],
+        kv_head_order=None,
+        sink_tokens=budget.sink_tokens,
+        recent_tokens=budget.recent_tokens,
         provenance=RuntimeProvenance(
             kvprofile_version=__version__,
             profile_sha256=sha256_of(store.to_bytes(profile)),
-            method=profile.scoring.method,
-            statistic=profile.scoring.statistic,
+            method=budget.method,
+            statistic=budget.statistic,
             imported_from=(source.repository or source.file) if source else None,
-            retention_asked=allocation.retention_asked,
-            retention_realised=allocation.budgets.retention_realised,
-            reason=allocation.reason,
+            retention_asked=budget.retention_asked,
+            retention_realised=budget.retention_realised,
+            reason=budget.reason,
             floor=constraints.floor,
             tensor_parallel_size=constraints.tensor_parallel_size,
-            pipeline_stages=constraints.pipeline_stages,
+            pipeline_stages=list(constraints.pipeline_stages),
         ),
     )
-
-
-def _model(profile: Profile) -> RuntimeModel:
-    model, geometry = profile.model, profile.model.geometry
-    return RuntimeModel(
-        name=model.name,
-        revision=model.revision,
-        architecture=model.architecture,
-        layers=geometry.layers,
-        attention_heads=geometry.attention_heads,
-        kv_heads=geometry.kv_heads,
-        head_size=geometry.head_size,
-        layer_types=tuple(geometry.layer_types),
-        geometry_sha256=model.geometry_sha256,
-        tokenizer_sha256=model.tokenizer_sha256,
-        weights_sha256=model.weights_sha256,
-    )
-
-
-def _identity(model: RuntimeModel) -> ModelIdentity:
-    with validation_as_input_error("model"):
-        geometry = Geometry(
-            layers=model.layers,
-            attention_heads=model.attention_heads,
-            kv_heads=model.kv_heads,
-            head_size=model.head_size,
-            layer_types=list(model.layer_types),
-        )
-        return ModelIdentity(
-            name=model.name,
-            revision=model.revision,
-            architecture=model.architecture,
-            geometry=geometry,
-            geometry_sha256=model.geometry_sha256,
-            tokenizer_sha256=model.tokenizer_sha256,
-            weights_sha256=model.weights_sha256,
-        )

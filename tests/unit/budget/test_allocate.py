@@ -16,6 +16,7 @@ from kvprofile.budget.allocate import (
     effective_retention,
     full_head_count,
     pipeline_split,
+    satisfies,
 )
 from kvprofile.budget.profile import Matrix
 from kvprofile.errors import InputError
@@ -39,16 +40,12 @@ def cases(draw, max_layers=5, sizes=(1, 2, 4, 8)) -> tuple[Matrix, Constraints]:
     scores = draw(matrices(max_layers, sizes))
     kv_heads, layers = len(scores[0]), len(scores)
     ranks = draw(st.sampled_from([1, 2, 4, 8]))
-    per_rank = kv_heads // min(ranks, kv_heads)
-    group = draw(st.sampled_from([g for g in (1, 2, 4) if kv_heads % g == 0 and not (per_rank % g and g % per_rank)]))
     cuts = draw(st.sets(st.integers(1, layers - 1), max_size=3)) if layers > 1 else set()
     edges = [0, *sorted(cuts), layers]
     return scores, Constraints(
         floor=draw(st.integers(0, kv_heads)),
         tensor_parallel_size=ranks,
-        permute_heads=draw(st.booleans()),
         pipeline_stages=tuple(b - a for a, b in itertools.pairwise(edges)) if cuts else (),
-        heads_per_group=group,
     )
 
 
@@ -61,10 +58,8 @@ def profiled(scores: Matrix) -> list[int]:
 
 
 def unit_size(kv_heads: int, constraints: Constraints) -> int:
-    """The smallest step of a layer's count: equal ranks, whole groups."""
-    ranks = min(constraints.tensor_parallel_size, kv_heads)
-    per_rank = kv_heads // ranks
-    return ranks * constraints.heads_per_group if per_rank % constraints.heads_per_group == 0 else kv_heads
+    """The smallest step of a layer's count: one head on every rank."""
+    return min(constraints.tensor_parallel_size, kv_heads)
 
 
 @quick
@@ -84,15 +79,12 @@ def test_every_constraint_holds_and_the_nearest_feasible_count_is_taken(case, re
     found = allocate_within(scores, retention, constraints)
     kv_heads, layers = len(scores[0]), profiled(scores)
     ranks = min(constraints.tensor_parallel_size, kv_heads)
-    share, group = kv_heads // ranks, constraints.heads_per_group
+    share = kv_heads // ranks
     for layer in layers:
         row = found.budgets.heads[layer]
         assert sum(row) >= constraints.floor
-        assert all(len(set(row[first : first + group])) == 1 for first in range(0, kv_heads, group))
-        order = found.kv_head_order[layer] if found.kv_head_order else range(kv_heads)
-        assert sorted(order) == list(range(kv_heads))
-        dealt = [row[head] for head in order]
-        assert len({sum(dealt[first : first + share]) for first in range(0, kv_heads, share)}) == 1
+        assert len({sum(row[first : first + share]) for first in range(0, kv_heads, share)}) == 1
+    assert satisfies(found.budgets.heads, constraints)
 
     unit = unit_size(kv_heads, constraints)
     least = len(layers) * math.ceil(constraints.floor / unit) * unit
@@ -140,14 +132,12 @@ def test_no_choice_of_as_many_heads_under_the_constraints_scores_higher(case, re
         constraints = Constraints(**{**vars(constraints), "pipeline_stages": ()})
     found = allocate_within(scores, retention, constraints)
     kv_heads, layers = len(scores[0]), profiled(scores)
-    ranks, group = min(constraints.tensor_parallel_size, kv_heads), constraints.heads_per_group
+    ranks = min(constraints.tensor_parallel_size, kv_heads)
     share = kv_heads // ranks
 
     def allowed(heads: tuple[int, ...]) -> bool:
-        in_order = {sum(head // share == rank for head in heads) for rank in range(ranks)}
-        groups = all(sum(head // group == g for head in heads) in (0, group) for g in range(kv_heads // group))
-        evenly = len(heads) % unit_size(kv_heads, constraints) == 0 if constraints.permute_heads else len(in_order) == 1
-        return groups and evenly and len(heads) >= constraints.floor
+        per_rank = {sum(head // share == rank for head in heads) for rank in range(ranks)}
+        return len(per_rank) == 1 and len(heads) >= constraints.floor
 
     subsets = [c for n in range(kv_heads + 1) for c in itertools.combinations(range(kv_heads), n) if allowed(c)]
     best = max(
@@ -180,21 +170,17 @@ def test_a_floor_that_needs_more_heads_than_asked_is_reported():
 def test_one_head_per_rank_makes_layers_full_or_trimmed_as_a_whole_and_so_does_replication():
     scores = [[0.9, 0.1, 0.1, 0.1], [0.5, 0.5, 0.5, 0.5], [0.2, 0.2, 0.2, 0.2]]
     for size in (4, 8, 16):
-        found = allocate_within(scores, 0.5, Constraints(tensor_parallel_size=size, permute_heads=True))
+        found = allocate_within(scores, 0.5, Constraints(tensor_parallel_size=size))
         assert found.budgets.heads == [[1.0] * 4, [1.0] * 4, [0.0] * 4]
         assert "4 at a time" in found.reason
 
 
-def test_permutation_frees_which_heads_are_full_with_the_fewest_moves():
+def test_ranks_with_the_best_heads_of_a_layer_give_some_up():
     scores = [[0.9, 0.8, 0.1, 0.1], [0.7, 0.1, 0.1, 0.6]]
-    in_order = allocate_within(scores, 0.5, Constraints(tensor_parallel_size=2))
-    permuted = allocate_within(scores, 0.5, Constraints(tensor_parallel_size=2, permute_heads=True))
-    assert in_order.budgets.heads == [[1.0, 0.0, 1.0, 0.0], [1.0, 0.0, 0.0, 1.0]]
-    assert (in_order.heads_exchanged, in_order.kv_head_order) == (1, None)
-    assert in_order.score_share == pytest.approx(2.3 / 3.0)
-    assert permuted.budgets.heads == [[1.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 1.0]]
-    assert permuted.kv_head_order == ((0, 3, 2, 1), (0, 1, 2, 3))
-    assert (permuted.heads_exchanged, permuted.score_share) == (0, 1.0)
+    found = allocate_within(scores, 0.5, Constraints(tensor_parallel_size=2))
+    assert found.budgets.heads == [[1.0, 0.0, 1.0, 0.0], [1.0, 0.0, 0.0, 1.0]]
+    assert found.heads_exchanged == 1
+    assert found.score_share == pytest.approx(2.3 / 3.0)
 
 
 @pytest.mark.parametrize(
@@ -213,7 +199,6 @@ def test_pipeline_split_is_vllms(layers, stages, split):
         (Constraints(floor=5), "floor of 5"),
         (Constraints(floor=-1), "floor of -1"),
         (Constraints(pipeline_stages=(1, 2)), "do not add up to 2 layers"),
-        (Constraints(heads_per_group=3), "groups of 3 KV heads"),
     ],
 )
 def test_constraints_that_nothing_can_meet_are_refused(constraints, words):

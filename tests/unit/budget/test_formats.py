@@ -11,6 +11,7 @@ import torch
 
 from kvprofile.budget import formats, store
 from kvprofile.budget.allocate import Constraints, full_head_count
+from kvprofile.budget.choice import choose, choose_whole
 from kvprofile.budget.formats.base import Export, Origin, import_profile
 from kvprofile.budget.formats.kvzip import rule_keeps
 from kvprofile.budget.known_models import KNOWN_MODELS, find, from_config
@@ -84,36 +85,28 @@ def test_a_runtime_file_brings_its_budget_back_and_sliding_layers_stay_null(rete
     profile = make_profile(sliding=(1, 3), sink_tokens=16, recent_tokens=64)
     path = written(profile, "vllm", tmp_path, retention=retention)
     found = read_back(profile, "vllm", path)
-    expected = Export(profile, retention=retention).asked().budgets
+    expected = choose_whole(profile, retention).allocation.budgets
     assert found.budgets == {retention_key(retention): expected}
     assert found.model == profile.model
     assert found.runtime == profile.runtime
     with pytest.raises(InputError, match=r"holds no scores; only retention .* is known"):
-        Export(found, retention=0.77).asked()
+        choose(found, 0.77)
 
 
 def test_a_budget_that_the_file_states_goes_before_the_choice_by_score(tmp_path):
     profile = make_profile(2, 2, scores=[[0.9, 0.8], [0.2, 0.1]])
     edited = HeadBudgets(heads=[[1.0, 0.0], [0.0, 1.0]], retention_realised=0.5)
     profile = profile.model_copy(update={"budgets": {"0.5": edited}})
-    found = Export(profile, retention=0.5).asked()
+    found = choose(profile, 0.5).allocation
     assert found.budgets == edited
     assert (found.full_heads, found.heads_exchanged, found.score_share) == (2, 1, pytest.approx(1.0 / 1.7))
     assert found.reason == "the file's budget at 0.5 was edited: it differs from the choice by score in 1 head"
-    assert Export(profile.model_copy(update={"budgets": {}}), retention=0.5).asked().reason is None
+    assert choose(profile.model_copy(update={"budgets": {}}), 0.5).allocation.reason is None
     for name in ("vllm", "csv", "lu-kv"):
         back = read_back(profile, name, written(profile, name, tmp_path, retention=0.5))
         assert back.budgets["0.5"] == edited
-        reason = Export(back, retention=0.5).asked().reason
+        reason = choose(back, 0.5).allocation.reason
         assert reason is None if name == "vllm" else "at 0.5 was imported" in reason
-    constrained = Export(profile, Constraints(floor=1), 0.5).asked()
-    assert "left for the constraints" in constrained.reason
-    halves = HeadBudgets(heads=[[0.5, 0.5], [0.5, 0.5]], retention_realised=0.5)
-    found = Export(profile.model_copy(update={"budgets": {"0.5": halves}}), retention=0.5).asked()
-    assert found.budgets.heads == [[1.0, 1.0], [0.0, 0.0]]
-    assert "fractions of heads, so heads were chosen by score" in found.reason
-    found = Export(profile.model_copy(update={"budgets": {"0.5": halves}}), retention=0.5).asked(fractions=True)
-    assert (found.budgets, found.full_heads) == (halves, 0)
 
 
 @pytest.mark.parametrize("retention", [0.0, -0.0, 1.0001, 7.0, float("nan"), float("inf"), float("-inf")])
@@ -132,7 +125,7 @@ def test_a_runtime_file_does_not_come_out_as_scores(name, tmp_path):
         written(found, name, tmp_path / "out", retention=0.4)
     assert not (tmp_path / "out").exists()
     with pytest.raises(InputError, match="holds no scores"):
-        Export(found, Constraints(tensor_parallel_size=2), 0.4).asked()
+        choose(found, 0.4, Constraints(tensor_parallel_size=4))
     again = written(found, "vllm", tmp_path / "again", retention=0.4)
     assert read_back(profile, "vllm", again).budgets == found.budgets
 
@@ -144,7 +137,7 @@ def test_csv_has_one_row_for_each_profiled_head_and_brings_the_budget_back(tmp_p
     assert lines[0] == "layer,kv_head,score,budget"
     assert len(lines) == 1 + 5 * 4
     found = read_back(profile, "csv", path)
-    assert found.budgets["0.4"].heads == Export(profile, retention=0.4).asked().budgets.heads
+    assert found.budgets["0.4"].heads == choose(profile, 0.4).heads
     assert found.budgets["0.5"] == profile.budgets["0.5"]
     without = written(profile, "csv", tmp_path / "scores")
     assert read_back(profile, "csv", without).budgets == profile.budgets
@@ -193,7 +186,7 @@ def test_kvzips_rule_loses_tied_heads_and_ours_does_not():
     scores = [[1.0, 1.0, 1.0, 1.0], [0.5, 0.4, 0.3, 0.2]]
     assert [rule_keeps(scores, ratio) for ratio in (0.25, 0.5, 0.75, 1.0)] == [0, 0, 5, 8]
     profile = make_profile(2, 4, scores=scores)
-    assert [Export(profile).allocation(ratio).full_heads for ratio in (0.25, 0.5, 0.75, 1.0)] == [2, 4, 6, 8]
+    assert [choose(profile, ratio).allocation.full_heads for ratio in (0.25, 0.5, 0.75, 1.0)] == [2, 4, 6, 8]
     advice = formats.get("kvzip").advice(Export(profile, retention=0.5))
     assert advice == "at ratio 0.5 KVzip's own rule keeps 0 of 8 heads, kvprofile 4"
 

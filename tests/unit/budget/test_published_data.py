@@ -18,7 +18,8 @@ from scipy.stats import spearmanr
 
 from kvprofile.budget import formats, store
 from kvprofile.budget.allocate import allocate, full_head_count, ranking
-from kvprofile.budget.formats.base import Export, Origin, import_profile
+from kvprofile.budget.choice import choose
+from kvprofile.budget.formats.base import Origin, import_profile
 from kvprofile.budget.formats.kvzip import rule_keeps
 from kvprofile.budget.known_models import KNOWN_MODELS, find
 from kvprofile.budget.profile import PRESETS, Matrix, Profile, retention_key
@@ -69,7 +70,7 @@ def test_kvzips_rule_misses_the_asked_retention_and_ours_is_exact(asked, over_he
     assert rule_keeps(scores, asked) == over_heads  # 0.295, 0.0 and 0.0 of 112
     assert rule_keeps(scores, asked, context_tokens=10_000) == over_tokens  # as KVzip runs it over a context
     assert sum(flat(allocate(profile.scores.max, asked).heads)) == ours == full_head_count(asked, 112)
-    assert Export(profile, retention=asked).asked().full_heads == ours
+    assert choose(profile, asked).allocation.full_heads == ours
 
 
 @published
@@ -109,7 +110,7 @@ def test_synthesised_scores_show_the_same_defect_and_the_same_repair(tmp_path):
     found = [flat([row]) for row in profile.scores.max]
     assert sum(value == 1.0 for value in flat(profile.scores.max)) == 33
     assert [rule_keeps(found, asked) for asked in (0.3, 0.2)] == [0, 0]
-    assert [Export(profile).allocation(asked).full_heads for asked in (0.4, 0.3, 0.2)] == [45, 34, 22]
+    assert [choose(profile, asked).allocation.full_heads for asked in (0.4, 0.3, 0.2)] == [45, 34, 22]
 
 
 # --- The ready-made files ---

@@ -126,7 +126,7 @@ HEAVY = {"torch", "transformers", "datasets", "scipy", "matplotlib", "vllm", "nu
     [
         ("import kvprofile.cli", HEAVY | {"pydantic"}),
         ("import kvprofile.budget.store, kvprofile.budget.allocate", HEAVY),
-        ("import kvprofile.budget.runtime_file", HEAVY | {"pydantic", "typer", "rich"}),
+        ("import kvprofile.budget.runtime_file, kvprofile.budget.servable", HEAVY | {"typer", "rich"}),
         ("from kvprofile.cli import run; run(['validate', 'models/kv_budget'])", HEAVY),
         ("import kvprofile.capture, kvprofile.capture.worker, kvprofile.capture.marks", HEAVY),
         ("import kvprofile.scoring.vllm_engine", {"vllm"}),

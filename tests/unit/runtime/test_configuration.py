@@ -16,7 +16,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvprofile.budget import store
-from kvprofile.budget.runtime_file import RuntimeFile, RuntimeModel, RuntimeProvenance
 from kvprofile.errors import InputError
 from kvprofile.runtime import doctor, gate, stats
 from kvprofile.runtime.engine_budget import CONFIG_KEY, EngineBudget, RankHeads
@@ -24,6 +23,7 @@ from kvprofile.runtime.find import Served, find
 from kvprofile.runtime.packing import Piece, pack
 from kvprofile.runtime.patching import Patch
 from kvprofile.runtime.settings import SHARED, from_environment, require_tested
+from tests.helpers.factories import make_geometry, save_runtime_file
 from tests.helpers.models import ROOT
 
 PROFILE = ROOT / "models" / "kv_budget" / "pocket.json"
@@ -147,14 +147,9 @@ def test_other_models_and_missing_files_are_one_line(model, names, message):
     assert "\n" not in str(caught.value)
 
 
-def write_runtime_file(path, full_heads, order=None):
-    geometry = {"layers": 2, "attention_heads": 8, "kv_heads": 4, "head_size": 32}
-    bare = RuntimeModel("m", None, "A", **geometry, layer_types=("full_attention",) * 2, geometry_sha256="",
-                        tokenizer_sha256=None, weights_sha256=None)  # fmt: skip
-    model = RuntimeModel(**{**vars(bare), "geometry_sha256": bare.geometry_hash()})
-    source = RuntimeProvenance("0", "0", "kvzip", "max", None, 0.5, 0.5, None, 0, 1, ())
-    path.write_bytes(RuntimeFile(model, full_heads, order, 4, 8, source).to_bytes())
-    return path
+def write_runtime_file(path, full_heads):
+    geometry = make_geometry(2, 4, query_groups=2, head_size=32)
+    return save_runtime_file(path, geometry, "m", full_heads, sink_tokens=4, recent_tokens=8)
 
 
 def test_runtime_files_are_taken_as_they_are(tmp_path):
@@ -166,9 +161,6 @@ def test_runtime_files_are_taken_as_they_are(tmp_path):
         find(settings(BUDGET=path, RETENTION=0.7), one)
     with pytest.raises(ValueError, match="layer 0 are not dealt evenly to 2 ranks; export it with"):
         find(settings(BUDGET=path), two)
-    permuted = write_runtime_file(tmp_path / "p.json", ((0, 1), (2, 3)), ((0, 2, 1, 3), (2, 0, 3, 1)))
-    with pytest.raises(ValueError, match="another order"):
-        find(settings(BUDGET=permuted), two)
 
 
 def test_a_budget_travels_as_json():
