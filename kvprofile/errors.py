@@ -17,7 +17,7 @@ class InputError(Exception):
 
 
 def plain(text: object) -> str:
-    """Printable text: control characters and bytes that are no UTF-8, as file names may hold, are escaped."""
+    """Printable text: control characters and bytes that are not UTF-8, as file names may hold, are escaped."""
     return "".join(c if c.isprintable() else _escape(c) for c in str(text))
 
 
@@ -30,6 +30,6 @@ def first_line(error: Exception) -> str:
 
 def _escape(character: str) -> str:
     code = ord(character)
-    if 0xDC80 <= code <= 0xDCFF:  # how Python keeps a byte of a file name that is no UTF-8
+    if 0xDC80 <= code <= 0xDCFF:  # how Python keeps a byte of a file name that is not UTF-8
         return f"\\x{code - 0xDC00:02x}"
     return character.encode("unicode_escape").decode("ascii")

@@ -147,7 +147,7 @@ def require_writable(path: Path) -> None:
         if path.is_dir():  # raises where the name is too long
             raise InputError(f"cannot write {path}: it is a folder; give a file name")
         if path.exists() and not path.is_file():
-            raise InputError(f"cannot write {path}: it is no regular file; choose another --output")
+            raise InputError(f"cannot write {path}: it is not a regular file; choose another --output")
         made += missing_folders(path.parent)
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent) as probe:
@@ -191,7 +191,7 @@ def _render(value: Any, depth: int) -> str:
 
 
 def read_bytes(path: Path, most: int = MAX_FILE_BYTES) -> bytes:
-    """A file's content. Raises InputError where it cannot be read, is no file, or is larger than ``most`` bytes."""
+    """A file's content. Raises InputError where it cannot be read, is not a file, or is larger than ``most`` bytes."""
     try:
         if path.exists() and not path.is_file() and not path.is_dir():  # a pipe or device would be read for ever
             raise InputError(f"{path}: not a regular file")
@@ -206,7 +206,7 @@ def read_bytes(path: Path, most: int = MAX_FILE_BYTES) -> bytes:
 
 
 def read_json(path: Path, max_bytes: int, kind: str) -> Any:
-    """The JSON of a file. Raises ValueError with one phrase that says why it is no ``kind``: 'budget file'."""
+    """The JSON of a file. Raises ValueError with one phrase that says why it is not a ``kind``: 'budget file'."""
     try:
         found = path.stat()
         if not stat.S_ISREG(found.st_mode) and not stat.S_ISDIR(found.st_mode):  # would be read for ever

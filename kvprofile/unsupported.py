@@ -17,7 +17,7 @@ def of_config(config: Any) -> dict[str, bool]:
     model, parallel, cache = config.model_config, config.parallel_config, config.cache_config
     return {
         "multi-head latent attention (MLA)": model.use_mla,
-        "a model that is no decoder": model.runner_type != "generate" or model.is_encoder_decoder,
+        "a model that is not a decoder": model.runner_type != "generate" or model.is_encoder_decoder,
         "a model without attention": model.is_attention_free,
         "a model with Mamba layers": model.is_hybrid,
         "reference sliding-window attention": model.rswa_window is not None,

@@ -210,7 +210,7 @@ def parse_gpu_memory(text: str) -> GpuMemory:
         reason = f"the driver's total for {name} {sold}GB, {sizes[sold]} MiB"
         return GpuMemory(f"{name} {sold}GB", sizes[sold] * 2**20, reason)
     raise InputError(
-        f"GPU memory {text[:60]!r} is no size with a unit (24GiB, 80GB) and no known GPU ({', '.join(GPUS)})"
+        f"GPU memory {text[:60]!r} is neither a size with a unit (24GiB, 80GB) nor a known GPU ({', '.join(GPUS)})"
     )
 
 

@@ -132,7 +132,7 @@ class Shortcuts(_Part):
     """What a fast run left out; an exact run has none."""
 
     sparse_rows: bool = Field(
-        description="repeats saw the end and one in sixteen tokens of the context beside prefix and chunk"
+        description="repeats saw the end and one in sixteen tokens of the context besides prefix and chunk"
     )
     chunk_share: float = Field(gt=0, le=1, description="share of each document's chunks that was to be repeated")
     stop_early: bool = Field(description="the run was to end once the budgets at the presets had settled")
@@ -264,7 +264,7 @@ def matrix_problems(name: str, matrix: Matrix, geometry: Geometry, *, bounded: b
         bad = [value for value in row if value is not None and not math.isfinite(value)]
         bad += [value for value in row if value is not None and bounded and not 0.0 <= value <= 1.0]
         if bad:
-            yield f"{name} layer {layer} has {bad[0]!r}, {'outside [0, 1]' if bounded else 'which is no number'}"
+            yield f"{name} layer {layer} has {bad[0]!r}, {'outside [0, 1]' if bounded else 'which is not a number'}"
 
 
 def mean_budget(heads: Matrix) -> float:

@@ -32,7 +32,7 @@ class TrimRule:
 
     @property
     def sink_end(self) -> int:
-        """Position behind the last sink, rounded up to a block."""
+        """Position after the last sink, rounded up to a block."""
         return self.sink_blocks * self.block_tokens
 
     def first_recent_block(self, position: int) -> int:

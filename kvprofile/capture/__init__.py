@@ -11,4 +11,4 @@ WORKER = "kvprofile.capture.worker.CaptureWorker"
 SCHEDULER = "kvprofile.capture.scheduler.CaptureScheduler"
 
 ENGINE_ARGUMENTS = {"worker_extension_cls": WORKER}
-"""What ``vllm.LLM`` needs beside its usual arguments so that a session can open on it."""
+"""What ``vllm.LLM`` needs in addition to its usual arguments so that a session can open on it."""

@@ -52,17 +52,21 @@ def probe(layer: Any, cache: torch.Tensor) -> Layout:
         raise ValueError(f"attention backend {name} keeps caches of shape {tuple(cache.shape)}")
     _, heads, block_tokens, _ = cache.shape
     count = block_tokens * layer.head_size
+    # number i < count belongs to a key, token i // D, dimension i % D; i + count to the value of the same place
     numbers = torch.arange(2 * count, device=cache.device)
     scratch = torch.empty_strided((1, *cache.shape[1:]), cache.stride(), dtype=cache.dtype, device=cache.device)
     slots = torch.arange(block_tokens, device=cache.device)
     found = torch.zeros(heads, 2 * count, dtype=torch.int64, device=cache.device)
     weight = 1
+    # the backend writes the numbers into a scratch block, one base-256 digit at a time; read back, the digits add up
+    # to which number stands in which place: found [G, 2 * count]
     while weight < 2 * count:
         digits = (numbers // weight % _BASE).to(cache.dtype).view(2, block_tokens, 1, layer.head_size)
         key, value = digits.expand(2, block_tokens, heads, layer.head_size).contiguous()
         layer.impl.do_kv_cache_update(layer, key, value, scratch, slots)
         found += scratch[0].flatten(1).to(torch.int64) * weight
         weight *= _BASE
+    # the inverse: where each number stands, the same for every head
     places = found[0].argsort()
     if not torch.equal(found[0][places], numbers) or not (found == found[0]).all():
         raise ValueError(f"attention backend {name} does not keep each number of a block in a place of its own")

@@ -11,9 +11,9 @@ FIELD = "kvprofile"
 
 @dataclass(frozen=True)
 class Mark:
-    """A request of ``context_tokens`` tokens of context, and perhaps the repeat of a chunk of it behind them.
+    """A request of ``context_tokens`` tokens of context, and perhaps the repeat of a chunk of it after them.
 
-    ``chunk`` holds the positions [start, stop) whose keys are scored by the rows behind the context, against them, the
+    ``chunk`` holds the positions [start, stop) whose keys are scored by the rows after the context, against them, the
     first ``prefix_tokens`` and the rows themselves. Without a chunk the context's keys and values are summarised.
     Results are taken by ``key``.
     """

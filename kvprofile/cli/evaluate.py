@@ -1,4 +1,4 @@
-"""``kvprofile evaluate``: how much of a model's answers a budget keeps, beside controls."""
+"""``kvprofile evaluate``: how much of a model's answers a budget keeps, next to controls."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Head scores and budgets as blocks of text: layers from left to right, KV heads from top to bottom.
 
 A map is a function from (layer, KV head) to a glyph and its colour; ``draw`` lays one map out in bands that fit the
-terminal, ``draw_pair`` two maps beside each other or, where they do not fit, one below the other.
+terminal, ``draw_pair`` two maps next to each other or, where they do not fit, one below the other.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def plan(
     from kvprofile.errors import InputError
 
     if weights_gib is not None and not weights_gib * 2**30 <= capacity.MAX_BYTES:
-        raise InputError(f"--weights-gib {weights_gib} is no size")
+        raise InputError(f"--weights-gib {weights_gib} is not a size")
     found = capacity.plan(
         find_shape(model),
         capacity.parse_gpu_memory(gpu_memory),
@@ -90,7 +90,7 @@ def render(plan: Capacity, console: Console) -> None:
     line(f"requests of {plan.context_tokens:,} tokens", "bold")
     console.print(_table(plan))
     line(f"effective: with {plan.sink_tokens} sinks and the last {plan.recent_tokens} tokens of trimmed heads.")
-    line("beside a prefill: while one of them prefills, which holds its whole cache.")
+    line("during a prefill: while one of them prefills, which holds its whole cache.")
     line("speed bound: what a memory-bound decode step can gain, from cache bytes read.")
     if pool is not None and pool <= 0:
         line()
@@ -106,7 +106,7 @@ def _table(plan: Capacity) -> Table:
     from rich.table import Table
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    names = ("retention", "full heads", "effective", "read per step", "requests", "beside a prefill", "speed bound")
+    names = ("retention", "full heads", "effective", "read per step", "requests", "during a prefill", "speed bound")
     for name in names:
         table.add_column(name, justify="right")
     for at in plan.at:

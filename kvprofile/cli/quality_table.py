@@ -95,7 +95,8 @@ def verdicts(summary: Mapping[str, Any]) -> Iterator[str]:
             )
         else:
             told = (
-                f"{name}: no retention surely keeps {kept} of the accuracy; nearest: {found['nearest']:g} with {shown}"
+                f"{name}: at no retention is it certain that {kept} of the accuracy is kept; "
+                f"nearest: {found['nearest']:g} with {shown}"
             )
         if against is None:
             yield f"{told}."
@@ -105,8 +106,8 @@ def verdicts(summary: Mapping[str, Any]) -> Iterator[str]:
             others = ", ".join(f"{retention:g}" for retention in found["beats_random_at"])
             where = f"but at {others}" if others else "nor at another retention"
             yield (
-                f"{told}; not surely better than random heads there ({_points(against)}, over {found['random_seeds']} "
-                f"draws), {where}. More --random-seeds tell more."
+                f"{told}; not certain to be better than random heads there ({_points(against)}, "
+                f"over {found['random_seeds']} draws), {where}. More --random-seeds tell more."
             )
 
 
@@ -143,7 +144,7 @@ def _estimate(estimate: Mapping[str, float | None]) -> str:
 
 
 def _percent(share: float | None) -> str:
-    """Percent with one digit behind the point; a share that is not whole never reads as 100 or 0."""
+    """Percent with one digit after the point; a share that is not whole never reads as 100 or 0."""
     if share is None:
         return "-"
     text = f"{100 * share:.1f}"

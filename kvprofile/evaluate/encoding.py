@@ -1,7 +1,7 @@
-"""How a model is asked: an exercise as ids, its questions behind the context, and where their evidence lies in it.
+"""How a model is asked: an exercise as ids, its questions after the context, and where their evidence lies in it.
 
 The frame is that of scoring. A question follows the context of the user's first turn; in a conversation the later ones
-are turns of their own, behind the reference answers to those before. Nothing here runs a model.
+are turns of their own, after the reference answers to those before. Nothing here runs a model.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class AskedRow:
-    """Ids that one branch reads behind the context, and the answers in them."""
+    """Ids that one branch reads after the context, and the answers in them."""
 
     ids: tuple[int, ...]
     references: tuple[Reference, ...]
@@ -86,7 +86,7 @@ class Asked:
 
     @property
     def read_tokens(self) -> int:
-        """Tokens that one budget reads behind the context."""
+        """Tokens that one budget reads after the context."""
         return sum(len(row.ids) for row in self.rows)
 
     def prompt(self, question: int) -> tuple[int, ...]:

@@ -94,7 +94,7 @@ class Measurer:
         self.advance, self.generate = advance, generate
 
     def measure(self, asked: Asked, budgets: Sequence[Matrix]) -> list[list[QuestionOutcome]]:
-        """[budget][question]; the first budget is the full cache. Raises InputError where probabilities are no numbers.
+        """[budget][question]; the first budget is the full cache. Raises InputError where a probability is not a number.
 
         ``advance`` is told the tokens read, but not those generated.
         """
@@ -138,7 +138,7 @@ class Measurer:
     def _generate(self, asked: Asked, readings: list[_Reading]) -> dict[int, list[int]]:
         """Greedy answers, by question, where the reference is not what greedy decoding writes.
 
-        Up to the first token that differs the answer is the reference, so writing starts behind that token.
+        Up to the first token that differs the answer is the reference, so writing starts after that token.
         """
         if asked.exercise.verbatim or not self.generate:
             return {}
@@ -168,7 +168,7 @@ class Measurer:
         nll, kl = (math.fsum(values) / len(values) for values in (reading.nll, reading.kl))
         if not (math.isfinite(nll) and math.isfinite(kl)):
             raise InputError(
-                f"{asked.name}: the model gives probabilities that are no numbers; try --dtype float32 or bfloat16"
+                f"{asked.name}: the model gives probabilities that are not numbers; try --dtype float32 or bfloat16"
             )
         question = asked.exercise.questions[reading.reference.question]
         text = None if written is None else self.tokenizer.decode(written, skip_special_tokens=True)
@@ -195,7 +195,7 @@ class Measurer:
 
 
 def _slices(branch: Branch, rows: Sequence[AskedRow]) -> Iterator[tuple[int, list[torch.Tensor]]]:
-    """Read rows a slice at a time: (first index, logits [k, V] of each row), k of 0 behind a row's end."""
+    """Read rows a slice at a time: (first index, logits [k, V] of each row), k of 0 after a row's end."""
     step = max(1, SLICE_POSITIONS // len(rows))
     for start in range(0, max(len(row.ids) for row in rows), step):
         yield start, branch.read([row.ids[start : start + step] for row in rows])

@@ -2,7 +2,7 @@
 
 This is the oracle for the vLLM runtime and the engine of ``kvprofile evaluate``. Trimmed heads really drop their keys
 and values; no mask stands in for memory. A prefilled context is kept once and shared: every branch (a question, or
-several asked side by side) adds its own tokens behind it, so the next question starts from the same trimmed context
+several asked side by side) adds its own tokens after it, so the next question starts from the same trimmed context
 without reading it again.
 """
 
@@ -146,10 +146,12 @@ class Simulation:
     def _trimmed(self, layer: int) -> list[HeldHeads]:
         spans = self.prefilled[layer]
         row = self.heads[layer]
+        # layers that slide keep their own window in every head
         if row[0] is None or self._slides(layer):
             every = torch.arange(self.geometry.kv_heads)
             first = max(0, self.length - (self.window or self.length) + 1)
             return [HeldHeads(every, self._sliding, [joined(spans).cut(first, self.length)])]
+        # the other layers split into full heads, which keep every token, and trimmed ones: sinks and window are copied
         groups = []
         full = torch.tensor([head for head, value in enumerate(row) if value == 1.0], dtype=torch.long)
         trimmed = torch.tensor([head for head, value in enumerate(row) if value == 0.0], dtype=torch.long)
@@ -172,7 +174,7 @@ class Simulation:
         return sum(span.nbytes() for layer in self.layers for heads in layer for span in heads.context)
 
     def start(self, count: int = 1) -> Branch:
-        """``count`` conversations side by side behind the trimmed context; earlier branches end."""
+        """``count`` conversations side by side after the trimmed context; earlier branches end."""
         if not self.layers:
             self.trim()
         self.branch = Branch(self, count)
@@ -206,6 +208,7 @@ class Simulation:
     ) -> torch.Tensor:
         """Attention of one layer: query [B, H, n, D], new key and value [B, G, n, D] -> [B, H, n, D]."""
         layer = int(module.layer_idx)  # type: ignore[arg-type]
+        # prefill: every head sees everything, and what it held is kept for the trim
         if self.branch is None:
             spans = self.prefilled[layer]
             spans.append(Span(key, value, self.length))
@@ -213,6 +216,7 @@ class Simulation:
             if _is_plain(sees, options):
                 return self._attend_plainly(module, query, joined(spans), options.scale)
             return self._merged(query, spans, sees, options, options.sinks)
+        # decoding: each group of heads sees what it kept of the context and its branch's own tokens
         output: torch.Tensor | None = None
         group = query.shape[1] // key.shape[1]
         for heads, own in zip(self.layers[layer], self.branch.own[layer], strict=True):
@@ -280,7 +284,7 @@ class Simulation:
 
 
 class Branch:
-    """Conversations behind a trimmed context, each row with its own tokens."""
+    """Conversations after a trimmed context, each row with its own tokens."""
 
     def __init__(self, simulation: Simulation, count: int) -> None:
         self.simulation, self.count = simulation, count
@@ -327,7 +331,7 @@ class Branch:
         return answers
 
     def nbytes(self) -> int:
-        """Bytes that the rows hold beside the shared context."""
+        """Bytes that the rows hold in addition to the shared context."""
         return sum(own.nbytes() for layer in self.own for own in layer)
 
     def _free(self) -> None:
@@ -346,7 +350,7 @@ class Branch:
 
 @dataclass(frozen=True)
 class _Options:
-    """What a layer asks of attention beside queries, keys and values."""
+    """What a layer asks of attention besides queries, keys and values."""
 
     scale: float
     softcap: float | None

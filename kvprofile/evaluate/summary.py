@@ -59,7 +59,7 @@ class Results:
             variants = [Variant(**each) for each in listed]
             return cls.of(read_items(folder / ITEMS), variants)
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise InputError(f"{folder} is no folder of a finished evaluation: {error}") from error
+            raise InputError(f"{folder} is not the folder of a finished evaluation: {error}") from error
 
     def only(self, wanted: Callable[[Item], bool]) -> Results | None:
         """The results of some of the questions, chosen by what does not depend on the variant; None without any."""
@@ -148,11 +148,13 @@ def verdicts(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     found = []
     for name in dict.fromkeys(row["name"] for row in rows if row["kind"] == PROFILE):
+        # the lowest retention whose whole interval stays above KEPT; without one, the nearest miss
         mine = [row for row in rows if row["name"] == name and row["relative"]["low"] is not None]
         keeping = [row for row in mine if row["relative"]["low"] >= KEPT]
         best = min(keeping, key=lambda row: row["retention"], default=None)
         nearest = max(mine, key=lambda row: (row["relative"]["low"], -row["retention"]), default=None)
         shown = best or nearest
+        # where the profile beats random heads with certainty
         draws = next((row["seeds"] for row in rows if row["kind"] == RANDOM), 0)
         better = [row["retention"] for row in mine if row["against_random"] and (row["against_random"]["low"] or 0) > 0]
         found.append(
@@ -172,11 +174,13 @@ def verdicts(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _row(results: Results, variant: Variant) -> dict[str, Any]:
+    # every item of the row: [seeds][questions], several seeds for random heads alone
     row, full = variant.row, results.questions
     seeds = results.items[row]
     every = [item for items in seeds for item in items]
     inflation = [item.length_inflation for item in every if item.length_inflation is not None]
     lost, gained = results.flips(row)
+    # paired differences: to random heads at the same retention, and to the first profile where there are several
     random = f"{RANDOM}@{variant.retention:g}" if variant.retention is not None else ""
     against = results.difference(row, random) if random in results.items and variant.kind != RANDOM else None
     first = next((each for each in results.variants if each.kind == PROFILE), None)

@@ -1,4 +1,4 @@
-"""What attention backends need beside their own code: the block-outermost layout, and the trimmed view of a request.
+"""What attention backends need besides their own code: the block-outermost layout, and the trimmed view of a request.
 
 The view is made where a backend's metadata is built: from each row that decodes, the block table drops the blocks
 between sinks and window, and the sequence gets shorter by as many tokens. Kernels never know. Nothing here waits for

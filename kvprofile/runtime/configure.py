@@ -93,7 +93,7 @@ def _unsupported(config: Any) -> list[str]:
         "scheduler_reserve_full_isl off, which hides where prefill ends": (
             not config.scheduler_config.scheduler_reserve_full_isl
         ),
-        "an additional_config that is no dictionary": not isinstance(config.additional_config, dict),
+        "an additional_config that is not a dictionary": not isinstance(config.additional_config, dict),
     }
     return unsupported.holding(reasons)
 

@@ -82,7 +82,7 @@ def _search(folder: Path, served: Served) -> Path:
     """The one file in ``folder`` whose model is the served one."""
     wanted = " or ".join(served.names)
     if not store.is_dir(folder):
-        raise ValueError(f"no budget for {wanted}: {folder} is no folder; set {PREFIX}BUDGET or {PREFIX}BUDGET_DIR")
+        raise ValueError(f"no budget for {wanted}: {folder} is not a folder; set {PREFIX}BUDGET or {PREFIX}BUDGET_DIR")
     matches = [path for path in sorted(folder.glob("*.json")) if served.is_called(_model_name(path) or "")]
     if not matches:
         raise ValueError(f"no budget for {wanted} in {folder}; set {PREFIX}BUDGET to a file, or score the model")
@@ -93,7 +93,7 @@ def _search(folder: Path, served: Served) -> Path:
 
 
 def _model_name(path: Path) -> str | None:
-    """The model that a file names; None for what is no budget."""
+    """The model that a file names; None for anything that is not a budget."""
     try:
         return str(json.loads(read_bytes(path))["model"]["name"])
     except (InputError, ValueError, KeyError, TypeError, RecursionError):

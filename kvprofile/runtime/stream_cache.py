@@ -125,7 +125,7 @@ class StreamManager(FullAttentionManager):  # type: ignore[misc]
         *,
         replay_boundaries: Sequence[int],
     ) -> None:
-        """Offer the prompt's blocks to later requests, and no others: behind it, caches were computed trimmed."""
+        """Offer the prompt's blocks to later requests, and no others: later ones hold caches computed while trimmed."""
         prompt = min(num_tokens, request.num_prompt_tokens)
         super().cache_blocks(request, prompt, retention_interval, replay_boundaries=replay_boundaries)
 

@@ -1,7 +1,7 @@
 """The attention function that scores: registered with transformers for the time of a run, and nothing patched.
 
 While a context is prefilled it computes plain causal attention. While a chunk is repeated it computes the same, and
-beside it the softmax of every repeat row over prefix, chunk and repeat alone, of which it keeps, for each KV head
+next to it the softmax of every repeat row over prefix, chunk and repeat alone, of which it keeps, for each KV head
 and chunk position, the maximum over rows and over the query heads of the group (KVzip, arXiv 2505.23416, equation 3).
 """
 
@@ -32,7 +32,7 @@ SCORED_KEYS = 512
 """Chunk keys in a block on a CPU: few, so that a block has enough rows to be worth packing them."""
 
 
-class AllLayersDone(Exception):  # noqa: N818 - it ends a forward pass early and is no error
+class AllLayersDone(Exception):  # noqa: N818 - it ends a forward pass early and is not an error
     """Raised inside a forward pass once the last layer that matters has done its part."""
 
 
@@ -165,22 +165,26 @@ def _full_layer(
             return []
         return [span(recorder, query, key[:, :, first:stop], value[:, :, first:stop], scale, softcap, first, causal)]
 
+    # reading the context: plain causal attention; of the last layer only the keys are needed
     if recorder.chunk is None:
         if layer == recorder.last_layer:
             raise AllLayersDone
         return kernels.merge(part(0, start) + part(start, key.shape[2], causal=True), sinks)
 
+    # a repeat: the softmax over prefix, chunk and repeat alone scores the chunk's keys
     first, stop = recorder.chunk
     scored = part(0, recorder.prefix_tokens) + part(first, stop) + part(start, key.shape[2], causal=True)
     normaliser = kernels.merge_lse([p.lse for p in scored], sinks)
     recorder.token_scores[layer] = chunk_scores(query, key[:, :, first:stop], normaliser, scale, softcap)
     if layer == recorder.last_layer:
         raise AllLayersDone
+    # its output sees the rest of the context too, so that the layers above read what the model would
     if not recorder.sparse_rows:
         return kernels.merge(scored + part(recorder.prefix_tokens, first) + part(stop, start), sinks)
-    before, behind, recent = sparse_rest(recorder.prefix_tokens, recorder.chunk, start)
+    before, after, recent = sparse_rest(recorder.prefix_tokens, recorder.chunk, start)
+    # or, sparsely, the end of the context and one token in REST_STRIDE of the others, each weighing for that many
     rest = part(recent.start, recent.stop)
-    samples = torch.tensor([*before, *behind], device=key.device)
+    samples = torch.tensor([*before, *after], device=key.device)
     if len(samples):
         found = span(recorder, query, key[:, :, samples], value[:, :, samples], scale, softcap, 0, causal=False)
         rest.append(Part(found.output, found.lse + math.log(REST_STRIDE)))
@@ -219,8 +223,10 @@ def chunk_scores(
     keys_at_once = min(count, SCORED_KEYS) if on_cpu else count
     block = LOGIT_BLOCK_VALUES if on_cpu else DEVICE_LOGIT_BLOCK_VALUES
     rows_at_once = max(1, block // (query.shape[1] * keys_at_once))
+    # running maximum over rows and query heads, [G, m]
     best = torch.full((kv_heads, count), -torch.inf, device=key.device)
     keys = key.float()
+    # a column of ones times -normaliser subtracts it within the product
     if softcap is None:
         keys = torch.cat([keys, keys.new_ones(1, kv_heads, count, 1)], -1)
     for first_row in range(0, query.shape[2], rows_at_once):

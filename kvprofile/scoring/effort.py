@@ -1,6 +1,6 @@
 """How much of the corpora a run reads: all of it, exactly, or a part of it, fast. Behind ``score --fast``.
 
-Three shortcuts, each of which can be taken alone. *Sparse rows*: of the context beside prefix and chunk a repeat sees
+Three shortcuts, each of which can be taken alone. *Sparse rows*: of the context besides prefix and chunk a repeat sees
 the last tokens and one in sixteen of the others, in place of all sixteen. *Chunk sampling*: a share of each document's
 chunks, spread over it, is repeated. *Early stopping*: the run ends once the budgets have settled
 (``scoring.stopping``). What each does to the ranking is measured by ``scripts/fast_agreement.py``.
@@ -52,10 +52,10 @@ REST_RECENT_TOKENS, REST_STRIDE = 128, 16
 
 
 def sparse_rest(prefix: int, chunk: tuple[int, int], length: int) -> tuple[range, range, range]:
-    """Context positions that a sparse repeat sees beside prefix and chunk: those at the end, and samples.
+    """Context positions that a sparse repeat sees besides prefix and chunk: those at the end, and samples.
 
     ``chunk`` holds positions [start, stop) and ``length`` counts prefix and context. Returned are samples before the
-    chunk and behind it, each of which stands for REST_STRIDE tokens, and the last tokens, which stand for themselves.
+    chunk and after it, each of which stands for REST_STRIDE tokens, and the last tokens, which stand for themselves.
     """
     first, stop = chunk
     recent = max(stop, length - REST_RECENT_TOKENS)

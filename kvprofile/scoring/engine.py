@@ -35,7 +35,7 @@ class Engine(Protocol):
         """Its choices, each with its reason."""
 
     def facts(self) -> dict[str, object]:
-        """What scores depend on beside the plan; another run with the same facts may use finished chunks."""
+        """What scores depend on besides the plan; another run with the same facts may use finished chunks."""
 
     def score(self, plan: ScoringPlan, store: ChunkStore, progress: Progress, keep_token_scores: bool) -> str:
         """Score what the store does not hold yet. Gives the attention kernel used, with the reason."""

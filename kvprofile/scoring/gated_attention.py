@@ -36,7 +36,7 @@ class GatedSlidingLayer(GatedLayer, SlidingLayer):
     pinned = False
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any) -> Pair:
-        """Append [1, G, n, D]; a pinned layer has room for ``step_tokens`` behind the window it keeps."""
+        """Append [1, G, n, D]; a pinned layer has room for ``step_tokens`` after the window it keeps."""
         if not self.pinned:
             return super().update(key_states, value_states)
         self.fresh = (key_states, value_states)
@@ -103,11 +103,13 @@ class Sight:
         return kernels.merge(list(self._parts(query, recorder)), self.learned_sinks)
 
     def _parts(self, query: torch.Tensor, recorder: Recorder) -> Iterator[kernels.Part]:
+        # full: everything before the pass, then the pass itself, causally
         if self.window is None:
             if self.start:
                 yield span(recorder, query, *self._keys(0, self.start), self.scale, self.softcap, 0, False)
             yield span(recorder, query, *self._keys(self.start), self.scale, self.softcap, self.start, True)
             return
+        # trimmed: the sinks, then a causal window over what follows them
         if self.sink_end:
             sinks = self._keys(0, self.sink_end)
             yield kernels.blocked(query, *sinks, self.scale, query_start=self.start, key_start=0, softcap=self.softcap)
@@ -175,6 +177,7 @@ class Attention(torch.autograd.Function):
         by_value = torch.zeros_like(sight.value[:, :, fresh], dtype=torch.float32)
         for first in range(0, count, kernels.ROW_BLOCK):
             rows = slice(first, min(first + kernels.ROW_BLOCK, count))
+            # rows [1, G, g * n, D]; slope . output is what the softmax subtracts from every logit's slope
             q, out, slope = (kernels.fold_groups(x[:, :, rows].float(), heads) for x in (query, output, slopes[0]))
             along = (slope * out).sum(-1, keepdim=True)
             normaliser = lse[:, :, rows].reshape(1, heads, -1, 1)
@@ -182,6 +185,7 @@ class Attention(torch.autograd.Function):
             for place, hidden in sight.blocks(start + rows.start, start + rows.stop):
                 keys = slice(place - sight.key_start, place - sight.key_start + hidden.shape[1])
                 key, value = sight.key[:, :, keys].float(), sight.value[:, :, keys].float()
+                # slope by logit = weight * (slope . value - slope . output), through the softcap's own slope
                 logits = kernels.logits_of(q, key, sight.scale, sight.softcap)
                 by_logit = torch.matmul(slope, value.transpose(-1, -2)).sub_(along)
                 if sight.softcap is not None:
@@ -189,6 +193,7 @@ class Attention(torch.autograd.Function):
                 weights = logits.sub_(normaliser).exp_()
                 weights.view(1, heads, -1, *hidden.shape).masked_fill_(hidden, 0.0)
                 by_logit.mul_(weights)
+                # slopes by query for all keys, by key and value only for the pass's own tokens: the rest is constant
                 total += torch.matmul(by_logit, key)
                 if place >= start:
                     own = slice(place - start, place - start + hidden.shape[1])

@@ -101,7 +101,7 @@ class GatedModel:
         """Mean cross entropy in nats per token of a chunk of the prefilled document, at gates [L', G].
 
         A head whose gate is 1 computes no trimmed output, one whose gate is 0 no full one. Raises InputError where
-        the loss is no number.
+        the loss is not a number.
         """
         return self._repeat(chunk, gates.detach())
 
@@ -120,12 +120,14 @@ class GatedModel:
         self._gates = gates
         try:
             for first in range(0, len(ids) - 1, self.rows_at_once):
+                # read rows first..stop; those from ``begin`` on predict tokens of the chunk and have a loss
                 stop = min(first + self.rows_at_once, len(ids) - 1)
                 begin = max(first, asked)
                 with torch.set_grad_enabled(gates.requires_grad and begin < stop):
                     rows = self._read(ids[first:stop], self.length + first)[0, begin - first :]
                     loss, slopes = self._nats(rows, ids[begin + 1 : stop + 1])
                     total += loss
+                    # the decoder's part of the gradient, from the slopes [n, hidden] of the head's part
                     if rows.requires_grad:
                         torch.autograd.backward([rows], [slopes])
         finally:
@@ -133,7 +135,7 @@ class GatedModel:
             self.cache.cut_back(self.length)
         if not math.isfinite(total):
             raise InputError(
-                f"the loss is no number: the weights are broken, or {self.model.dtype} is too small for the model's "
+                f"the loss is not a number: the weights are broken, or {self.model.dtype} is too small for the model's "
                 "activations; try --dtype float32 or bfloat16"
             )
         return total / tokens
@@ -156,11 +158,13 @@ class GatedModel:
         total, slopes = 0.0, torch.zeros_like(hidden)
         step = max(1, VOCABULARY_BLOCK_VALUES // self.model.config.get_text_config().vocab_size)
         for first in range(0, len(targets), step):
+            # logits [k, V] of a block of rows, made by the model's own head over given hidden states
             rows = hidden.detach()[first : first + step].requires_grad_(hidden.requires_grad)
             wanted = torch.tensor(targets[first : first + step], device=self.device)
             given = MoeModelOutputWithPast(last_hidden_state=rows[None])
             with _forward(self.decoder, lambda *_, given=given, **__: given):
                 logits = self.model(input_ids=wanted[None], use_cache=False).logits[0].float()
+            # summed loss of the block, and its slopes by the hidden states
             loss = torch.nn.functional.cross_entropy(logits, wanted.to(logits.device), reduction="sum")
             if loss.requires_grad:
                 (slopes[first : first + step],) = torch.autograd.grad(loss, rows)
@@ -187,6 +191,7 @@ class GatedModel:
         self.recorder.layers_seen.add(layer)
         attention.check_shapes(self.recorder, layer, query, key, window)
         scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+        # what the rows see with the head full: all keys, or the layer's own window
         start = self.recorder.query_start
         key_start = start + query.shape[2] - key.shape[2]
         sight = Sight(key, value, options.get("s_aux"), start, key_start, scale, options.get("softcap"))
@@ -196,6 +201,7 @@ class GatedModel:
         fresh, held.fresh = held.fresh, None
         profiled = layer in self.profiled
         full = sight if profiled else replace(sight, window=window)
+        # what they see with it trimmed, and the gate [G] between both; only while a repeat is read
         gates, trimmed = torch.ones(key.shape[1]), None
         if profiled and self._gates is not None:
             gates = self._gates[self.profiled.index(layer)].float()
@@ -216,7 +222,7 @@ def gating(
     """Put gates into a model in eval mode, and put everything back afterwards; ``sizes`` as for GatedModel.
 
     ``checkpointing`` computes each layer again for its gradient instead of keeping its activations. Not re-entrant,
-    not beside ``attention.recording``, not in inference mode. Raises InputError for a model whose layers cannot
+    not together with ``attention.recording``, not in inference mode. Raises InputError for a model whose layers cannot
     be found.
     """
     if attention.current:
@@ -322,8 +328,10 @@ def greedy(gated: GatedModel, documents: Sequence[FramedDocument], share: float 
     gates, scores = gated.gates(), gated.gates()
     batch = max(1, round(share * gates.numel()))
     for done in range(0, gates.numel(), batch):
+        # cost of trimming each head that is left, given those that are gone
         slopes = -_mean(gated, documents, lambda chunk: gated.loss_and_gradient(chunk, gates)[1])
         slopes[gates == 0] = torch.inf
+        # the cheapest go next, and get the next ranks
         chosen = slopes.flatten().argsort(stable=True)[: min(batch, gates.numel() - done)]
         scores.view(-1)[chosen] = (torch.arange(len(chosen)) + done + 1.0) / gates.numel()
         gates.view(-1)[chosen] = 0.0

@@ -42,7 +42,7 @@ class HfEngine:
         return self.placement.reasons
 
     def facts(self) -> dict[str, object]:
-        """What scores depend on beside the plan."""
+        """What scores depend on besides the plan."""
         return {"dtype": self.placement.dtype, "device": self.placement.device}
 
     def score(self, plan: ScoringPlan, store: ChunkStore, progress: Progress, keep_token_scores: bool) -> str:

@@ -38,6 +38,7 @@ def merge(parts: list[Part], sinks: torch.Tensor | None = None) -> Part:
     """
     if len(parts) == 1 and sinks is None:
         return parts[0]
+    # a part's share of a row is exp(its log-sum-exp - that over all keys), [1, H, n]
     total = merge_lse([part.lse for part in parts], sinks)
     output: torch.Tensor | None = None
     for part in parts:
@@ -77,6 +78,7 @@ def blocked(
 
     parts = []
     for first in range(0, query.shape[2], ROW_BLOCK):
+        # a block of rows, and the keys that any of them sees
         rows = query[:, :, first : first + ROW_BLOCK]
         start, stop = query_start + first, query_start + first + rows.shape[2]
         seen = slice(max(0, start - window + 1 - key_start) if window else 0, stop - key_start)
@@ -135,17 +137,21 @@ def over_keys(
     for start in range(0, key.shape[2], block):
         keys, values = key[:, :, start : start + block], value[:, :, start : start + block]
         first, stop = key_start + start, key_start + start + keys.shape[2]
+        # logits of every row and key of the block, [B, H, n, block]
         logits = logits_of(folded, keys, scaling, softcap)
         if shared:
             logits = logits.view(kv_heads, batch, -1, stop - first).transpose(0, 1)
         logits = logits.reshape(batch, heads, count, stop - first)
+        # hide keys that a row does not see; a block before every row needs no mask
         if sees is not None or stop > lowest + 1:
             seen = (sees or _causal)(positions[..., None], torch.arange(first, stop, device=query.device))
             logits.masked_fill_(~seen[:, None], -torch.inf)
+        # softmax within the block, [B, G, g * n, block]; -1e30 keeps rows that see nothing free of NaN
         lse = logits.logsumexp(-1)
         weights = (logits - lse.clamp_min(-1e30)[..., None]).exp_().view(batch, kv_heads, -1, stop - first)
         if shared:
             weights = weights.transpose(0, 1).reshape(1, kv_heads, -1, stop - first)
+        # weighted values, [B, H, n, D] in the end
         output = torch.matmul(weights, values.float())
         if shared:
             output = output.view(kv_heads, batch, -1, output.shape[-1]).transpose(0, 1)
@@ -195,6 +201,7 @@ def choose_fused(device: torch.device, dtype: torch.dtype, head_size: int, group
     tolerance = 1e-4 if dtype == torch.float32 else 4e-2
     scaling = head_size**-0.5
     try:
+        # against plain products, once with the query's own keys (causal) and once with keys before it
         for causal in (True, False):
             start = 0 if causal else 48
             expected = blocked(query, key, value, scaling, query_start=start, key_start=0)

@@ -28,7 +28,7 @@ class PromptCapture:
 
     ``summaries`` has, for keys (as cached, rotated) and values: ``*_mean`` [L', G, D], the mean vector over all tokens
     of the prompt, and ``*_norm_mean``, ``_std``, ``_min``, ``_max`` [L', G] of their norms. ``token_scores`` [L', G, T]
-    are those of ``kvprofile score`` for the tokens behind the first ``prefix_tokens``; None where not asked for.
+    are those of ``kvprofile score`` for the tokens after the first ``prefix_tokens``; None where not asked for.
     """
 
     prompt_tokens: int
@@ -53,9 +53,9 @@ def capture_prompt(
 ) -> PromptCapture:
     """Prefill a prompt on ``llm`` and look at its cache; with ``scores`` let the model repeat it, as profiling does.
 
-    ``llm`` is a ``vllm.LLM`` started with ``kvprofile.capture.ENGINE_ARGUMENTS`` beside its usual arguments, its prefix
-    cache on and nothing else running on it meanwhile. A text is put into the chat template; ids are taken as they are,
-    the first four of them as prefix. Raises InputError where the engine cannot be watched or the prompt does not fit.
+    ``llm`` is a ``vllm.LLM`` started with ``kvprofile.capture.ENGINE_ARGUMENTS`` added to its usual arguments, its
+    prefix cache on and nothing else running on it meanwhile. A text is put into the chat template; ids are taken as
+    they are, the first four of them as prefix. Raises InputError where the engine cannot be watched or the prompt does not fit.
     """
     document, frame = _framed(llm, prompt)
     ids = (*document.prefix_ids, *document.context_ids)
@@ -88,5 +88,5 @@ def _framed(llm: Any, prompt: str | Sequence[int]) -> tuple[FramedDocument, Any]
     else:
         document = FramedDocument("prompt", tuple(prompt[:BARE_PREFIX_TOKENS]), tuple(prompt[BARE_PREFIX_TOKENS:]))
     if not document.context_ids:
-        raise InputError("the prompt has no token behind its prefix; give a longer one")
+        raise InputError("the prompt has no token after its prefix; give a longer one")
     return document, frame

@@ -95,7 +95,7 @@ class Scorer:
             broken = [layer for layer in layers if not found[layer].isfinite().all()]
             if broken:
                 raise InputError(
-                    f"layer {broken[0]} gives scores that are no numbers: its weights are broken, or {self.dtype} is "
+                    f"layer {broken[0]} gives scores that are not numbers: its weights are broken, or {self.dtype} is "
                     "too small for its activations; try --dtype float32 or bfloat16"
                 )
             return torch.stack([found[layer] for layer in layers])

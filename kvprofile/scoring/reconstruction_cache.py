@@ -68,7 +68,7 @@ class PreallocatedLayer(CacheLayerMixin):  # type: ignore[misc]
 
 
 class SlidingLayer(PreallocatedLayer):
-    """A sliding-window layer: the last window - 1 tokens before the cursor, and room for one forward pass behind them.
+    """A sliding-window layer: the last window - 1 tokens before the cursor, and room for one forward pass after them.
 
     Room is ``step_tokens``. Cutting back to where the last forward pass began loses nothing that a later token sees.
     """

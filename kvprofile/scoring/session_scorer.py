@@ -2,7 +2,7 @@
 
 The context goes in as one request (a long one as several, each of which continues the one before), each repeat as a
 request that begins with the context, whose keys and values it finds in vLLM's prefix cache. vLLM caches whole blocks,
-so a repeat computes the last few rows of the context again; those are no rows of the repeat and are left out. Nothing
+so a repeat computes the last few rows of the context again; those do not belong to the repeat and are left out. Nothing
 is taken on trust: every rank says which rows it saw, and vLLM says how many tokens it had cached.
 """
 
@@ -82,7 +82,7 @@ class SessionScorer:
         broken = [layer for layer, one in zip(self.session.layers, scores, strict=True) if not one.isfinite().all()]
         if broken:
             raise InputError(
-                f"layer {broken[0]} gives scores that are no numbers: its weights are broken, or the dtype is too "
+                f"layer {broken[0]} gives scores that are not numbers: its weights are broken, or the dtype is too "
                 "small for its activations; try --dtype float32 or bfloat16"
             )
         return torch.stack(scores)

@@ -61,7 +61,7 @@ class VllmEngine:
     name = "vllm"
 
     def facts(self) -> dict[str, object]:
-        """What scores depend on beside the plan."""
+        """What scores depend on besides the plan."""
         told = {key: value for key, value in self.arguments.items() if key != "model"}
         return {"engine": self.name, "vllm": self.version, "device": self.device, "arguments": told}
 
@@ -210,7 +210,7 @@ def _listed(layers: Sequence[int]) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """The line that says something: validators put theirs behind a heading."""
+    """The line that says something: validators put theirs after a heading."""
     listed = getattr(error, "errors", None)
     if callable(listed):
         with contextlib.suppress(Exception):

@@ -81,7 +81,7 @@ def count(shape: DecoderShape, prefix: int, context: int, repeats: Iterable[Repe
     """The work of one document: prefix and context tokens, and its repeats.
 
     Of the last layer that is scored, reading the context needs the keys alone, and a repeat queries, keys and logits.
-    Layers behind it are not needed at all.
+    Later layers are not needed at all.
     """
     geometry = shape.geometry
     last = max(geometry.profiled_layers)

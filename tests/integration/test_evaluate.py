@@ -191,7 +191,7 @@ def test_numbers_that_are_none_are_refused(capsys, workplace, checkpoint):
     weights["model.norm.weight"][:] = torch.nan
     save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
     assert command(["evaluate", str(checkpoint), *FAST]) == 2
-    assert "probabilities that are no numbers" in capsys.readouterr().err.splitlines()[-1]
+    assert "probabilities that are not numbers" in capsys.readouterr().err.splitlines()[-1]
     assert not (workplace / "runs").exists()
 
 

@@ -119,7 +119,7 @@ def test_weights_that_are_no_numbers(capsys, workplace, checkpoint):
     weights["model.layers.1.self_attn.k_proj.weight"][0, 0] = torch.nan
     save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
     line = refused(capsys, workplace, [checkpoint, *FAST], lines_before=5)
-    assert "layer 1 gives scores that are no numbers" in line
+    assert "layer 1 gives scores that are not numbers" in line
 
 
 CONFIGS = [
@@ -446,7 +446,7 @@ def test_a_folder_that_only_looks_like_a_run(capsys, workplace, checkpoint, tmp_
 
 def test_output_is_no_regular_file(capsys, workplace, checkpoint, tmp_path):
     os.mkfifo(tmp_path / "pipe.json")
-    assert "it is no regular file" in refused(
+    assert "it is not a regular file" in refused(
         capsys, workplace, [checkpoint, *FAST, "--output", tmp_path / "pipe.json", "--force"]
     )
 

@@ -166,7 +166,7 @@ class Format(ABC):
         """Write atomically to ``path``. Raises InputError; then nothing has changed."""
 
     def model_of(self, path: Path) -> str | None:
-        """The model that an existing output names, or None where it names none or is no such file."""
+        """The model that an existing output names, or None where it names none or is not such a file."""
         del path
         return None
 

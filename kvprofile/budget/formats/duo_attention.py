@@ -130,7 +130,7 @@ def _config(path: Path) -> dict[str, Any]:
 
 
 def _replace_folder(path: Path, files: dict[str, bytes]) -> None:
-    """Write files into a new folder beside ``path`` first; on failure nothing of it is left."""
+    """Write files into a new folder next to ``path`` first; a failure leaves nothing of it."""
     path = path.resolve()
     partial, lock = (path.parent / f".{path.name[:80]}{ending}" for ending in (PARTIAL, LOCK))
     with alone(lock, path):

@@ -573,4 +573,4 @@ def test_the_tables_fit_80_columns(summary, capsys):
     assert max(map(len, out.splitlines())) <= 80
     assert "a-rather… 0.5" in out
     assert "evidence outside of sinks and window: 60 of 120 (50%)" in out
-    assert "no retention surely keeps 99% of the accuracy" in out
+    assert "at no retention is it certain that 99% of the accuracy is kept" in out
