@@ -14,7 +14,7 @@ import time
 from typing import Any, cast
 
 RESULT = "RESULT"
-TIMER = "kvprofile.bench.attention.AttentionTimer"
+TIMER = "kvprofile.bench.attention_pass.AttentionTimer"
 OUTPUT_TOKENS = 33
 
 

@@ -94,7 +94,7 @@ class Measurer:
         self.advance, self.generate = advance, generate
 
     def measure(self, asked: Asked, budgets: Sequence[Matrix]) -> list[list[QuestionOutcome]]:
-        """[budget][question]; the first budget is the full cache. Raises InputError where a probability is not a number.
+        """[budget][question]; the first budget is the full cache. Raises InputError where a probability is NaN.
 
         ``advance`` is told the tokens read, but not those generated.
         """

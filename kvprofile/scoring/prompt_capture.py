@@ -55,7 +55,8 @@ def capture_prompt(
 
     ``llm`` is a ``vllm.LLM`` started with ``kvprofile.capture.ENGINE_ARGUMENTS`` added to its usual arguments, its
     prefix cache on and nothing else running on it meanwhile. A text is put into the chat template; ids are taken as
-    they are, the first four of them as prefix. Raises InputError where the engine cannot be watched or the prompt does not fit.
+    they are, the first four of them as prefix. Raises InputError where the engine cannot be watched or the prompt
+    does not fit.
     """
     document, frame = _framed(llm, prompt)
     ids = (*document.prefix_ids, *document.context_ids)

@@ -40,7 +40,7 @@ OPTIONS = EvaluationOptions(
 @pytest.fixture(autouse=True)
 def _short_answers():
     """A random model never ends an answer; three tokens beyond the reference are enough here."""
-    with mock.patch("kvprofile.evaluate.measure.SPARE_TOKENS", SPARE):
+    with mock.patch("kvprofile.evaluate.measurer.SPARE_TOKENS", SPARE):
         yield
 
 
@@ -88,7 +88,7 @@ def measured(tiny_checkpoint):
     heads = [variant.heads for variant in planned.variants]
     read = []
     with (
-        mock.patch("kvprofile.evaluate.measure.SPARE_TOKENS", SPARE),
+        mock.patch("kvprofile.evaluate.measurer.SPARE_TOKENS", SPARE),
         simulating(model, planned.description.geometry, heads[0], planned.rule) as simulation,
     ):
         measurer = Measurer(simulation, planned.tokenizer, planned.words, 2, read.append)
@@ -249,7 +249,7 @@ def undisturbed(tiny_checkpoint, tmp_path_factory):
     """A plan and the folder of its run."""
     planned = plan(tiny_checkpoint, tiny_profile())
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    with mock.patch("kvprofile.evaluate.measure.SPARE_TOKENS", SPARE):
+    with mock.patch("kvprofile.evaluate.measurer.SPARE_TOKENS", SPARE):
         evaluation.evaluate(planned, placement(), folder, Silent())
     return planned, folder
 

@@ -12,7 +12,7 @@ from kvprofile.instrumentation import GPUMemoryManager
 
 def main():
     options = {"dtype": "float32", "max_model_len": 4096, "enforce_eager": True, "block_size": 32}
-    options |= {"worker_extension_cls": "kvprofile.bench.attention.AttentionTimer", "kv_cache_memory_bytes": 2**26}
+    options |= {"worker_extension_cls": "kvprofile.bench.attention_pass.AttentionTimer", "kv_cache_memory_bytes": 2**26}
     found = {"answers": []}
     with VLLMClient(sys.argv[1], enable_prefix_caching=False, **options) as client:
         llm = client.source
