@@ -314,7 +314,7 @@ def test_results_can_be_read_by_scripts(tiny_checkpoint, tmp_path):
     assert found.difference("b@0.5", "a@0.5").value == pytest.approx(rows["b", 0.5]["against_first"]["value"], abs=1e-5)
     repeats = found.only(lambda item: item.task == "repeat")
     assert {item.task for item in repeats.questions} == {"repeat"}
-    with pytest.raises(InputError, match="no folder of a finished evaluation"):
+    with pytest.raises(InputError, match="not the folder of a finished evaluation"):
         Results.load(tmp_path)
 
 
@@ -415,7 +415,7 @@ def refused(capsys, workplace, arguments):
         (["--random-seeds", "-1"], "--random-seeds must lie between 0"),
         (["--batch", "0"], "--batch must lie between 1"),
         (["--seed", "-1"], "--seed must lie between 0"),
-        (["--statistic", "mean"], "the profile kvzip has no statistic mean; it has max"),
+        (["--statistic", "mean"], "has no statistic mean; it has max"),
         (["--profile", "none.json"], "no budget file none.json"),
         (["--plot", "picture.pdf"], "its name must end in .png or .svg"),
         (["--plot", "/proc/none/picture.png"], "cannot write /proc/none/picture.png"),
