@@ -16,14 +16,14 @@ from kvprofile.budget.choice import choose, has_scores
 from kvprofile.budget.model_shape import Decision, ModelShape
 from kvprofile.budget.profile import PRESETS, Geometry, Profile
 from kvprofile.errors import InputError
+from kvprofile.sizes import MAX_BYTES, parse_size
 
 DEFAULT_RETENTIONS = (1.0, *PRESETS)
 DEFAULT_MEMORY_UTILIZATION = 0.9
 """Share of a GPU's memory given to vLLM (``gpu_memory_utilization``); its own default is 0.92 in 0.32, 0.9 before."""
 
 MAX_CONTEXT_TOKENS = 10**12
-MAX_BYTES = 2**60
-"""Bounds on what is asked for: far above any machine, far below where floats overflow."""
+"""Bound on what is asked for: far above any model, far below where floats overflow."""
 
 DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
 """Bytes of a cached value."""
@@ -53,8 +53,6 @@ GPUS: dict[str, dict[int, int]] = {
 The totals are the drivers' own, ECC as shipped, as seen in public bug reports and cloud documentation; they differ
 from the sold GB both ways (an A100 80GB has 80 GiB, an L4 24GB has 22.5 GiB). CUDA itself sees about 1 % less.
 """
-
-_UNITS = {"gib": 2**30, "gb": 10**9, "mib": 2**20, "mb": 10**6, "tib": 2**40, "tb": 10**12}
 
 
 @dataclass(frozen=True)
@@ -189,13 +187,11 @@ def kv_bytes_read_per_step(shape: ModelShape, effective: float, context_tokens: 
 
 def parse_gpu_memory(text: str) -> GpuMemory:
     """'24GiB', '80 GB', 'H100', 'A100-80GB', 'NVIDIA GeForce RTX 4090' -> memory of one GPU. Raises InputError."""
-    amount = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([gmt]i?b)\s*", text, re.IGNORECASE)
-    if amount:
-        size = float(amount[1]) * _UNITS[amount[2].lower()]
-        if size > MAX_BYTES:
-            raise InputError("--gpu-memory is more than 1 EiB, which no GPU has")
-        if size >= 1.0:
-            return GpuMemory(None, int(size), "asked for")
+    size = parse_size(text)
+    if size is not None and size > MAX_BYTES:
+        raise InputError("--gpu-memory is more than 1 EiB, which no GPU has")
+    if size is not None and size >= 1.0:
+        return GpuMemory(None, int(size), "asked for")
     words = re.sub(r"[\s_-]+", " ", text.upper()).strip()
     words = re.sub(r"\b(NVIDIA|AMD|GEFORCE|TESLA|INSTINCT|SXM\d?|PCIE|HBM\w*)\b ?", "", words).strip()
     for name, sizes in GPUS.items():

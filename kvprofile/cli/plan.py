@@ -43,8 +43,9 @@ def plan(
     from kvprofile.budget import capacity
     from kvprofile.budget.model_shape import find_shape
     from kvprofile.errors import InputError
+    from kvprofile.sizes import MAX_BYTES
 
-    if weights_gib is not None and not weights_gib * 2**30 <= capacity.MAX_BYTES:
+    if weights_gib is not None and not weights_gib * 2**30 <= MAX_BYTES:
         raise InputError(f"--weights-gib {weights_gib} is not a size")
     found = capacity.plan(
         find_shape(model),

@@ -16,10 +16,11 @@ ARROWS = {
     "errors": set(),
     "files": {"errors"},
     "progress": set(),
+    "sizes": set(),
     "statistics": set(),
     "unsupported": set(),
     "instrumentation": set(),
-    "budget": {"errors", "files"},
+    "budget": {"errors", "files", "sizes"},
     "corpus": {"errors", "files"},
     "questions": {"corpus", "errors", "files"},
     "records": {"budget", "errors", "files"},
@@ -39,6 +40,7 @@ ARROWS = {
         "questions",
         "records",
         "runtime",
+        "sizes",
         "statistics",
     },
     "cli": {
@@ -55,6 +57,7 @@ ARROWS = {
         "report",
         "runtime",
         "scoring",
+        "sizes",
     },
     "__main__": {"cli"},
 }
