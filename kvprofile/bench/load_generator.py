@@ -8,9 +8,9 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
+from kvprofile.bench.bench_options import LoadPlan
 from kvprofile.bench.chat_client import Answer, Endpoint, Sampling, ask
 from kvprofile.bench.documents import BenchDocument, BenchQuestion, unique_opening
-from kvprofile.bench.scenario import LoadPlan
 
 OnAnswer = Callable[["Prompt", Answer], None]
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from kvprofile.bench import documents, providers
-from kvprofile.bench.scenario import SEED_RETENTIONS, BenchPlan, EngineOptions, LoadPlan, local_legs, remote_legs
+from kvprofile.bench.bench_options import BenchOptions
+from kvprofile.bench.scenario import SEED_RETENTIONS, BenchPlan, local_legs, remote_legs
 from kvprofile.bench.verifiers import choose
 from kvprofile.budget import store
 from kvprofile.budget.model_shape import find_shape
@@ -30,28 +30,6 @@ ROOM_TOKENS = 12_000
 
 
 @dataclass(frozen=True)
-class Wish:
-    """What a user asked for; None and empty leave the choice to the preset and the defaults."""
-
-    model: str
-    profile: Path | None = None
-    retentions: tuple[float, ...] = ()
-    baseline: bool = True
-    local: bool = True
-    documents: tuple[str, ...] = ()
-    providers: tuple[str, ...] = ()
-    providers_file: Path | None = None
-    provider_model: str | None = None
-    verifiers: tuple[str, ...] = ()
-    repetitions: int | None = None
-    seed: int = 0
-    attention_pass: bool = True
-    preset: str | None = None
-    load: LoadPlan = field(default_factory=LoadPlan)
-    engine: EngineOptions = field(default_factory=EngineOptions)
-
-
-@dataclass(frozen=True)
 class Prepared:
     """A plan, and the reason of every choice that was not asked for."""
 
@@ -59,49 +37,49 @@ class Prepared:
     reasons: tuple[str, ...]
 
 
-def prepare(wish: Wish) -> Prepared:
-    """The plan that a wish stands for. Raises InputError where there is none."""
-    if wish.preset not in (None, *PRESETS):
-        raise InputError(f"no preset {wish.preset!r}; there is {', '.join(PRESETS)}")
-    wish = replace(wish, model=str(bundled_model(wish.model) or wish.model))
+def prepare(asked: BenchOptions) -> Prepared:
+    """The plan that options stand for. Raises InputError where there is none."""
+    if asked.preset not in (None, *PRESETS):
+        raise InputError(f"no preset {asked.preset!r}; there is {', '.join(PRESETS)}")
+    asked = replace(asked, model=str(bundled_model(asked.model) or asked.model))
     reasons = []
-    if wish.preset is not None:
+    if asked.preset is not None:
         reasons.append(
-            f"preset {wish.preset}: baseline, retentions 0.9, 0.7 and 0.5, and a provider, as far as not given"
+            f"preset {asked.preset}: baseline, retentions 0.9, 0.7 and 0.5, and a provider, as far as not given"
         )
-    name = _model_name(wish.model)
-    chosen = wish.providers or ((SEED_PROVIDER,) if wish.preset else ())
-    remote = remote_legs([providers.choose(each, wish.providers_file) for each in chosen])
+    name = _model_name(asked.model)
+    chosen = asked.providers or ((SEED_PROVIDER,) if asked.preset else ())
+    remote = remote_legs([providers.choose(each, asked.providers_file) for each in chosen])
     for each in (leg.provider for leg in remote if leg.provider is not None):
         if each.base_url is not None:
             key = f", with {each.key_env}" if each.key_env else ""
             reasons.append(f"provider {each.name}: {each.base_url}{key}")
-    retentions = wish.retentions or SEED_RETENTIONS
-    local = local_legs(retentions, wish.baseline) if wish.local else ()
-    profile = wish.profile
+    retentions = asked.retentions or SEED_RETENTIONS
+    local = local_legs(retentions, asked.baseline) if asked.local else ()
+    profile = asked.profile
     if profile is None and store.is_file(store.default_path(name)):
         profile = store.default_path(name)
         reasons.append(f"budget file: {profile}")
     if profile is not None and not store.is_file(profile):
-        raise InputError(f"no budget file {profile}; run 'kvprofile score {wish.model}' first")
-    references, reason = _documents(wish)
+        raise InputError(f"no budget file {profile}; run 'kvprofile score {asked.model}' first")
+    references, reason = _documents(asked)
     reasons += [reason] if reason else []
-    choose(wish.verifiers)
+    choose(asked.verifiers)
     plan = BenchPlan(
-        model=wish.model,
+        model=asked.model,
         model_name=name,
         legs=(*local, *remote),
         documents=tuple(documents.load(references)),
-        load=wish.load,
-        engine=wish.engine,
+        load=asked.load,
+        engine=asked.engine,
         profile=None if profile is None else str(profile),
         profile_sha256=None if profile is None else hashlib.sha256(profile.read_bytes()).hexdigest(),
-        provider_model=wish.provider_model,
-        repetitions=_repetitions(wish),
-        seed=wish.seed,
-        attention_pass=wish.attention_pass,
-        verifiers=wish.verifiers,
-        preset=wish.preset,
+        provider_model=asked.provider_model,
+        repetitions=_repetitions(asked),
+        seed=asked.seed,
+        attention_pass=asked.attention_pass,
+        verifiers=asked.verifiers,
+        preset=asked.preset,
         name=f"{name} bench",
     )
     return Prepared(plan, tuple(reasons))
@@ -200,22 +178,10 @@ def described(plan: BenchPlan, reasons: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def parse_size(text: str, option: str) -> int:
-    """'64MiB', '4 GB' -> bytes. Raises InputError, which names the option."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?b)\s*", text, re.IGNORECASE)
-    if found is None:
-        raise InputError(f"{option} {text!r} is no size; give a number with its unit, like 64MiB or 4GiB")
-    base = 1024 if "i" in found[2].lower() else 1000
-    size = int(float(found[1]) * base ** ("kmgt".index(found[2][0].lower()) + 1))
-    if not 0 < size < 2**60:
-        raise InputError(f"{option} {text!r} must lie between 1 byte and 1 EiB")
-    return size
-
-
-def _repetitions(wish: Wish) -> int:
-    if wish.repetitions is not None:
-        return wish.repetitions
-    return SEED_REPETITIONS if wish.preset else 1
+def _repetitions(asked: BenchOptions) -> int:
+    if asked.repetitions is not None:
+        return asked.repetitions
+    return SEED_REPETITIONS if asked.preset else 1
 
 
 def _model_name(model: str) -> str:
@@ -224,15 +190,15 @@ def _model_name(model: str) -> str:
     return plain(path.resolve().name if store.is_dir(path) else model)[:200]
 
 
-def _documents(wish: Wish) -> tuple[tuple[str, ...], str | None]:
+def _documents(asked: BenchOptions) -> tuple[tuple[str, ...], str | None]:
     """The documents asked for, else those that the model can read, with the reason."""
-    if wish.documents:
-        return wish.documents, None
+    if asked.documents:
+        return asked.documents, None
     try:
-        positions = find_shape(wish.model).max_positions
+        positions = find_shape(asked.model).max_positions
     except InputError:
         positions = None
     if positions is not None and positions < ROOM_TOKENS:
-        why = f"documents: pocket:{wish.seed}, short and generated, because the model reads {positions:,} positions"
-        return (f"{documents.POCKET}:{wish.seed}",), why
+        why = f"documents: pocket:{asked.seed}, short and generated, because the model reads {positions:,} positions"
+        return (f"{documents.POCKET}:{asked.seed}",), why
     return (documents.BUNDLED,), "documents: the bundled ones, about 9,000 tokens each"

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from kvprofile.bench.bench_options import EngineOptions, LoadPlan
 from kvprofile.bench.documents import BenchDocument
 from kvprofile.bench.providers import Provider
 from kvprofile.budget.allocate import require_retention
@@ -16,54 +17,6 @@ from kvprofile.files import sha256_of
 BASELINE = "baseline"
 SEED_RETENTIONS = (0.9, 0.7, 0.5)
 """The retentions of the experiment plan that the project began with."""
-
-MOST = 1_000_000
-
-
-@dataclass(frozen=True)
-class LoadPlan:
-    """How requests are sent. ``fill`` looks for the concurrency itself, up to ``concurrency``."""
-
-    mode: Literal["closed", "open", "fill"] = "closed"
-    concurrency: int | None = 8
-    request_rate: float | None = None
-    requests: int | None = None
-    warmup_requests: int = 2
-    max_output_tokens: int = 64
-    ignore_eos: bool = False
-    temperature: float = 0.0
-    unique_prefix: bool = True
-
-    def __post_init__(self) -> None:
-        least = {"concurrency": 1, "requests": 1, "warmup_requests": 0, "max_output_tokens": 1}
-        for name, bound in least.items():
-            value = getattr(self, name)
-            if value is not None and not bound <= value <= MOST:
-                raise InputError(f"--{name.replace('_', '-')} must lie between {bound} and {MOST:,}, not {value}")
-        if self.mode == "open" and (self.request_rate is None or not 0 < self.request_rate <= MOST):
-            raise InputError("an open load needs --request-rate above 0, in requests per second")
-        if self.mode != "open" and self.request_rate is not None:
-            raise InputError("--request-rate is for --load open")
-        if self.mode == "fill" and self.concurrency is None:
-            raise InputError("--load fill needs --concurrency, the most to try")
-        if not 0 <= self.temperature <= 10:
-            raise InputError(f"--temperature must lie between 0 and 10, not {self.temperature:g}")
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """How vLLM is started for local legs; None leaves the choice to vLLM."""
-
-    dtype: str = "auto"
-    max_model_len: int | None = None
-    block_tokens: int | None = None
-    pool_bytes: int | None = None
-    enforce_eager: bool = False
-    tensor_parallel_size: int = 1
-    max_num_seqs: int | None = None
-    prefix_caching: bool = False
-    extra: tuple[str, ...] = ()
-    start_timeout_s: float = 1800.0
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from kvprofile.bench.bench_options import BenchOptions
+from kvprofile.cli.declared import options_of
 from kvprofile.cli.output import print_json, say, stdout_console
 
 if TYPE_CHECKING:
@@ -14,76 +16,9 @@ if TYPE_CHECKING:
     from kvprofile.records.record import Leg, RunRecord
 
 
+@options_of(BenchOptions)
 def bench(
-    model: Annotated[str, typer.Option(help="A checkpoint folder or a hub id, as vLLM takes it.")],
-    retention: Annotated[
-        list[float] | None, typer.Option(help="A leg with budgets; repeatable; 0.9, 0.7 and 0.5 unless given.")
-    ] = None,
-    profile: Annotated[
-        Path | None, typer.Option(help="Budget file; models/kv_budget/<model>.json unless given.")
-    ] = None,
-    documents: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="bundled, pocket[:SEED], a folder of .md with .json beside, or a .jsonl of exercises; repeatable."
-        ),
-    ] = None,
-    provider: Annotated[
-        list[str] | None, typer.Option(help="A leg at a provider of the providers table; repeatable.")
-    ] = None,
-    provider_model: Annotated[str | None, typer.Option(help="The provider's model; its only one unless given.")] = None,
-    providers: Annotated[
-        Path | None, typer.Option(help="TOML file of providers; ./providers.toml unless given.")
-    ] = None,
-    preset: Annotated[
-        str | None, typer.Option(help="seed: baseline, 0.9, 0.7, 0.5 and a provider, twice, over three documents.")
-    ] = None,
-    baseline: Annotated[bool, typer.Option("--baseline/--no-baseline", help="A leg without budgets.")] = True,
-    local: Annotated[bool, typer.Option("--local/--remote-only", help="Legs on this machine's vLLM.")] = True,
-    load: Annotated[
-        str, typer.Option(help="closed: fixed concurrency; open: --request-rate; fill: as many as the pool holds.")
-    ] = "closed",
-    concurrency: Annotated[int, typer.Option(help="Most requests in flight.")] = 8,
-    request_rate: Annotated[float | None, typer.Option(help="Requests per second of an open load (Poisson).")] = None,
-    requests: Annotated[int | None, typer.Option(help="Requests of a leg; every question once unless given.")] = None,
-    warmup_requests: Annotated[int, typer.Option(help="Requests before the clock starts.")] = 2,
-    max_output_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 64,
-    ignore_eos: Annotated[
-        bool, typer.Option("--ignore-eos", help="Answers of exactly --max-output-tokens: for speed, not for quality.")
-    ] = False,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    unique_prefix: Annotated[
-        bool,
-        typer.Option("--unique-prefix/--same-prefix", help="Begin each request with other words, against caches."),
-    ] = True,
-    repetitions: Annotated[
-        int | None, typer.Option(help="How often each leg runs; every other time backwards.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of openings, arrivals and sampling.")] = 0,
-    verifier: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="A built-in verifier, package.module:function or exec:PROGRAM; repeatable; all built-in unless given."
-        ),
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="vLLM's dtype.")] = "auto",
-    max_model_len: Annotated[int | None, typer.Option(help="vLLM's longest request, in tokens.")] = None,
-    block_tokens: Annotated[int | None, typer.Option(help="vLLM's block size.")] = None,
-    pool_memory: Annotated[
-        str | None, typer.Option(help="Size of the cache pool, like 8GiB; the same for all legs.")
-    ] = None,
-    tensor_parallel_size: Annotated[int, typer.Option(help="GPUs of one engine.")] = 1,
-    max_num_seqs: Annotated[int | None, typer.Option(help="vLLM's most requests in a batch.")] = None,
-    enforce_eager: Annotated[bool, typer.Option("--enforce-eager", help="No graphs, no compilation.")] = False,
-    prefix_caching: Annotated[
-        bool, typer.Option("--prefix-caching/--no-prefix-caching", help="vLLM's prefix caching.")
-    ] = False,
-    engine_arg: Annotated[
-        list[str] | None, typer.Option(help="Another argument of `vllm serve`, word for word; repeatable.")
-    ] = None,
-    attention: Annotated[
-        bool, typer.Option("--attention/--no-attention", help="Time attention in an eager pass of its own.")
-    ] = True,
+    options: BenchOptions,
     output: Annotated[
         Path | None, typer.Option(help="Folder of the run; runs/bench/<model>/<settings> unless given.")
     ] = None,
@@ -93,48 +28,8 @@ def bench(
 ) -> None:
     """Compare vLLM with and without budgets, and remote providers. Run it again after an interruption to continue."""
     from kvprofile.bench import prepare
-    from kvprofile.bench.scenario import EngineOptions, LoadPlan
 
-    pool_bytes = None if pool_memory is None else prepare.parse_size(pool_memory, "--pool-memory")
-    wish = prepare.Wish(
-        model=model,
-        profile=profile,
-        retentions=tuple(retention or ()),
-        baseline=baseline,
-        local=local,
-        documents=tuple(documents or ()),
-        providers=tuple(provider or ()),
-        providers_file=providers,
-        provider_model=provider_model,
-        verifiers=tuple(verifier or ()),
-        repetitions=repetitions,
-        seed=seed,
-        attention_pass=attention,
-        preset=preset,
-        load=LoadPlan(
-            mode=_mode(load),
-            concurrency=concurrency,
-            request_rate=request_rate,
-            requests=requests,
-            warmup_requests=warmup_requests,
-            max_output_tokens=max_output_tokens,
-            ignore_eos=ignore_eos,
-            temperature=temperature,
-            unique_prefix=unique_prefix,
-        ),
-        engine=EngineOptions(
-            dtype=dtype,
-            max_model_len=max_model_len,
-            block_tokens=block_tokens,
-            pool_bytes=pool_bytes,
-            enforce_eager=enforce_eager,
-            tensor_parallel_size=tensor_parallel_size,
-            max_num_seqs=max_num_seqs,
-            prefix_caching=prefix_caching,
-            extra=tuple(engine_arg or ()),
-        ),
-    )
-    prepared = prepare.prepare(wish)
+    prepared = prepare.prepare(options)
     plan = prepared.plan
     folder = output or prepare.default_folder(plan)
     if dry_run:
@@ -156,15 +51,6 @@ def bench(
         _render(found)
     if any(leg.status == "failed" for leg in found.legs):
         raise typer.Exit(1)
-
-
-def _mode(text: str) -> Literal["closed", "open", "fill"]:
-    from kvprofile.errors import InputError
-
-    modes: dict[str, Literal["closed", "open", "fill"]] = {"closed": "closed", "open": "open", "fill": "fill"}
-    if text not in modes:
-        raise InputError(f"--load {text!r} is none of {', '.join(modes)}")
-    return modes[text]
 
 
 def _announce(prepared: Prepared) -> None:

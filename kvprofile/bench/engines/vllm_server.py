@@ -18,9 +18,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvprofile.bench.bench_options import EngineOptions
 from kvprofile.bench.chat_client import Endpoint
 from kvprofile.bench.engines.base import LegFailedError, Running
-from kvprofile.bench.scenario import EngineOptions
 from kvprofile.errors import plain
 from kvprofile.runtime import doctor
 from kvprofile.runtime.gate import ENABLED

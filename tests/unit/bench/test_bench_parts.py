@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvprofile.bench import chat_client, documents, load_generator, prepare, providers, timings
+from kvprofile.bench.bench_options import BenchOptions, EngineOptions, LoadPlan
 from kvprofile.bench.leg_store import LegStore
-from kvprofile.bench.scenario import BenchPlan, EngineOptions, LegPlan, LoadPlan, local_legs
+from kvprofile.bench.scenario import BenchPlan, LegPlan, local_legs
 from kvprofile.errors import InputError
 from kvprofile.instrumentation import RequestLog, is_request, metric_values
 from kvprofile.records.record import Experiment, Leg, Request
@@ -384,8 +385,8 @@ def test_parts_keep_finished_legs_only_for_the_same_settings(tmp_path):
 @pytest.mark.usefixtures("workplace")
 def test_prepare_says_why(monkeypatch):
     monkeypatch.delenv("MOONSHOT_API_KEY", raising=False)
-    wish = prepare.Wish(model=str(POCKET), profile=ROOT / "models/kv_budget/pocket.json", preset="seed")
-    found = prepare.prepare(wish)
+    asked = BenchOptions(model=str(POCKET), profile=ROOT / "models/kv_budget/pocket.json", preset="seed")
+    found = prepare.prepare(asked)
     plan = found.plan
     assert [leg.name for leg in plan.legs] == ["baseline", "0.9", "0.7", "0.5", "remote"]
     assert plan.repetitions == 2
@@ -396,20 +397,9 @@ def test_prepare_says_why(monkeypatch):
     assert "provider moonshot needs a key: set MOONSHOT_API_KEY" in described["missing"]
     assert described["estimate"]["cost_at_most"]["remote"] == {"amount": None, "currency": None}
     with pytest.raises(InputError, match="no preset 'x'"):
-        prepare.prepare(prepare.Wish(model=str(POCKET), preset="x"))
+        prepare.prepare(BenchOptions(model=str(POCKET), preset="x"))
     with pytest.raises(InputError, match="no budget file"):
-        prepare.prepare(prepare.Wish(model=str(POCKET)))
-
-
-@pytest.mark.parametrize(("text", "size"), [("64MiB", 2**26), ("1.5 GB", 1_500_000_000), ("2kib", 2048)])
-def test_sizes(text, size):
-    assert prepare.parse_size(text, "--pool-memory") == size
-
-
-@pytest.mark.parametrize("text", ["64", "MiB", "0GiB", "9999999999TiB", "-1GiB"])
-def test_sizes_that_are_none(text):
-    with pytest.raises(InputError, match="--pool-memory"):
-        prepare.parse_size(text, "--pool-memory")
+        prepare.prepare(BenchOptions(model=str(POCKET)))
 
 
 def test_a_file_that_happens_to_lie_here_sends_no_key_elsewhere(workplace):
@@ -418,6 +408,6 @@ def test_a_file_that_happens_to_lie_here_sends_no_key_elsewhere(workplace):
     with pytest.raises(InputError, match=r"sends MOONSHOT_API_KEY to https://evil\.example/v1 under the name moonshot"):
         providers.load()
     assert providers.choose("moonshot", file).base_url == "https://evil.example/v1"  # asked for
-    wish = prepare.Wish(model=str(POCKET), local=False, providers=("moonshot",), providers_file=file)
+    asked = BenchOptions(model=str(POCKET), local=False, providers=("moonshot",), providers_file=file)
     said = "provider moonshot: https://evil.example/v1, with MOONSHOT_API_KEY"
-    assert said in prepare.prepare(wish).reasons
+    assert said in prepare.prepare(asked).reasons
