@@ -1,4 +1,4 @@
-"""What a vLLM engine holds while it serves: cache bytes, eviction, attention time, device and process memory.
+"""What a vLLM engine holds while it serves: cache bytes, eviction, device and process memory.
 
 ``GPUMemoryManager`` looks at a server through its ``/metrics`` or at an engine in this process through the same
 numbers, and writes JSON lines. What cannot be known is None, never a guess. ``RequestLog`` reads what the runtime
@@ -23,10 +23,9 @@ SCRAPE_TIMEOUT_S = 5.0
 
 @dataclass(frozen=True)
 class Look:
-    """One look at an engine. Bytes, shares and milliseconds; None is unknown.
+    """One look at an engine. Bytes and shares; None is unknown.
 
-    ``eviction_ratio``: blocks that the trim freed, of all that prefills of finished requests took. ``attention_ms``:
-    time in attention of the last decode step, all layers, where the engine runs a timer for it.
+    ``eviction_ratio``: blocks that the trim freed, of all that prefills of finished requests took.
     """
 
     time: float
@@ -36,7 +35,6 @@ class Look:
     block_bytes: int | None = None
     block_tokens: int | None = None
     eviction_ratio: float | None = None
-    attention_ms: float | None = None
     device_memory_bytes: int | None = None
     process_memory_bytes: int | None = None
     running: int | None = None
@@ -201,7 +199,6 @@ class GPUMemoryManager:
             block_bytes=width,
             block_tokens=block_tokens,
             eviction_ratio=None if self._requests is None else self._requests.eviction_ratio,
-            attention_ms=self._attention_ms(),
             device_memory_bytes=_device_bytes(self._devices),
             process_memory_bytes=_process_bytes(self._process),
             running=_whole(values.get("vllm:num_requests_running")),
@@ -227,16 +224,6 @@ class GPUMemoryManager:
             return metric_values(_scrape(self.source) if isinstance(self.source, str) else _own_metrics())
         except OSError:
             return {}
-
-    def _attention_ms(self) -> float | None:
-        """Of an engine in this process whose workers run ``kvprofile.bench.attention.AttentionTimer``."""
-        if self.source is None or isinstance(self.source, str):
-            return None
-        config = self.source.llm_engine.vllm_config.parallel_config
-        if not str(config.worker_extension_cls).endswith("AttentionTimer"):
-            return None
-        found = [ms for ms in self.source.collective_rpc("last_attention_ms") if ms is not None]
-        return max(found, default=None)
 
 
 def metric_values(text: str) -> dict[str, float]:

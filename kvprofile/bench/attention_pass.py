@@ -45,12 +45,6 @@ class AttentionTimer:
                 steps[-1] = (steps[-1][0], steps[-1][1] + taken)
         return steps
 
-    def last_attention_ms(self) -> float | None:
-        """Milliseconds over all layers of the last decode step, None before there is one."""
-        if not hasattr(self, "_spans"):
-            return None
-        return next((taken for decodes, taken in reversed(self.attention_steps()) if decodes), None)
-
     def _timed(self, name: str, stock: Any) -> Any:
         import torch
 

@@ -167,7 +167,6 @@ def _samples(outcome: LegOutcome) -> list[record.Sample]:
             eviction_ratio=look.eviction_ratio,
             device_memory_bytes=look.device_memory_bytes,
             process_memory_bytes=look.process_memory_bytes,
-            attention_ms=look.attention_ms,
             running=look.running,
             waiting=look.waiting,
         )

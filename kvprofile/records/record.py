@@ -176,7 +176,9 @@ class Sample(_Part):
     eviction_ratio: Share | None = Field(default=None, description="freed by trims so far, of all that prefills took")
     device_memory_bytes: Count | None = Field(default=None, description="used on the GPU, as NVML says")
     process_memory_bytes: Count | None = Field(default=None, description="resident, engine processes together")
-    attention_ms: Amount | None = Field(default=None, description="time in attention of a decode step, all layers")
+    attention_ms: Amount | None = Field(
+        default=None, description="time in attention of a decode step, all layers; kvprofile does not fill it"
+    )
     running: Count | None = None
     waiting: Count | None = None
 

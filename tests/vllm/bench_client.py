@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 
+from kvprofile.bench.attention_pass import TIMER
 from kvprofile.bench.documents import pocket
 from kvprofile.client import VLLMClient
 from kvprofile.instrumentation import GPUMemoryManager
@@ -12,7 +13,7 @@ from kvprofile.instrumentation import GPUMemoryManager
 
 def main():
     options = {"dtype": "float32", "max_model_len": 4096, "enforce_eager": True, "block_size": 32}
-    options |= {"worker_extension_cls": "kvprofile.bench.attention_pass.AttentionTimer", "kv_cache_memory_bytes": 2**26}
+    options |= {"worker_extension_cls": TIMER, "kv_cache_memory_bytes": 2**26}
     found = {"answers": []}
     with VLLMClient(sys.argv[1], enable_prefix_caching=False, **options) as client:
         llm = client.source
@@ -51,6 +52,7 @@ def main():
                     "look": vars(look),
                 }
             )
+        found["decode_steps"] = [ms for decodes, ms in llm.collective_rpc("attention_steps")[0] if decodes]
         found["blocks"] = pool.num_gpu_blocks
         found["held_after"] = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
         prefix = client.generate_response("The old archive", max_tokens=1)

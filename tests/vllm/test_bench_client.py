@@ -36,6 +36,8 @@ def test_an_engine_in_this_process():
     line = next(line for line in run.stdout.splitlines() if line.startswith("RESULT"))
     found = json.loads(line.removeprefix("RESULT"))
     assert found["timed_layers"][0] >= 6  # two halves where a layer is split
+    assert len(found["decode_steps"]) == sum(answer["output_tokens"] - 1 for answer in found["answers"])
+    assert min(found["decode_steps"]) > 0
     profile = store.load(BUDGET)
     rule = TrimRule(profile.runtime.sink_tokens, profile.runtime.recent_tokens, 32)
     for answer in found["answers"]:
@@ -52,7 +54,6 @@ def test_an_engine_in_this_process():
         assert look["cache_bytes_total"] == found["blocks"] * look["block_bytes"]
         assert look["cache_bytes_total"] <= 2**26
         assert look["process_memory_bytes"] > 2**27
-        assert look["attention_ms"] > 0
         # vLLM reports its usage as a step ends, before the blocks of what finished are back
         assert abs(look["cache_bytes_in_use"]) <= answer["held_at_last_step"] * look["block_bytes"]
     assert found["held_after"] == 0

@@ -138,7 +138,6 @@ def test_memory_manager_agrees_with_the_engine(server, tmp_path):
     assert looks[-1].cache_bytes_in_use == 0  # everything was given back
     assert looks[-1].kv_bytes_reclaimed > 0
     assert 0 < looks[-1].eviction_ratio < 1
-    assert looks[-1].attention_ms is None
     assert looks[-1].process_memory_bytes is None  # nobody said which process it is
     written = [json.loads(line) for line in lines.read_text().splitlines()]
     assert [line["cache_bytes_in_use"] for line in written] == [look.cache_bytes_in_use for look in looks]

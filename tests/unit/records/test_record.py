@@ -201,6 +201,8 @@ def test_provenance_names_no_place(monkeypatch):
     monkeypatch.setattr(socket, "gethostname", lambda: "host-of-mine")
     monkeypatch.setattr(platform, "node", lambda: "host-of-mine")
     monkeypatch.setattr(platform, "release", lambda: "6.1.0-host-of-mine")
+    for name in provenance.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("LLM_KVZIP_ENABLED", "1")
     monkeypatch.setenv("MOONSHOT_API_KEY", "sk-secret")
     found = provenance.collect(provenance.now())
