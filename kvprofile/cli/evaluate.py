@@ -31,7 +31,7 @@ def evaluate(
     tasks: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"One of {', '.join(TASKS)}, a .jsonl file of exercises, or datasets:ID_OR_FOLDER; repeatable; "
+            help=f"One of {', '.join(TASKS)}, a .jsonl file of exercises, or datasets:ID_OR_PATH; repeatable; "
             f"{len(DEFAULT_TASKS)} of them unless given."
         ),
     ] = None,

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
+from kvprofile.corpus import datasets_
 from kvprofile.corpus.generate import KINDS, generate_text
-from kvprofile.errors import InputError, first_line, plain
+from kvprofile.errors import InputError, plain
 from kvprofile.files import MAX_TEXT_BYTES, read_bytes, sha256_of
 
 GENERATED_CHARACTERS = 20_000
@@ -67,7 +68,7 @@ def load_corpus(reference: str, limit: int | None = None) -> Corpus:
     - a text file, or a folder whose text files are the documents,
     - ``-``: JSON lines on stdin, each a string or an object with a "text",
     - ``generate:KIND[:SEED[:CHARACTERS]]``,
-    - ``datasets:PATH_OR_ID[:SPLIT[:COLUMN]]``.
+    - ``datasets:ID_OR_PATH[:SPLIT[:CONFIG]][@COLUMN]`` (see ``kvprofile.corpus.datasets_``).
 
     Raises InputError where it is missing, unreadable, not UTF-8 or empty.
     """
@@ -77,7 +78,8 @@ def load_corpus(reference: str, limit: int | None = None) -> Corpus:
     if scheme == "generate":
         return _checked(reference, [_generated(reference, rest)])
     if scheme == "datasets":
-        return _checked(_data_set_name(rest), _from_datasets(reference, rest, limit))
+        wanted = datasets_.parse(reference)
+        return _checked(wanted.name, _from_datasets(reference, wanted, limit))
     if reference in bundled_names():
         return _checked(reference, _from_folder(corpora_folder() / reference)[:limit])
     try:
@@ -187,48 +189,19 @@ def _generated(reference: str, rest: str) -> Text:
         raise InputError(usage) from error
 
 
-def _from_datasets(reference: str, rest: str, limit: int | None) -> list[Text]:
-    import datasets
-
-    path, *options = rest.split(":")
-    split = options[0] if options and options[0] else "train"
-    if not path or len(options) > 2:
-        raise InputError(f"{reference}: use datasets:PATH_OR_ID[:SPLIT[:COLUMN]]")
-    datasets.disable_progress_bars()
-    try:
-        table = _load_dataset(path, split)
-        column = options[1] if len(options) > 1 else next((c for c in _TEXT_COLUMNS if c in table.column_names), "text")
-        rows = table.select(range(min(limit or table.num_rows, table.num_rows)))
-        found = list(rows[column]) if column in table.column_names else None
-    except Exception as error:  # datasets and its readers raise all kinds
-        raise InputError(f"{reference}: cannot load the data set: {first_line(error)}") from error
-    if found is None:
-        raise InputError(f"{reference}: no column {column!r}; it has {', '.join(table.column_names)}")
+def _from_datasets(reference: str, wanted: datasets_.DataSet, limit: int | None) -> list[Text]:
+    table = datasets_.load(reference, wanted)
+    column = wanted.column or next((name for name in _TEXT_COLUMNS if name in table.columns), "")
+    if not column:
+        raise InputError(f"{reference}: name the column of texts, @COLUMN, one of {', '.join(table.columns)}")
+    if column not in table.columns:
+        raise InputError(f"{reference}: no column {column!r}; it has {', '.join(table.columns)}")
+    rows = table.rows.select(range(min(limit or table.rows.num_rows, table.rows.num_rows)))
+    found = list(rows[column])
     strange = [index for index, text in enumerate(found) if not isinstance(text, str)]
     if strange:
-        raise InputError(f"{reference}: row {strange[0]} of column {column!r} is no text; choose another column")
-    return [Text(f"{split}/{index}", text) for index, text in enumerate(found)]
-
-
-def _data_set_name(rest: str) -> str:
-    """The reference without the folders of a local path: budget files name no machine's paths."""
-    path, colon, options = rest.partition(":")
-    return f"datasets:{Path(path).name if Path(path).exists() else path}{colon}{options}"
-
-
-def _load_dataset(path: str, split: str):  # type: ignore[no-untyped-def]
-    """A saved data set, a folder or file that datasets can read, or a data set of the hub."""
-    import datasets
-
-    place = Path(path)
-    if place.is_dir() and (place / "dataset_info.json").is_file():
-        return datasets.load_from_disk(path)
-    if place.is_dir() and (place / "dataset_dict.json").is_file():
-        return datasets.load_from_disk(path)[split]
-    readers = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
-    if place.is_file() and place.suffix in readers:
-        return datasets.load_dataset(readers[place.suffix], data_files=path, split=split)
-    return datasets.load_dataset(path, split=split)
+        raise InputError(f"{reference}: row {strange[0]} of column {column!r} is not text; choose another @COLUMN")
+    return [Text(f"{table.name}/{index}", text) for index, text in enumerate(found)]
 
 
 def cut(

@@ -11,13 +11,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from kvprofile.errors import InputError, first_line, plain
+from kvprofile.corpus import datasets_
+from kvprofile.errors import InputError, plain
 from kvprofile.files import MAX_TEXT_BYTES
 from kvprofile.questions.tasks import TASKS, Exercise, Question
 
-_SCHEME = "datasets:"
-_USAGE = "use datasets:ID_OR_FOLDER[:SPLIT[:CONFIG]]"
-_READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 _QUESTION_COLUMNS = ("question", "input")
 _ANSWER_COLUMNS = ("answers", "outputs", "answer", "output")
 
@@ -30,11 +28,11 @@ def load(reference: str, contexts: int, questions: int) -> tuple[str, list[Exerc
     - a .jsonl file of ``{"context", "questions": [{"text", "answer", "expected"?, "any_of"?, "evidence"?}],
       "conversation"?}``, with ``expected`` a list of strings (the answer unless given) and ``evidence`` a list of
       [start, stop) characters of the context,
-    - ``datasets:ID_OR_FOLDER[:SPLIT[:CONFIG]]``.
+    - ``datasets:ID_OR_PATH[:SPLIT[:CONFIG]]`` (see ``kvprofile.corpus.datasets_``).
 
     Raises InputError where it is missing, unreadable, empty or has no such fields.
     """
-    if reference.startswith(_SCHEME):
+    if reference.startswith(datasets_.SCHEME):
         name, found = _from_datasets(reference)
     else:
         name, found = _from_file(reference)
@@ -50,7 +48,7 @@ def load(reference: str, contexts: int, questions: int) -> tuple[str, list[Exerc
 def require(references: Iterable[str]) -> None:
     """Raise InputError now for a reference that is no file and no data set: before others are read."""
     for reference in references:
-        if not reference.startswith(_SCHEME):
+        if not reference.startswith(datasets_.SCHEME):
             _file(reference)
 
 
@@ -66,9 +64,7 @@ def _file(reference: str) -> Path:
     except (OSError, RuntimeError, ValueError) as error:
         raise InputError(f"cannot look for tasks {reference[:100]!r}: {error}") from error
     if not is_file or path.suffix != ".jsonl":
-        raise InputError(
-            f"no task {reference!r}; give a .jsonl file, datasets:ID_OR_FOLDER or one of {', '.join(TASKS)}"
-        )
+        raise InputError(f"no task {reference!r}; give a .jsonl file, datasets:ID_OR_PATH or one of {', '.join(TASKS)}")
     return path
 
 
@@ -125,46 +121,17 @@ def _spans(value: object, length: int, where: str) -> tuple[tuple[int, int], ...
 
 
 def _from_datasets(reference: str) -> tuple[str, Iterator[Exercise]]:
-    path, *options = reference.removeprefix(_SCHEME).split(":")
-    if not path or len(options) > 2:
-        raise InputError(f"{reference}: {_USAGE}")
-    split, config = (*options, "", "")[:2]
-    try:
-        table = _table(path, split, config)
-        columns = list(table.column_names)
-    except InputError:
-        raise
-    except Exception as error:  # datasets and its readers raise all kinds
-        raise InputError(f"{reference}: cannot load the data set: {first_line(error)}") from error
-    read = _reader(columns)
+    wanted = datasets_.parse(reference)
+    if wanted.column:
+        raise InputError(f"{reference}: questions have several columns; @COLUMN is for the texts of 'kvprofile score'")
+    table = datasets_.load(reference, wanted)
+    read = _reader(list(table.columns))
     if read is None:
         raise InputError(
-            f"{reference}: columns {', '.join(columns)} are not those of LongBench (context, input, answers), SCBench "
-            "(context, multi_turns) or RULER (input, outputs)"
+            f"{reference}: columns {', '.join(table.columns)} are not those of LongBench (context, input, answers), "
+            "SCBench (context, multi_turns) or RULER (input, outputs)"
         )
-    local = plain(Path(path).name) if Path(path).exists() else path  # records name no machine's paths
-    name = ":".join([f"{_SCHEME}{local}", *filter(None, (split, config))])
-    return name, _grouped(read(row, f"{reference}: row {number}") for number, row in enumerate(table))
-
-
-def _table(path: str, split: str, config: str) -> Any:
-    """One split of a data set: the one asked for, else test, else the only one."""
-    import datasets
-
-    datasets.disable_progress_bars()
-    place = Path(path)
-    if place.is_dir() and any((place / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
-        found = datasets.load_from_disk(path)
-    elif place.is_file() and place.suffix in _READERS:
-        found = datasets.load_dataset(_READERS[place.suffix], data_files=path)
-    else:
-        found = datasets.load_dataset(path, config or None)
-    if not isinstance(found, datasets.DatasetDict):
-        return found
-    chosen = split or ("test" if "test" in found else next(iter(found)) if len(found) == 1 else "")
-    if chosen not in found:
-        raise InputError(f"{_SCHEME}{path}: choose a split of {', '.join(found)}; {_USAGE}")
-    return found[chosen]
+    return wanted.name, _grouped(read(row, f"{reference}: row {number}") for number, row in enumerate(table.rows))
 
 
 def _reader(columns: list[str]) -> Any:

@@ -400,7 +400,7 @@ def refused(capsys, workplace, arguments):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--tasks", "nothing"], "no task 'nothing'; give a .jsonl file, datasets:ID_OR_FOLDER or one of needle"),
+        (["--tasks", "nothing"], "no task 'nothing'; give a .jsonl file, datasets:ID_OR_PATH or one of needle"),
         (["--tasks", "datasets:./none"], "cannot load the data set"),
         (["--retention", "0"], "retention 0 is outside (0, 1]"),
         (["--retention", "nan"], "Invalid value for '--retention'"),

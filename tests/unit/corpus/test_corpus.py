@@ -121,15 +121,15 @@ def test_local_data_sets(tmp_path):
     saved = load_corpus(f"datasets:{tmp_path / 'saved'}", limit=2)
     assert [t.text for t in saved.texts] == ["one", "two"]
     table.to_json(tmp_path / "rows.jsonl")
-    rows = load_corpus(f"datasets:{tmp_path / 'rows.jsonl'}:train:other")
-    assert rows.name == "datasets:rows.jsonl:train:other", "no machine path goes into a budget file"
+    rows = load_corpus(f"datasets:{tmp_path / 'rows.jsonl'}:train@other")
+    assert rows.name == "datasets:rows.jsonl:train@other", "no machine path goes into a budget file"
     assert [t.text for t in rows.texts] == ["x", "y", "z"]
     with pytest.raises(InputError, match="no column 'absent'; it has text, other"):
-        load_corpus(f"datasets:{tmp_path / 'rows.jsonl'}:train:absent")
+        load_corpus(f"datasets:{tmp_path / 'rows.jsonl'}:train@absent")
     datasets.Dataset.from_dict({"text": ["one", None]}).to_json(tmp_path / "null.jsonl")
-    with pytest.raises(InputError, match="row 1 of column 'text' is no text"):
+    with pytest.raises(InputError, match="row 1 of column 'text' is not text"):
         load_corpus(f"datasets:{tmp_path / 'null.jsonl'}")
-    with pytest.raises(InputError, match="cannot load the data set"):
+    with pytest.raises(InputError, match="choose one split of train"):
         load_corpus(f"datasets:{tmp_path / 'rows.jsonl'}:test")
 
 

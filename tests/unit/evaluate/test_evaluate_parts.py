@@ -400,8 +400,8 @@ def test_references_that_lead_nowhere(tmp_path):
         (str(tmp_path), "no task"),
         ("x" * 5000, "no task|cannot look for tasks"),
         (str(tmp_path / "latin.jsonl"), "is not UTF-8"),
-        ("datasets:", "use datasets:ID_OR_FOLDER"),
-        ("datasets:a:b:c:d", "use datasets:ID_OR_FOLDER"),
+        ("datasets:", "use datasets:ID_OR_PATH"),
+        ("datasets:a:b:c:d", "use datasets:ID_OR_PATH"),
         ("datasets:no/such-data", "cannot load the data set"),
     ]:
         with pytest.raises(InputError, match=message):
@@ -431,10 +431,10 @@ def test_columns_of_longbench(tmp_path):
 
 def test_columns_of_ruler(tmp_path):
     rows = [{"index": 0, "input": "Memorize.\nlong text\nWhat are the numbers?\n", "outputs": ["12", "34"]}]
-    _, found = user_tasks.load(saved(tmp_path, rows, ("validation", "test")), 5, 5)
+    _, found = user_tasks.load(saved(tmp_path, rows, ("validation", "test")) + ":test", 5, 5)
     assert found[0].context == "Memorize.\nlong text"
     assert found[0].questions == (Question("What are the numbers?", "12, 34", ("12", "34"), ()),)
-    with pytest.raises(InputError, match="choose a split of validation, test"):
+    with pytest.raises(InputError, match="choose one split of validation, test"):
         user_tasks.load(f"datasets:{tmp_path / 'data'}:train", 5, 5)
 
 
