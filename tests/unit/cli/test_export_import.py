@@ -13,8 +13,8 @@ from kvprofile import cli
 from kvprofile.budget import formats, runtime_file, store
 from kvprofile.budget.profile import HeadBudgets, Profile
 from tests.helpers.factories import make_profile
+from tests.helpers.foreign import SUFFIX
 
-SUFFIX = {"kvzip": "x.pt", "duo-attention": "x", "lu-kv": "x.npy", "vllm": "x.json", "csv": "x.csv"}
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "num_hidden_layers": 6,
