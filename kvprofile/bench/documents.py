@@ -18,8 +18,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kvprofile.budget.store import is_dir, is_file, phrases
 from kvprofile.corpus.generate import blocks
+from kvprofile.corpus.text_files import read_text
 from kvprofile.errors import InputError, plain
-from kvprofile.files import read_bytes
+from kvprofile.files import MAX_FILE_BYTES, read_bytes
 from kvprofile.questions import tasks, user_tasks
 
 BUNDLED, POCKET = "bundled", "pocket"
@@ -152,11 +153,10 @@ def _from_folder(folder: Path) -> list[BenchDocument]:
 def _from_file(path: Path) -> BenchDocument:
     beside = path.with_suffix(".json")
     try:
-        text = read_bytes(path).decode("utf-8").replace("\r\n", "\n")
-        raw = json.loads(read_bytes(beside).decode("utf-8"))
+        raw = json.loads(read_bytes(beside).decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        what = path if isinstance(error, UnicodeDecodeError) else beside
-        raise InputError(f"{what}: {error}") from error
+        raise InputError(f"{beside}: {error}") from error
+    text = read_text(path, MAX_FILE_BYTES).replace("\r\n", "\n")
     if not isinstance(raw, dict):
         raise InputError(f'{beside} is no object; write {{"questions": [...]}}')
     try:

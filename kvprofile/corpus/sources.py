@@ -1,12 +1,11 @@
-"""Where texts come from: bundled corpora, files, folders, JSON lines on stdin, data sets and generators.
+"""Where texts come from: bundled corpora, files, folders, JSON lines, data sets and generators.
 
-Files are read verbatim. Every source gives whole documents; cutting them to a number of tokens is done later, with
-the tokenizer at hand.
+Files are read verbatim, but for a byte order mark; JSON lines give a document a line. Every source gives whole
+documents; cutting them to a number of tokens is done later, with the tokenizer at hand.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -16,12 +15,14 @@ from pathlib import Path
 
 from kvprofile.corpus import datasets_
 from kvprofile.corpus.generate import KINDS, generate_text
+from kvprofile.corpus.text_files import json_lines, kind_of, read_text
 from kvprofile.errors import InputError, plain
-from kvprofile.files import MAX_TEXT_BYTES, read_bytes, sha256_of
+from kvprofile.files import MAX_TEXT_BYTES, sha256_of
 
 GENERATED_CHARACTERS = 20_000
 """Length of a generated document unless the reference states one."""
 
+_JSON_LINES = (".jsonl", ".ndjson")
 _TEXT_COLUMNS = ("text", "content", "document", "context")
 
 
@@ -65,8 +66,8 @@ def load_corpus(reference: str, limit: int | None = None) -> Corpus:
     ``reference`` is one of
 
     - the name of a bundled corpus,
-    - a text file, or a folder whose text files are the documents,
-    - ``-``: JSON lines on stdin, each a string or an object with a "text",
+    - a file of text (``text_files`` says which formats), or a folder whose files are the documents,
+    - a ``.jsonl`` file, or ``-`` for JSON lines on stdin, each a string or an object with a "text",
     - ``generate:KIND[:SEED[:CHARACTERS]]``,
     - ``datasets:ID_OR_PATH[:SPLIT[:CONFIG]][@COLUMN]`` (see ``kvprofile.corpus.datasets_``).
 
@@ -90,7 +91,7 @@ def load_corpus(reference: str, limit: int | None = None) -> Corpus:
     if is_folder:
         return _checked(plain(path.resolve().name), _from_folder(path)[:limit])
     if is_file:
-        return _checked(plain(path.name), [Text(plain(path.name), _read(path))])
+        return _checked(plain(path.name), _from_file(path, plain(path.name))[:limit])
     raise InputError(
         f"no corpus {reference!r}; give a file, a folder, '-', 'generate:KIND', 'datasets:ID' "
         f"or one of {', '.join(bundled_names())}"
@@ -106,14 +107,12 @@ def _checked(name: str, texts: list[Text]) -> Corpus:
     return Corpus(name, tuple(texts))
 
 
-def _read(path: Path) -> str:
-    try:
-        text = read_bytes(path, MAX_TEXT_BYTES).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 (byte {error.start}); convert it first") from error
-    if "\0" in text:
-        raise InputError(f"{path} is not a text file")
-    return text
+def _from_file(path: Path, name: str) -> list[Text]:
+    """The documents of a file: one, but for JSON lines."""
+    text = read_text(path)
+    if path.suffix.lower() not in _JSON_LINES:
+        return [Text(name, text)]
+    return _from_lines(text, str(path))
 
 
 def _from_folder(folder: Path) -> list[Text]:
@@ -128,7 +127,13 @@ def _from_folder(folder: Path) -> list[Text]:
     )
     if not found:
         raise InputError(f"corpus folder {folder} holds no files but READMEs and manifests")
-    return [Text(plain(file.relative_to(folder).as_posix()), _read(file)) for file in found]
+    texts = []
+    for file in found:
+        name = plain(file.relative_to(folder).as_posix())
+        documents = _from_file(file, name)
+        lines = file.suffix.lower() in _JSON_LINES
+        texts += [Text(f"{name}/{each.name}", each.text) for each in documents] if lines else documents
+    return texts
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -142,28 +147,28 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 def _from_stdin() -> list[Text]:
-    texts = []
+    if sys.stdin is None:
+        raise InputError("stdin is closed; pipe JSON lines into it")
+    content = sys.stdin.buffer.read(MAX_TEXT_BYTES + 1)
+    if len(content) > MAX_TEXT_BYTES:
+        raise InputError(f"stdin holds more than {MAX_TEXT_BYTES // 2**20} MiB; no such corpus is that large")
     try:
-        if sys.stdin is None:
-            raise InputError("stdin is closed; pipe JSON lines into it")
-        content = sys.stdin.buffer.read(MAX_TEXT_BYTES + 1)
-        if len(content) > MAX_TEXT_BYTES:
-            raise InputError(f"stdin holds more than {MAX_TEXT_BYTES // 2**20} MiB; no such corpus is that large")
-        lines = content.decode("utf-8").split("\n")
+        return _from_lines(content.decode("utf-8"), "stdin")
     except UnicodeDecodeError as error:
-        raise InputError(f"stdin is not UTF-8 (byte {error.start})") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            item = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f'stdin line {number} is not JSON; give one {{"text": "..."}} a line') from error
+        kind = kind_of(content)
+        told = f"is {kind}, not UTF-8 text" if kind else f"is not UTF-8 (byte {error.start})"
+        raise InputError(f"stdin {told}") from error
+
+
+def _from_lines(content: str, where: str) -> list[Text]:
+    """The documents of JSON lines, each a string or an object with a "text" and perhaps a "name"."""
+    texts = []
+    for number, item in json_lines(content.split("\n"), where):
         text = item.get("text") if isinstance(item, dict) else item
         if not isinstance(text, str):
-            raise InputError(f'stdin line {number} has no "text"; give one {{"text": "..."}} a line')
+            raise InputError(f'{where} line {number} has no "text"; give one {{"text": "..."}} a line')
         if not _is_unicode(text):
-            raise InputError(f"stdin line {number} holds half a surrogate pair, which is no text")
+            raise InputError(f"{where} line {number} holds half a surrogate pair, which is not text")
         name = item.get("name") if isinstance(item, dict) else None
         texts.append(Text(plain(name or f"line {number}"), text))
     return texts

@@ -70,7 +70,7 @@ def _file(reference: str) -> Path:
 
 def _lines(path: Path) -> Iterator[Exercise]:
     try:
-        with open(path, encoding="utf-8") as stream:
+        with open(path, encoding="utf-8-sig") as stream:
             number = 0
             while line := stream.readline(MAX_TEXT_BYTES):  # of what never ends no more than that
                 number += 1

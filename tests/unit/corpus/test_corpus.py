@@ -55,10 +55,10 @@ def test_bundled_corpora_are_complete():
             assert entry["tokens"] > 4000
 
 
-def test_a_file_is_read_verbatim(tmp_path):
+def test_a_file_is_read_verbatim_but_for_its_byte_order_mark(tmp_path):
     file = tmp_path / "a.txt"
     file.write_bytes("\ufeffzwei\r\nZeilen \n".encode())
-    assert load_corpus(str(file)).texts[0].text == "\ufeffzwei\r\nZeilen \n"
+    assert load_corpus(str(file)).texts[0].text == "zwei\r\nZeilen \n"
 
 
 def test_a_folder_gives_its_files_in_order(tmp_path):
