@@ -8,7 +8,7 @@ import os
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ def alone(lock: Path, output: Path) -> Iterator[None]:
     The lock ends with the process, however that ends; its file and folders made for it go with the block. Raises
     InputError where another process has it. File systems without locks keep nobody away.
     """
-    made = missing_folders(lock.parent)
+    made = _missing_folders(lock.parent)
     handle = -1
     try:
         try:
@@ -87,12 +87,8 @@ def alone(lock: Path, output: Path) -> Iterator[None]:
                 folder.rmdir()
 
 
-def holdings(folder: Path) -> list[Path]:
-    """What a folder holds, but for locks and for what killed processes left half-written."""
-    return [path for path in folder.iterdir() if path.name != LOCK and not _is_temporary(path.name)]
-
-
-def _is_temporary(name: str) -> bool:
+def is_temporary(name: str) -> bool:
+    """Whether a file of this name is being written, or was left half-written by a process that was killed."""
     return name.startswith(".") and name.endswith(PARTIAL)
 
 
@@ -109,7 +105,7 @@ def _remove_abandoned(folder: Path, prefix: str) -> None:
     """Remove temporary files whose process is gone: their locks can be had."""
     with suppress(OSError):  # a folder that may be written and not listed
         for path in folder.iterdir():
-            if path.name.startswith(prefix) and _is_temporary(path.name) and path.is_file():
+            if path.name.startswith(prefix) and is_temporary(path.name) and path.is_file():
                 handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
                 try:
                     if _lock(handle):
@@ -148,7 +144,7 @@ def require_writable(path: Path) -> None:
             raise InputError(f"cannot write {path}: it is a folder; give a file name")
         if path.exists() and not path.is_file():
             raise InputError(f"cannot write {path}: it is not a regular file; choose another --output")
-        made += missing_folders(path.parent)
+        made += _missing_folders(path.parent)
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path.parent) as probe:
             probe.write(b"\0" * 4096)
@@ -163,14 +159,7 @@ def require_writable(path: Path) -> None:
                 folder.rmdir()
 
 
-def refuse_links(folder: Path) -> None:
-    """Raise InputError where a folder of ours holds a link: what is written or removed there would be elsewhere."""
-    linked = next((path for path in sorted(folder.glob("*")) if path.is_symlink()), None)
-    if linked is not None:
-        raise InputError(f"{linked} is a link out of a folder of results; remove it or choose another --output")
-
-
-def missing_folders(path: Path) -> list[Path]:
+def _missing_folders(path: Path) -> list[Path]:
     """``path`` and those of its parents that do not exist yet, innermost first."""
     return [folder for folder in (path, *path.parents) if not folder.exists()]
 
@@ -188,6 +177,11 @@ def _render(value: Any, depth: int) -> str:
     if isinstance(value, list) and any(isinstance(item, (dict, list)) for item in value):
         return "[\n" + ",\n".join(indent + _render(item, depth + 1) for item in value) + f"\n{closing}]"
     return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+
+def document(content: Mapping[str, Any]) -> bytes:
+    """JSON in the order given, two-space indent: for a file that is read from its top."""
+    return (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def read_bytes(path: Path, most: int = MAX_FILE_BYTES) -> bytes:

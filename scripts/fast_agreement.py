@@ -17,7 +17,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from kvprofile.budget import store
 from kvprofile.budget.profile import PRESETS, Matrix, Profile, retention_key
 from kvprofile.checkpoint import describe, load_tokenizer, locate, place
 from kvprofile.checkpoint.describe import quiet_transformers
@@ -82,8 +81,6 @@ def profile(model: str, effort: Effort, seed: int, asked: argparse.Namespace, fi
     placement = place(description, "float32", "cpu", planned.positions)
     started = time.monotonic()
     made = run.profile(planned, HfEngine(placement), file, Silent())
-    store.save(made, file)
-    run.finish(file)
     return made, time.monotonic() - started
 
 

@@ -30,12 +30,15 @@ from kvprofile.evaluate.options import EvaluationOptions
 from kvprofile.evaluate.summary import Results
 from kvprofile.evaluate.variants import Contender
 from kvprofile.files import write_atomically
+from kvprofile.progress import Silent
 from kvprofile.report import quality_plot
 from kvprofile.scoring import gates, run
 from kvprofile.scoring.aggregate import HeadStatistics
 from kvprofile.scoring.attention import recording
 from kvprofile.scoring.hf_engine import HfEngine
 from kvprofile.scoring.methods import GATE_STEPS
+from kvprofile.scoring.plan import ScoringOptions, ScoringPlan
+from kvprofile.scoring.plan import plan as plan_scoring
 from kvprofile.scoring.reconstruction import Scorer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -67,11 +70,11 @@ class Model:
         """Lengths of the contexts it is asked about: half of the longest rows it was trained on, and most of them."""
         return self.row_tokens // 2 - 24, int(self.row_tokens * 0.88)
 
-    def plan(self, method: str) -> run.ScoringPlan:
+    def plan(self, method: str) -> ScoringPlan:
         """The scoring run of a method over the bundled corpora."""
-        options = run.ScoringOptions(method, self.scored_tokens, self.scored_tokens, 0, SINKS, WINDOW)
+        options = ScoringOptions(method, self.scored_tokens, self.scored_tokens, 0, SINKS, WINDOW)
         corpora = [load_corpus(name) for name in bundled_names()]
-        return run.plan(self.description, load_tokenizer(self.description.source), corpora, options)
+        return plan_scoring(self.description, load_tokenizer(self.description.source), corpora, options)
 
     def profile(self, method: str) -> Profile:
         """The profile of a method, made once."""
@@ -80,17 +83,14 @@ class Model:
             file.parent.mkdir(parents=True, exist_ok=True)
             planned = self.plan("gate" if method == "greedy" else method)
             placement = place(self.description, "float32", "cpu", planned.positions)
-            made = (
-                self._greedy(planned)
-                if method == "greedy"
-                else run.profile(planned, HfEngine(placement), file, run.Silent())
-            )
-            store.save(made, file)
-            run.finish(file)
+            if method == "greedy":
+                store.save(self._greedy(planned), file)
+            else:
+                run.profile(planned, HfEngine(placement), file, Silent())
             print(f"{self.name}: scored by {method}", flush=True)
         return store.load(file)
 
-    def _greedy(self, planned: run.ScoringPlan) -> Profile:
+    def _greedy(self, planned: ScoringPlan) -> Profile:
         """The gate profile with the order of greedy elimination in place of its losses."""
         base = self.profile("gate")
         with self.gated(planned) as gated:
@@ -99,7 +99,7 @@ class Model:
         scoring = base.scoring.model_copy(update={"method": "greedy"})
         return base.model_copy(update={"scores": scores, "scoring": scoring, "budgets": preset_budgets(scores, "loss")})
 
-    def gated(self, planned: run.ScoringPlan) -> Any:
+    def gated(self, planned: ScoringPlan) -> Any:
         """The model with gates, as a context manager."""
         model = load_model(self.description, place(self.description, "float32", "cpu", planned.positions))
         rule = TrimRule(SINKS, WINDOW, 1)

@@ -16,8 +16,9 @@ from pydantic import ValidationError
 from kvprofile.bench.scenario import BenchPlan, LegPlan
 from kvprofile.budget.store import file_name
 from kvprofile.errors import InputError
-from kvprofile.files import LOCK, alone, holdings, json_bytes, parse_json, refuse_links, write_atomically
+from kvprofile.files import parse_json, write_atomically
 from kvprofile.records.record import Leg, Request
+from kvprofile.run_folder import RunFolder
 
 RECORD, PARTS = "record.json", "parts"
 
@@ -26,33 +27,22 @@ class LegStore:
     """The folder of a benchmark: ``record.json`` for readers, and ``parts/`` with one file for each leg."""
 
     def __init__(self, folder: Path, plan: BenchPlan) -> None:
-        self.folder, self.plan = folder, plan
-        self.parts = folder / PARTS
-        self.marker = self.parts / "plan"
+        self.plan = plan
+        self.record, self.parts = folder / RECORD, folder / PARTS
+        self._folder = RunFolder(
+            folder, f"{PARTS}/plan", plan.run_key(), kind="a benchmark", files=(RECORD, f"{PARTS}/*")
+        )
 
     @contextmanager
     def opened(self, force: bool) -> Iterator[None]:
         """The folder, for this process alone. Raises InputError as ``open``, and where another is at work in it."""
-        self._refuse_foreign()
-        with alone(self.parts / LOCK, self.folder):
+        with self._folder.alone(force, worth_keeping=self._has_legs):
             self.open(force)
             yield
 
     def open(self, force: bool) -> None:
         """Make the folder, or recognise it. Raises InputError where it holds something else."""
-        self._refuse_foreign()
-        wanted = json_bytes({"run_key": self.plan.run_key()})
-        try:
-            if self.marker.is_file() and self.marker.read_bytes() != wanted:
-                if not force:
-                    raise InputError(
-                        f"{self.folder} holds a benchmark with other settings; give --force to replace it, or another "
-                        "--output"
-                    )
-                self._empty()
-        except OSError as error:
-            raise InputError(f"cannot use {self.folder}: {error.strerror}; choose another --output") from error
-        write_atomically(self.marker, wanted)
+        self._folder.open(force=force)
         self._keep_profile()
 
     def path(self, leg: LegPlan, repetition: int, ending: str) -> Path:
@@ -97,17 +87,9 @@ class LegStore:
                     found.append(Request.model_validate(parse_json(line, "row")))
         return found
 
-    def _refuse_foreign(self) -> None:
-        try:
-            if self.folder.exists() and not self.folder.is_dir():
-                raise InputError(f"{self.folder} is no folder; choose another --output")
-            refuse_links(self.folder)
-            refuse_links(self.parts)
-            inside = [path for folder in (self.folder, self.parts) if folder.is_dir() for path in holdings(folder)]
-            if any(path != self.parts for path in inside) and not self.marker.is_file():
-                raise InputError(f"{self.folder} exists and is no benchmark's folder; choose another --output")
-        except OSError as error:
-            raise InputError(f"cannot use {self.folder}: {error.strerror}; choose another --output") from error
+    def _has_legs(self) -> bool:
+        """Whether there is a file of a leg: its record, its rows or its log."""
+        return any(self.parts.glob("[0-9]*"))
 
     def _keep_profile(self) -> None:
         if self.plan.profile is None:
@@ -126,14 +108,6 @@ class LegStore:
         except (OSError, ValueError):
             return None
         return found if isinstance(found, dict) else None
-
-    def _empty(self) -> None:
-        """Remove what benchmarks write, and nothing else."""
-        (self.folder / RECORD).unlink(missing_ok=True)
-        for path in holdings(self.parts):
-            if path != self.marker:
-                path.unlink()
-        self.marker.unlink()  # last: a folder without it passes for someone else's
 
 
 class Rows:

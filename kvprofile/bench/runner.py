@@ -10,7 +10,7 @@ from pathlib import Path
 from kvprofile import __version__
 from kvprofile.bench import timings
 from kvprofile.bench.engines.base import LegFailedError
-from kvprofile.bench.leg_store import RECORD, LegStore
+from kvprofile.bench.leg_store import LegStore
 from kvprofile.bench.legs import LegOutcome, LegRun, Say, documents_of
 from kvprofile.bench.scenario import BASELINE, BenchPlan, LegPlan
 from kvprofile.bench.verifiers import judge
@@ -276,7 +276,7 @@ def _write(plan: BenchPlan, parts: LegStore, legs: dict[tuple[str, int], record.
         provenance=provenance.collect(began, provenance.now(), PACKAGES),
         legs=judged,
     )
-    run_files.save(result, parts.folder / RECORD)
+    run_files.save(result, parts.record)
     return result
 
 

@@ -68,7 +68,7 @@ def score(
     from kvprofile.budget import store
     from kvprofile.corpus.sources import bundled_names, load_corpus
     from kvprofile.errors import InputError
-    from kvprofile.files import LOCK, alone, require_writable
+    from kvprofile.files import require_writable
     from kvprofile.scoring import plan, run
     from kvprofile.scoring.effort import EXACT, FAST
     from kvprofile.scoring.engine import Engine, check_engine, choose_engine
@@ -115,11 +115,8 @@ def score(
         return
 
     started = time.monotonic()
-    with alone(target.with_name(f".{target.name}{LOCK}"), target):
-        with TokenProgress("scoring") as progress:
-            made = run.profile(planned, runs, target, progress, save_token_scores)
-        store.save(made, target)
-        run.finish(target)
+    with TokenProgress("scoring") as progress:
+        made = run.profile(planned, runs, target, progress, save_token_scores)
     say(f"wrote {target} in {time.monotonic() - started:.0f} s; review and commit it")
     _print_result(made, target, save_token_scores, as_json)
 

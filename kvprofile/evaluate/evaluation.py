@@ -21,7 +21,7 @@ from kvprofile.evaluate.item_store import Item, ItemStore
 from kvprofile.evaluate.options import EvaluationOptions
 from kvprofile.evaluate.summary import Results, summarise
 from kvprofile.evaluate.variants import Contender, Variant, build
-from kvprofile.files import LOCK, alone, sha256_of
+from kvprofile.files import sha256_of
 from kvprofile.progress import Progress, Silent
 from kvprofile.questions import user_tasks
 from kvprofile.questions.tasks import TASKS
@@ -109,33 +109,21 @@ def evaluate(
     disk is full; finished exercises stay for the next run.
     """
     kept = ItemStore(folder, run_key(planned, placement))
-    kept.refuse_foreign(force)
-    with alone(folder / LOCK, folder):
-        return _evaluate(planned, placement, kept, progress, force)
-
-
-def _evaluate(
-    planned: EvaluationPlan, placement: Placement, kept: ItemStore, progress: Progress, force: bool
-) -> dict[str, Any]:
     count = len(planned.variants)
     expected = [(asked.name, count * len(asked.exercise.questions)) for asked in planned.asked]
-    try:
-        finished = kept.open(_run_document(planned, placement), expected, force)
+    with kept.opened(_run_document(planned, placement), expected, force) as finished:
         if finished:
             progress.say(f"continuing: {finished} of {len(expected)} exercises are finished already")
         if finished < len(expected):
             _measure(planned, placement, kept, planned.asked[finished:], progress)
-    except BaseException:
-        kept.discard_if_empty()
-        raise
-    summary = {
-        "schema_version": SUMMARY_VERSION,
-        "kvprofile_version": __version__,
-        **_facts(planned, placement),
-        "warnings": list(planned.warnings),
-        **summarise(Results.of(kept.items(), planned.variants)),
-    }
-    kept.save_summary(summary)
+        summary = {
+            "schema_version": SUMMARY_VERSION,
+            "kvprofile_version": __version__,
+            **_facts(planned, placement),
+            "warnings": list(planned.warnings),
+            **summarise(Results.of(kept.items(), planned.variants)),
+        }
+        kept.save_summary(summary)
     return summary
 
 

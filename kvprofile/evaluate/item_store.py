@@ -10,12 +10,14 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from kvprofile.errors import InputError
-from kvprofile.files import holdings, missing_folders, refuse_links, write_atomically
+from kvprofile.files import document, write_atomically
+from kvprofile.run_folder import RunFolder
 
 RUN, ITEMS, SUMMARY = "run.json", "items.jsonl", "summary.json"
 DIGITS = 6
@@ -90,14 +92,23 @@ class ItemStore:
     """The folder of one evaluation. ``run_key`` names everything its items depend on."""
 
     def __init__(self, folder: Path, run_key: str) -> None:
-        self.folder, self.run_key = folder, run_key
-        self._made: list[Path] = []
-        self._mine = False
+        self._folder = RunFolder(folder, RUN, run_key, kind="an evaluation", files=(ITEMS, SUMMARY))
 
     @property
     def path(self) -> Path:
         """The file of items."""
-        return self.folder / ITEMS
+        return self._folder.path / ITEMS
+
+    @contextmanager
+    def opened(
+        self, run: Mapping[str, Any], exercises: Sequence[tuple[str, int]], force: bool = False
+    ) -> Iterator[int]:
+        """The folder, for this process alone. Gives and raises as ``open``, and raises where another is at work there.
+
+        Where the block fails before there is an item, the folder goes with it.
+        """
+        with self._folder.alone(force, worth_keeping=lambda: self.path.is_file() and self.path.stat().st_size):
+            yield self.open(run, exercises, force)
 
     def open(self, run: Mapping[str, Any], exercises: Sequence[tuple[str, int]], force: bool = False) -> int:
         """Prepare the folder; returns how many of the exercises (name, number of items), in order, are finished.
@@ -105,41 +116,16 @@ class ItemStore:
         ``run`` is what ``run.json`` will say. A half-written end is cut off. Raises InputError where the folder holds
         an evaluation with other settings, unless ``force``, and where it holds anything else.
         """
-        same = self.refuse_foreign(force)
-        self._mine = True
-        if not same:
-            self._remove_files()
-            self._made = missing_folders(self.folder)
-            write_atomically(self.folder / RUN, document({"run_key": self.run_key, **run}))
+        self._folder.open(run, force)
         finished, size = self._finished(exercises)
-        try:
-            with open(self.path, "ab") as stream:
-                stream.truncate(size)
-                os.fsync(stream.fileno())
-        except OSError as error:
-            raise InputError(f"cannot write {self.path}: {error.strerror or error}; choose another --output") from error
+        with self._for_writing() as stream:
+            stream.truncate(size)
         return finished
 
     def append(self, items: Sequence[Item]) -> None:
         """Write the items of an exercise at once. Raises InputError where the disk is full."""
-        try:
-            with open(self.path, "ab") as stream:
-                stream.write("".join(item.to_line() for item in items).encode())
-                stream.flush()
-                os.fsync(stream.fileno())
-        except OSError as error:
-            raise InputError(
-                f"cannot write {self.path}: {error.strerror or error}; free space and run the same command again"
-            ) from error
-
-    def discard_if_empty(self) -> None:
-        """Remove the folder, and those made on the way to it, unless it holds an item."""
-        if not self._mine or (self.path.is_file() and self.path.stat().st_size):
-            return
-        self._remove_files()
-        for folder in self._made:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+        with self._for_writing() as stream:
+            stream.write("".join(item.to_line() for item in items).encode())
 
     def items(self) -> list[Item]:
         """All items written so far, as they stand in the file."""
@@ -147,36 +133,20 @@ class ItemStore:
 
     def save_summary(self, summary: Mapping[str, Any]) -> None:
         """Write ``summary.json``."""
-        write_atomically(self.folder / SUMMARY, document(summary))
+        write_atomically(self._folder.path / SUMMARY, document(summary))
 
-    def refuse_foreign(self, force: bool = False) -> bool | None:
-        """Whether the folder holds this run; None where it holds nothing. Raises InputError as ``open``."""
-        refuse_links(self.folder)
-        same = self._same_run()
-        if same is False and not force:
-            raise InputError(
-                f"{self.folder} holds an evaluation with other settings; pass --force to replace it or another --output"
-            )
-        return same
-
-    def _same_run(self) -> bool | None:
-        """Whether the folder belongs to this run; None where nothing is in it. Raises InputError for other things."""
-        if not self.folder.exists():
-            return None
-        if not self.folder.is_dir() or (not (self.folder / RUN).is_file() and holdings(self.folder)):
-            raise InputError(f"{self.folder} exists and is no evaluation's folder; move it or choose another --output")
-        if not (self.folder / RUN).is_file():
-            return None
+    @contextmanager
+    def _for_writing(self) -> Iterator[BinaryIO]:
+        """The file of items, at its end; what is done to it reaches the disk. Raises InputError where that fails."""
         try:
-            found = json.loads((self.folder / RUN).read_bytes())
-        except (OSError, ValueError, RecursionError):
-            return False
-        return isinstance(found, dict) and found.get("run_key") == self.run_key
-
-    def _remove_files(self) -> None:
-        for name in (ITEMS, SUMMARY, RUN):  # RUN last: a folder without it passes for someone else's
-            with contextlib.suppress(OSError):
-                (self.folder / name).unlink()
+            with open(self.path, "ab") as stream:
+                yield stream
+                stream.flush()
+                os.fsync(stream.fileno())
+        except OSError as error:
+            raise InputError(
+                f"cannot write {self.path}: {error.strerror or error}; free space and run the same command again"
+            ) from error
 
     def _finished(self, exercises: Sequence[tuple[str, int]]) -> tuple[int, int]:
         """(exercises whose items are all there, bytes of these items)."""
@@ -192,11 +162,6 @@ class ItemStore:
     def _lines(self) -> Iterator[bytes]:
         with contextlib.suppress(OSError), open(self.path, "rb") as stream:
             yield from stream
-
-
-def document(content: Mapping[str, Any]) -> bytes:
-    """A JSON file's bytes, the same for the same content."""
-    return (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def _rounded(value: Any) -> Any:

@@ -2,32 +2,43 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-from collections.abc import Set
+from collections.abc import Iterator, Set
+from contextlib import contextmanager
 from pathlib import Path
 
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
 
-from kvprofile.errors import InputError
-from kvprofile.files import holdings, missing_folders, refuse_links, write_atomically
+from kvprofile.files import LOCK, write_atomically
+from kvprofile.run_folder import RunFolder
 from kvprofile.scoring.aggregate import HeadStatistics
 
 
 class ChunkStore:
     """A folder ``<output>.partial`` with one small file for each finished chunk of one run.
 
-    ``run_key`` names everything the scores depend on; a folder of another run is emptied.
+    ``run_key`` names everything the scores depend on; chunks of another run are removed.
     """
 
     def __init__(self, output: Path, run_key: str) -> None:
-        self.folder = output.with_name(f"{output.name}.partial")
-        self.run_key = run_key
+        self._folder = RunFolder(
+            output.with_name(f"{output.name}.partial"),
+            "run.json",
+            run_key,
+            kind="a run",
+            files=("document-*.safetensors",),
+            lock=output.with_name(f".{output.name}{LOCK}"),
+            output=output,
+        )
         self._kept: set[tuple[int, int]] = set()
-        self._made: list[Path] = []
         self.replaced = 0
+
+    @contextmanager
+    def opened(self) -> Iterator[int]:
+        """The folder and the output, for this process alone. Gives and raises as ``open``."""
+        with self._folder.alone(force=True, worth_keeping=self._listed):
+            yield self.open()
 
     def open(self) -> int:
         """Prepare the folder; returns how many finished chunks it holds.
@@ -35,23 +46,9 @@ class ChunkStore:
         ``replaced`` then tells how many chunks of another run were removed. Raises InputError where a folder of that
         name was not made by a run.
         """
-        refuse_links(self.folder)
-        marker = self.folder / "run.json"
-        if self.folder.exists() and not marker.is_file() and (not self.folder.is_dir() or holdings(self.folder)):
-            raise InputError(f"{self.folder} exists and is no run's folder; move it or choose another --output")
-        try:
-            same = json.loads(marker.read_text())["run_key"] == self.run_key
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            same = False
-        if not same:
-            self.replaced = len(self._listed())
-            self.discard()
-            self._made = missing_folders(self.folder)
-            try:
-                write_atomically(marker, json.dumps({"run_key": self.run_key}).encode())
-            except InputError:
-                self.discard_if_empty()
-                raise
+        found = len(self._listed())
+        if not self._folder.open(force=True):
+            self.replaced = found
         self._kept = {place for place in self._listed() if self._read(*place) is not None}
         return len(self._kept)
 
@@ -102,33 +99,17 @@ class ChunkStore:
         return torch.cat([self._load(document, chunk)["token_scores"] for chunk in chunks], -1)
 
     def discard(self) -> None:
-        """Remove what a run puts into the folder, and the folder."""
-        for file in [
-            *self.folder.glob("document-*.safetensors"),
-            *self.folder.glob(".*.partial"),
-            self.folder / "run.json",  # last: a folder without it passes for someone else's
-        ]:
-            file.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            self.folder.rmdir()
-
-    def discard_if_empty(self) -> None:
-        """Remove the folder, and those made on the way to it, unless it holds a finished chunk."""
-        if self._listed():
-            return
-        self.discard()
-        for folder in self._made:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+        """Remove the chunks of a run whose profile is written."""
+        self._folder.discard()
 
     def _file(self, document: int, chunk: int) -> Path:
-        return self.folder / f"document-{document:05}-chunk-{chunk:05}.safetensors"
+        return self._folder.path / f"document-{document:05}-chunk-{chunk:05}.safetensors"
 
     def _loss_file(self, document: int) -> Path:
-        return self.folder / f"document-{document:05}-loss.safetensors"
+        return self._folder.path / f"document-{document:05}-loss.safetensors"
 
     def _listed(self) -> list[tuple[int, int]]:
-        names = (file.stem.split("-") for file in self.folder.glob("document-*-chunk-*.safetensors"))
+        names = (file.stem.split("-") for file in self._folder.path.glob("document-*-chunk-*.safetensors"))
         return [(int(name[1]), int(name[3])) for name in names]
 
     def _read(self, document: int, chunk: int) -> dict[str, torch.Tensor] | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvprofile import __version__
+from kvprofile.budget import store
 from kvprofile.budget.allocate import preset_budgets
 from kvprofile.budget.profile import (
     Profile,
@@ -37,44 +38,37 @@ def profile(
     progress: Progress,
     save_token_scores: Path | None = None,
 ) -> Profile:
-    """Score every document and build the profile; ``output`` names the folder of finished chunks, removed at the end.
+    """Score every document and write the profile to ``output``; finished chunks lie next to it until then.
 
-    The caller writes the profile. Raises InputError where weights do not load or the disk is full; finished
-    chunks stay for the next run.
+    Raises InputError where weights do not load, the disk is full or another process writes ``output``; finished chunks
+    stay for the next run.
     """
     from kvprofile.scoring.chunk_store import ChunkStore
 
-    store = ChunkStore(output, _run_key(plan, engine, save_token_scores is not None))
-    kept = store.open()
-    if kept:
-        progress.say(f"continuing: {kept} chunks are finished already")
-    elif store.replaced:
-        progress.say(f"starting anew: {store.replaced} finished chunks belong to a run with other inputs")
-    try:
-        attention = engine.score(plan, store, progress, save_token_scores is not None)
+    keep_token_scores = save_token_scores is not None
+    chunks = ChunkStore(output, _run_key(plan, engine, keep_token_scores))
+    with chunks.opened() as kept:
+        if kept:
+            progress.say(f"continuing: {kept} chunks are finished already")
+        elif chunks.replaced:
+            progress.say(f"starting anew: {chunks.replaced} finished chunks belong to a run with other inputs")
+        attention = engine.score(plan, chunks, progress, keep_token_scores)
         if save_token_scores is not None:
-            _write_token_scores(plan, store, save_token_scores)
-    except BaseException:
-        store.discard_if_empty()
-        raise
-    return _assemble(plan, engine, attention, store)
+            _write_token_scores(plan, chunks, save_token_scores)
+        made = _assemble(plan, engine, attention, chunks)
+        store.save(made, output)
+        chunks.discard()
+    return made
 
 
-def finish(output: Path) -> None:
-    """Remove the finished chunks of a run whose profile is written."""
-    from kvprofile.scoring.chunk_store import ChunkStore
-
-    ChunkStore(output, "").discard()
-
-
-def _assemble(plan: ScoringPlan, engine: Engine, attention: str, store: ChunkStore) -> Profile:
+def _assemble(plan: ScoringPlan, engine: Engine, attention: str, chunks: ChunkStore) -> Profile:
     from kvprofile.scoring.aggregate import merge_documents
 
     options = plan.options
-    read = [index for index in range(len(plan.documents)) if store.finished(index)]
-    statistics = [store.statistics(index) for index in read]
+    read = [index for index in range(len(plan.documents)) if chunks.finished(index)]
+    statistics = [chunks.statistics(index) for index in read]
     statistic = METHODS[options.method].statistic
-    losses = [store.loss(index) for index in read]
+    losses = [chunks.loss(index) for index in read]
     tokens = [len(plan.documents[index].context_ids) for index in read]
     scores: Scores = merge_documents(statistics, plan.description.geometry, losses, tokens)
     return Profile(
@@ -96,7 +90,7 @@ def _assemble(plan: ScoringPlan, engine: Engine, attention: str, store: ChunkSto
             seed=options.seed,
             corpora=list(plan.corpora),
             imported_from=None,
-            shortcuts=None if options.effort.exact else _shortcuts(plan, store),
+            shortcuts=None if options.effort.exact else _shortcuts(plan, chunks),
         ),
         scores=scores,
         budgets=preset_budgets(scores, statistic),
@@ -104,10 +98,10 @@ def _assemble(plan: ScoringPlan, engine: Engine, attention: str, store: ChunkSto
     )
 
 
-def _shortcuts(plan: ScoringPlan, store: ChunkStore) -> Shortcuts:
+def _shortcuts(plan: ScoringPlan, chunks: ChunkStore) -> Shortcuts:
     """What the run left out, counted from what it has finished."""
     effort = plan.options.effort
-    counts = [len(store.finished(index)) for index in range(len(plan.documents))]
+    counts = [len(chunks.finished(index)) for index in range(len(plan.documents))]
     wanted = sum(len(plan.wanted(index)) for index in range(len(plan.documents)))
     return Shortcuts(
         sparse_rows=effort.sparse_rows,
@@ -141,7 +135,7 @@ def _holds_token_scores(path: Path) -> bool:
         return False
 
 
-def _write_token_scores(plan: ScoringPlan, store: ChunkStore, path: Path) -> None:
+def _write_token_scores(plan: ScoringPlan, chunks: ChunkStore, path: Path) -> None:
     """One tensor [L, G, T] for each document, NaN in layers that slide, in one safetensors file."""
     import safetensors.torch
     import torch
@@ -149,7 +143,7 @@ def _write_token_scores(plan: ScoringPlan, store: ChunkStore, path: Path) -> Non
     geometry = plan.description.geometry
     tensors = {}
     for index, document in enumerate(plan.documents):
-        found = store.token_scores(index)
+        found = chunks.token_scores(index)
         full = torch.full((geometry.layers, geometry.kv_heads, found.shape[-1]), torch.nan)
         full[list(geometry.profiled_layers)] = found
         tensors[f"{index:05}/{document.name}"] = full

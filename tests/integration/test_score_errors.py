@@ -440,7 +440,7 @@ def test_a_folder_that_only_looks_like_a_run(capsys, workplace, checkpoint, tmp_
     folder.mkdir()
     (folder / "notes").write_text("precious")
     line = refused(capsys, workplace, [checkpoint, *FAST, "--output", tmp_path / "o.json"], lines_before=5)
-    assert "is no run's folder" in line
+    assert "is not a run's folder" in line
     assert (folder / "notes").read_text() == "precious"
 
 

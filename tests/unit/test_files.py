@@ -115,12 +115,12 @@ def test_a_folder_in_which_a_run_was_killed_at_its_very_beginning_is_not_foreign
         (folder / "thesis.txt").write_text("mine")
         for name in ("run.json", "plan"):
             (folder / name).unlink(missing_ok=True)
-    with pytest.raises(InputError, match="no run's folder"):
+    with pytest.raises(InputError, match="not a run's folder"):
         ChunkStore(tmp_path / "out.json", "key").open()
-    with pytest.raises(InputError, match="no evaluation's folder"):
+    with pytest.raises(InputError, match="not an evaluation's folder"):
         ItemStore(folders["evaluate"], "key").open({}, [])
     with (
-        pytest.raises(InputError, match="no benchmark's folder"),
+        pytest.raises(InputError, match="not a benchmark's folder"),
         LegStore(tmp_path / "bench", make_plan()).opened(True),
     ):
         pass

@@ -417,7 +417,7 @@ def test_other_settings_are_refused(server, tmp_path):
     place.mkdir()
     (place / "thesis.txt").write_text("mine")
     provider = Provider(name="absent", base_url="http://127.0.0.1:9/v1", model="pocket", timeout_s=2, max_attempts=1)
-    with pytest.raises(InputError, match="no benchmark's folder"):
+    with pytest.raises(InputError, match="not a benchmark's folder"):
         runner.run(plan_of(remote_legs([provider])), place, lambda _: None)
     (place / "thesis.txt").unlink()
     runner.run(plan_of(remote_legs([provider])), place, lambda _: None)

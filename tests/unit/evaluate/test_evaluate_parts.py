@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -318,8 +319,11 @@ def test_other_settings_and_other_folders_are_left_alone(tmp_path):
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     with pytest.raises(InputError, match="other settings; pass --force"):
         ItemStore(folder, "another").open({}, PLAN)
-    refused = ItemStore(folder, "another")
-    refused.discard_if_empty()
+    store.path.write_bytes(b"")  # begun, without an item: who is refused takes nothing away
+    with pytest.raises(InputError, match="other settings"), ItemStore(folder, "another").opened({}, PLAN):
+        pass
+    assert {file.name for file in folder.iterdir()} == before.keys()
+    store.append(lines(PLAN[:1]))
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
     assert ItemStore(folder, "another").open({}, PLAN, force=True) == 0
     assert store.path.read_bytes() == b""
@@ -327,16 +331,21 @@ def test_other_settings_and_other_folders_are_left_alone(tmp_path):
     precious.mkdir()
     (precious / "items.jsonl").write_text("mine")
     for force in (False, True):
-        with pytest.raises(InputError, match="is no evaluation's folder"):
+        with pytest.raises(InputError, match="is not an evaluation's folder"):
             ItemStore(precious, "key").open({}, PLAN, force)
     assert (precious / "items.jsonl").read_text() == "mine"
 
 
 def test_an_empty_record_leaves_nothing_behind(tmp_path):
     store = ItemStore(tmp_path / "deep" / "run", "key")
-    store.open({}, PLAN)
-    store.discard_if_empty()
+    with suppress(KeyError), store.opened({}, PLAN):
+        assert store.path.is_file()
+        raise KeyError
     assert list(tmp_path.iterdir()) == []
+    with suppress(KeyError), store.opened({}, PLAN):
+        store.append(lines(PLAN[:1]))
+        raise KeyError
+    assert len(store.items()) == 2
 
 
 # what people bring
