@@ -98,7 +98,7 @@ def measure(engine: str, folder: Path, context_tokens: int, chunk_tokens: int, s
     from safetensors.torch import save_file
 
     from kvprofile.checkpoint import Placement, Source, describe, load_model
-    from kvprofile.scoring.reconstruction import required_positions
+    from kvprofile.scoring.prompts import required_positions
 
     description = describe(Source("random", folder, None))
     frame, document = frame_and_document(context_tokens)

@@ -14,13 +14,12 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import typer
 from pydantic import BaseModel
 
 from kvprofile.bench import providers
 from kvprofile.budget import runtime_file
 from kvprofile.budget.profile import Profile
-from kvprofile.cli import app
+from kvprofile.cli import COMMANDS, load
 from kvprofile.files import write_atomically
 from kvprofile.records.record import RunRecord
 from kvprofile.runtime import gate, metrics, settings, stats
@@ -39,7 +38,8 @@ def commands() -> str:
         "`kvprofile --version` prints the version, `kvprofile --debug COMMAND ...` shows a traceback where something "
         "fails.\n",
     ]
-    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+    for name in COMMANDS:
+        command = load(name)
         parameters = [p for p in command.params if p.name != "help"]
         arguments = [p for p in parameters if p.param_type_name == "argument"]
         options = [p for p in parameters if p.param_type_name == "option"]

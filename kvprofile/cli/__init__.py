@@ -1,21 +1,62 @@
 """The command line: one module for each command, which parses, calls the library and renders.
 
-``main`` is the only place where an error becomes an exit code: 0 ok, 1 the work failed, 2 wrong usage or input.
+``COMMANDS`` is the only place that loads them: a command's module is imported when the command runs or its own help is
+asked for. ``main`` is the only place where an error becomes an exit code: 0 ok, 1 the work failed, 2 wrong usage or
+input.
 """
 
 from __future__ import annotations
 
+import importlib
 import io
+import keyword
 import os
 import signal
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import typer.completion
+from typer.core import TyperCommand
 
 from kvprofile import __version__
-from kvprofile.cli import bench, diff, doctor, evaluate, export, import_, plan, plot, report, score, show, validate
 from kvprofile.errors import InputError
+
+COMMANDS = {
+    "score": "Profile a checkpoint and write its budget file. Run it again after an interruption to continue.",
+    "show": "Show which KV heads matter and which keep the whole context.",
+    "diff": "Compare two profiles: how far their rankings agree and which heads change at each retention.",
+    "plot": "Draw profiles: heat map, sorted scores, full heads of each layer at each retention.",
+    "plan": "Count what fits at each retention: cache bytes, requests in flight, the bound on speed. "
+    "No weights needed.",
+    "validate": "Check budget files and the folders they lie in; exit 2 if there is a problem.",
+    "export": "Write a budget file in the form of vLLM's plugin, KVzip, DuoAttention, LU-KV or a table.",
+    "import": "Read scores of KVzip, DuoAttention, LU-KV, a runtime file or a table, and write a budget file.",
+    "evaluate": "Measure how much of a model's answers each retention keeps. "
+    "Run it again after an interruption to continue.",
+    "bench": "Compare vLLM with and without budgets, and remote providers. "
+    "Run it again after an interruption to continue.",
+    "doctor": "Look at this installation, and at a running server if asked; exit 1 if something is wrong.",
+    "report": "Put the legs of a benchmark side by side on one page that needs no network.",
+}
+"""Each command with its help in one line: the docstring of the function of its name, in the module of its name."""
+
+
+class LazyCommand(TyperCommand):
+    """A name and a line of help until it runs or its own help is asked for; then the command in its module."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        """The context of the real command, in which it runs."""
+        return load(str(self.name)).make_context(*args, **kwargs)
+
+
+def load(name: str) -> Any:
+    """A command with its arguments and options, its module imported."""
+    function = f"{name}_" if keyword.iskeyword(name) else name
+    alone = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    alone.command(name)(getattr(importlib.import_module(f"kvprofile.cli.{function}"), function))
+    return typer.main.get_command(alone)
+
 
 app = typer.Typer(
     name="kvprofile",
@@ -24,19 +65,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command("score")(score.score)
-app.command("show")(show.show)
-app.command("diff")(diff.diff)
-app.command("plot")(plot.plot)
-app.command("plan")(plan.plan)
-app.command("validate")(validate.validate)
-app.command("export")(export.export)
-app.command("import")(import_.import_)
-app.command("evaluate")(evaluate.evaluate)
-app.command("bench")(bench.bench)
-app.command("doctor")(doctor.doctor)
-app.command("report")(report.report)
+for _name, _help in COMMANDS.items():
+    app.command(_name, cls=LazyCommand, help=_help)(lambda: None)
 
+COMPLETE = "_KVPROFILE_COMPLETE"
 _INTERRUPTED = 130
 
 
@@ -60,6 +92,8 @@ def _options(
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit; every failure is one line on stderr unless --debug is given."""
     _mend_streams()
+    if COMPLETE in os.environ:  # a shell asks what a word may become; typer's own options for it are left out
+        typer.completion.completion_init()  # type: ignore[attr-defined]
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: keep what is finished, leave nothing about
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
+from rich.table import Table
+from rich.text import Text
 
+from kvprofile.bench import prepare
 from kvprofile.bench.bench_options import BenchOptions
+from kvprofile.bench.prepare import Prepared
 from kvprofile.cli.declared import options_of
 from kvprofile.cli.output import print_json, say, stdout_console
-
-if TYPE_CHECKING:
-    from kvprofile.bench.prepare import Prepared
-    from kvprofile.records.record import Leg, RunRecord
+from kvprofile.records.record import Leg, RunRecord
 
 
 @options_of(BenchOptions)
@@ -27,8 +28,6 @@ def bench(
     as_json: Annotated[bool, typer.Option("--json", help="Print the run record, or the plan, as JSON.")] = False,
 ) -> None:
     """Compare vLLM with and without budgets, and remote providers. Run it again after an interruption to continue."""
-    from kvprofile.bench import prepare
-
     prepared = prepare.prepare(options)
     plan = prepared.plan
     folder = output or prepare.default_folder(plan)
@@ -39,7 +38,7 @@ def bench(
         else:
             _render_plan(described)
         return
-    from kvprofile.bench import runner
+    from kvprofile.bench import runner  # NumPy and what measures, which the help and a plan can do without
 
     prepare.require_installed(plan)
     _announce(prepared)
@@ -63,8 +62,6 @@ def _announce(prepared: Prepared) -> None:
 
 def _render_plan(described: dict[str, Any]) -> None:
     """A plan for people; every line fits 80 columns unless a name is longer."""
-    from rich.text import Text
-
     console = stdout_console()
 
     def line(text: str, style: str = "") -> None:
@@ -100,9 +97,6 @@ def _render_plan(described: dict[str, Any]) -> None:
 
 def _render(found: RunRecord) -> None:
     """One row for each leg, best read beside the page that ``report`` makes; fits 80 columns."""
-    from rich.table import Table
-    from rich.text import Text
-
     table = Table(box=None, pad_edge=False)
     for name in ("leg", "done", "tokens/s", "TTFT ms", "TPOT ms", "pass %", "evicted", "bound", "reached"):
         table.add_column(name, justify="left" if name == "leg" else "right")

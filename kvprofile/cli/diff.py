@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
+from kvprofile.budget.choice import choose, has_scores, ranking_scores
+from kvprofile.budget.profile import PRESETS, Profile
+from kvprofile.budget.profile_diff import DiffAtRetention, ProfileDiff, compare, shared_retentions
+from kvprofile.cli import heatmap
 from kvprofile.cli.output import load_profile, print_json, stdout_console
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from kvprofile.budget.profile import Profile
-    from kvprofile.budget.profile_diff import DiffAtRetention, ProfileDiff
 
 _LISTED_HEADS = 12
 """Moved heads are listed by name up to this many; the map shows them all."""
@@ -29,9 +31,6 @@ def diff(
     as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON.")] = False,
 ) -> None:
     """Compare two profiles: how far their rankings agree and which heads change at each retention."""
-    from kvprofile.budget.profile import PRESETS
-    from kvprofile.budget.profile_diff import compare, shared_retentions
-
     old, new = load_profile(before), load_profile(after)
     shared = shared_retentions(old, new)
     mapped = tuple(dict.fromkeys(retention or shared or [0.5]))
@@ -50,10 +49,6 @@ def render(
     console: Console,
 ) -> None:
     """Warnings first, then agreement, the scores of both, and the heads that change at the mapped retentions."""
-    from rich.text import Text
-
-    from kvprofile.budget.choice import has_scores
-
     (before_file, before), (after_file, after) = first, second
     geometry = before.model.geometry
     for warning in found.warnings:
@@ -77,11 +72,6 @@ def render(
 
 
 def _render_scores(before: Profile, after: Profile, console: Console) -> None:
-    from rich.text import Text
-
-    from kvprofile.budget.choice import ranking_scores
-    from kvprofile.cli import heatmap
-
     geometry = before.model.geometry
     console.print(Text("\nscores", style="bold"))
     console.print(heatmap.score_legend())
@@ -94,11 +84,6 @@ def _render_scores(before: Profile, after: Profile, console: Console) -> None:
 
 
 def _render_changes(before: Profile, after: Profile, at: DiffAtRetention, console: Console) -> None:
-    from rich.text import Text
-
-    from kvprofile.budget.choice import choose
-    from kvprofile.cli import heatmap
-
     geometry = before.model.geometry
     change = f"{len(at.moved) or 'no'} {'head changes' if len(at.moved) == 1 else 'heads change'}"
     console.print(Text(f"\nat retention {at.retention:g}: {change}", style="bold"))
@@ -116,9 +101,6 @@ def _render_changes(before: Profile, after: Profile, at: DiffAtRetention, consol
 
 
 def _table(found: ProfileDiff) -> object:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
     table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for name in ("retention", "realised A", "realised B", "top-k in common", "by chance", "heads that change"):
         table.add_column(name, justify="right")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
+from rich.table import Table
+from rich.text import Text
 
 from kvprofile.cli.output import print_json, say, stdout_console
-
-if TYPE_CHECKING:
-    from kvprofile.runtime.doctor import Check
+from kvprofile.runtime import doctor as checks
+from kvprofile.runtime.doctor import Check
 
 _MARKS = {True: ("ok", "green"), False: ("bad", "red"), None: ("--", "dim")}
 
@@ -21,8 +22,6 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> int:
     """Look at this installation, and at a running server if asked; exit 1 if something is wrong."""
-    from kvprofile.runtime import doctor as checks
-
     if url is None:
         say("looking at the installation; importing vLLM takes a few seconds")
         found = [*checks.installed(), *checks.checks()]
@@ -37,9 +36,6 @@ def doctor(
 
 
 def _print(found: list[Check]) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for check in found:
         word, style = _MARKS[check.good]

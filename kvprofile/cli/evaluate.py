@@ -7,14 +7,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.text import Text
 
+from kvprofile import checkpoint
+from kvprofile.budget import store
+from kvprofile.budget.profile import PRESETS
+from kvprofile.cli import quality_table
 from kvprofile.cli.output import load_profile, print_json, resolve_profile, say, stdout_console
 from kvprofile.cli.progress_bar import TokenProgress
+from kvprofile.errors import InputError
+from kvprofile.evaluate.options import EvaluationOptions
+from kvprofile.evaluate.variants import Contender, contenders
+from kvprofile.files import require_writable
 from kvprofile.questions.tasks import DEFAULT_TASKS, TASKS
+from kvprofile.report import plots, quality_plot
 
 if TYPE_CHECKING:
     from kvprofile.evaluate.evaluation import EvaluationPlan
-    from kvprofile.evaluate.variants import Contender
 
 
 def evaluate(
@@ -80,13 +89,6 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Measure how much of a model's answers each retention keeps. Run it again after an interruption to continue."""
-    from kvprofile import checkpoint
-    from kvprofile.budget.profile import PRESETS
-    from kvprofile.evaluate import evaluation
-    from kvprofile.evaluate.options import EvaluationOptions
-    from kvprofile.files import require_writable
-    from kvprofile.report import plots, quality_plot
-
     options = EvaluationOptions(
         retentions=tuple(retention or PRESETS),
         tasks=tuple(tasks or DEFAULT_TASKS),
@@ -106,6 +108,8 @@ def evaluate(
     if plot is not None:
         plots.picture_of(plot)
         require_writable(plot)
+    from kvprofile.evaluate import evaluation  # torch: seconds that wrong usage need not wait
+
     source = checkpoint.locate(model, revision, trust_remote_code)
     under_test = _contenders(profile or [_default_profile(source.name, model)], statistic)
     description = checkpoint.describe(source, trust_remote_code)
@@ -130,9 +134,6 @@ def evaluate(
 
 def _default_profile(name: str, model: str) -> str:
     """The budget file of a model. Raises InputError where there is none."""
-    from kvprofile.budget import store
-    from kvprofile.errors import InputError
-
     path = store.default_path(name)
     if not store.is_file(path):
         raise InputError(f"no budget file {path}; run 'kvprofile score {model}' first or give --profile")
@@ -140,8 +141,6 @@ def _default_profile(name: str, model: str) -> str:
 
 
 def _contenders(references: list[str], statistic: str | None) -> list[Contender]:
-    from kvprofile.evaluate.variants import contenders
-
     return contenders([(resolve_profile(each), load_profile(each)) for each in references], statistic)
 
 
@@ -161,10 +160,6 @@ def _announce(planned: EvaluationPlan, reasons: tuple[str, ...]) -> None:
 
 def render(summary: dict[str, Any]) -> None:
     """The tables and the verdict on stdout; every line fits 80 columns."""
-    from rich.text import Text
-
-    from kvprofile.cli import quality_table
-
     console = stdout_console()
     for line in quality_table.heading(summary):
         console.print(Text(line))

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from kvprofile.budget import formats
+from kvprofile.budget.allocate import UNCONSTRAINED, Allocation, Constraints, pipeline_split
 from kvprofile.budget.formats import FORMATS
+from kvprofile.budget.formats.base import Export, Format, refuse_other
 from kvprofile.cli.output import load_profile, print_json
-
-if TYPE_CHECKING:
-    from kvprofile.budget.allocate import Allocation
-    from kvprofile.budget.formats.base import Export, Format
+from kvprofile.errors import InputError, plain
 
 
 def export(
@@ -29,11 +29,6 @@ def export(
     as_json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON.")] = False,
 ) -> None:
     """Write a budget file in the form of vLLM's plugin, KVzip, DuoAttention, LU-KV or a table."""
-    from kvprofile.budget import formats
-    from kvprofile.budget.allocate import UNCONSTRAINED, Constraints, pipeline_split
-    from kvprofile.budget.formats.base import Export, refuse_other
-    from kvprofile.errors import InputError
-
     form = formats.get(format_name)
     found = load_profile(profile)
     layers = found.model.geometry.layers
@@ -59,9 +54,6 @@ def summary(job: Export, form: Format, output: Path) -> dict[str, object]:
 
     Figures of a choice of heads are null where the file holds none.
     """
-    from kvprofile.budget.allocate import UNCONSTRAINED
-    from kvprofile.errors import plain
-
     chosen: Allocation | None = None
     if form.needs_retention or (form.holds == "budgets" and job.retention is not None):
         choose = job.choice if form.holds_fractions else job.whole

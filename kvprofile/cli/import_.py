@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from kvprofile.budget import formats, known_models, store
 from kvprofile.budget.formats import FORMATS
+from kvprofile.budget.formats.base import Origin, import_profile
+from kvprofile.budget.profile import Profile
 from kvprofile.cli.output import print_json
-
-if TYPE_CHECKING:
-    from kvprofile.budget.profile import Profile
+from kvprofile.errors import plain
 
 
 def import_(
@@ -33,9 +34,6 @@ def import_(
     as_json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON.")] = False,
 ) -> None:
     """Read scores of KVzip, DuoAttention, LU-KV, a runtime file or a table, and write a budget file."""
-    from kvprofile.budget import formats, known_models, store
-    from kvprofile.budget.formats.base import Origin, import_profile
-
     form = formats.get(format_name)
     facts = None if form.names_its_model or model is None else known_models.find(model, config)
     provenance = Origin(repository, commit, licence)
@@ -55,8 +53,6 @@ def import_(
 
 def summary(profile: Profile, target: Path) -> dict[str, object]:
     """What ``import --json`` prints."""
-    from kvprofile.errors import plain
-
     source = profile.scoring.imported_from
     return {
         "model": profile.model.name,

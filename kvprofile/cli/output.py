@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from rich.console import Console
+from rich.console import Console
 
-    from kvprofile.budget.profile import Profile
+from kvprofile.budget import store
+from kvprofile.budget.profile import Profile
+from kvprofile.errors import InputError
 
 
 def say(message: str) -> None:
@@ -25,8 +26,6 @@ def print_json(document: dict[str, Any]) -> None:
 
 def stdout_console() -> Console:
     """A console for results. It keeps to 80 columns when stdout is not a terminal."""
-    from rich.console import Console
-
     return Console(highlight=False, soft_wrap=False, width=None if sys.stdout.isatty() else 80)
 
 
@@ -35,9 +34,6 @@ def resolve_profile(reference: str) -> Path:
 
     Raises InputError where neither exists.
     """
-    from kvprofile.budget import store
-    from kvprofile.errors import InputError
-
     path = Path(reference)
     if store.is_file(path):
         return path
@@ -49,6 +45,4 @@ def resolve_profile(reference: str) -> Path:
 
 def load_profile(reference: str) -> Profile:
     """Load the budget file a user means. Raises InputError where it is missing or broken."""
-    from kvprofile.budget import store
-
     return store.load(resolve_profile(reference))

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
+from kvprofile.budget import capacity
+from kvprofile.budget.capacity import Capacity
+from kvprofile.budget.model_shape import find_shape
 from kvprofile.cli.output import print_json, stdout_console
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
-
-    from kvprofile.budget.capacity import Capacity
+from kvprofile.errors import InputError
+from kvprofile.sizes import MAX_BYTES
 
 
 def plan(
@@ -40,11 +43,6 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     """Count what fits at each retention: cache bytes, requests in flight, the bound on speed. No weights needed."""
-    from kvprofile.budget import capacity
-    from kvprofile.budget.model_shape import find_shape
-    from kvprofile.errors import InputError
-    from kvprofile.sizes import MAX_BYTES
-
     if weights_gib is not None and not weights_gib * 2**30 <= MAX_BYTES:
         raise InputError(f"--weights-gib {weights_gib} is not a size")
     found = capacity.plan(
@@ -67,7 +65,6 @@ def plan(
 
 def render(plan: Capacity, console: Console) -> None:
     """The plan as text and one table; fits 80 columns."""
-    from rich.text import Text
 
     def line(text: str = "", style: str = "") -> None:
         console.print(Text(text, style=style))
@@ -103,9 +100,6 @@ def render(plan: Capacity, console: Console) -> None:
 
 
 def _table(plan: Capacity) -> Table:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
     table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
     names = ("retention", "full heads", "effective", "read per step", "requests", "during a prefill", "speed bound")
     for name in names:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from kvprofile.budget.choice import require_scores
+from kvprofile.budget.profile import PRESETS, Profile
 from kvprofile.cli.output import load_profile, print_json, say
+from kvprofile.files import require_writable
+from kvprofile.report import plots
 from kvprofile.report.plots import DEFAULT_DPI, Kind
-
-if TYPE_CHECKING:
-    from kvprofile.budget.profile import Profile
 
 
 def plot(
@@ -26,10 +27,6 @@ def plot(
     as_json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON.")] = False,
 ) -> None:
     """Draw profiles: heat map, sorted scores, full heads of each layer at each retention."""
-    from kvprofile.budget.choice import require_scores
-    from kvprofile.files import require_writable
-    from kvprofile.report import plots
-
     found = [load_profile(file) for file in files]
     for profile in found:
         require_scores(profile)
@@ -46,7 +43,5 @@ def plot(
 
 def _with_presets_only(profile: Profile) -> Profile:
     """The profile without its other budgets, as an LU-KV table brings 99; as it is where it has no preset."""
-    from kvprofile.budget.profile import PRESETS
-
     presets = {key: budgets for key, budgets in profile.budgets.items() if float(key) in PRESETS}
     return profile.model_copy(update={"budgets": presets}) if presets else profile

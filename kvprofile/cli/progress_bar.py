@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from kvprofile.cli.output import say
-
-if TYPE_CHECKING:
-    from rich.progress import TaskID
 
 
 class TokenProgress:
@@ -24,9 +24,6 @@ class TokenProgress:
 
     def __enter__(self) -> TokenProgress:
         if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
             columns = (
                 TextColumn(self.what),
                 BarColumn(),

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from rich.table import Table
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
 
 _NAME_WIDTH = 13
 _TASK_WIDTH = 12
@@ -112,9 +112,6 @@ def verdicts(summary: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _table() -> Table:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
     return Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=0)
 
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
+from rich import box
+from rich.table import Table
+from rich.text import Text
 
 from kvprofile.cli.output import print_json, say, stdout_console
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from kvprofile.report.compare import Summary
+from kvprofile.errors import InputError, plain
+from kvprofile.files import require_writable
+from kvprofile.records import run_files
+from kvprofile.report import html
+from kvprofile.report.compare import Summary, summarise
+from kvprofile.report.page import cards
 
 
 def report(
@@ -28,12 +32,6 @@ def report(
     ] = False,
 ) -> None:
     """Put the legs of a benchmark side by side on one page that needs no network."""
-    from kvprofile.errors import InputError, plain
-    from kvprofile.files import require_writable
-    from kvprofile.records import run_files
-    from kvprofile.report import html
-    from kvprofile.report.compare import summarise
-
     found, others = run_files.collect(places)
     if output.resolve() in {path.resolve() for path in found}:
         raise InputError(f"--output {output} is one of the run records; choose another name")
@@ -55,12 +53,6 @@ def report(
 
 def _table(summary: Summary) -> Table:
     """The page's cards, one in each row."""
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    from kvprofile.report.page import cards
-
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
     for group in summary.groups:

@@ -8,13 +8,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kvprofile import checkpoint
+from kvprofile.budget import store
+from kvprofile.budget.profile import Profile
+from kvprofile.cli import show
 from kvprofile.cli.output import print_json, say, stdout_console
 from kvprofile.cli.progress_bar import TokenProgress
+from kvprofile.corpus.sources import bundled_names, load_corpus
+from kvprofile.errors import InputError
+from kvprofile.files import require_writable
+from kvprofile.scoring.effort import EXACT, FAST
+from kvprofile.scoring.engine import Engine, check_engine, choose_engine
+from kvprofile.scoring.plan import ScoringOptions, ScoringPlan, plan
 
 if TYPE_CHECKING:
-    from kvprofile.budget.profile import Profile
     from kvprofile.scoring.estimate import RunEstimate
-    from kvprofile.scoring.plan import ScoringPlan
 
 
 def score(
@@ -64,17 +72,8 @@ def score(
     as_json: Annotated[bool, typer.Option("--json", help="Print a summary as JSON.")] = False,
 ) -> None:
     """Profile a checkpoint and write its budget file. Run it again after an interruption to continue."""
-    from kvprofile import checkpoint
-    from kvprofile.budget import store
-    from kvprofile.corpus.sources import bundled_names, load_corpus
-    from kvprofile.errors import InputError
-    from kvprofile.files import require_writable
-    from kvprofile.scoring import plan, run
-    from kvprofile.scoring.effort import EXACT, FAST
-    from kvprofile.scoring.engine import Engine, check_engine, choose_engine
-
     effort = FAST if fast else EXACT
-    options = plan.ScoringOptions(method, chunk_tokens, context_tokens, seed, sink_tokens, recent_tokens, effort)
+    options = ScoringOptions(method, chunk_tokens, context_tokens, seed, sink_tokens, recent_tokens, effort)
     check_engine(engine, method)
     if fast and save_token_scores is not None:
         raise InputError("--save-token-scores needs every chunk; leave out --fast")
@@ -84,34 +83,31 @@ def score(
     source = checkpoint.locate(model, revision, trust_remote_code)
     target = output or store.default_path(source.name)
     require_writable(target)
+    from kvprofile.scoring import estimate, hf_engine, run, vllm_engine  # torch: seconds that wrong usage need not wait
+
     if save_token_scores is not None:
         run.refuse_token_score_file(save_token_scores, target, force)
     description = checkpoint.describe(source, trust_remote_code)
     if not force:
         store.refuse_other_model(target, source.name, description.geometry)
     tokenizer = checkpoint.load_tokenizer(source, trust_remote_code)
-    planned = plan.plan(description, tokenizer, corpora, options)
+    planned = plan(description, tokenizer, corpora, options)
     chosen, why = choose_engine(engine, description, method)
     runs: Engine
     if chosen == "vllm":
-        from kvprofile.scoring.vllm_engine import place_in_vllm
-
         if fast or dry_run:
             raise InputError(f"--{'fast' if fast else 'dry-run'} belongs to --engine hf ({why})")
-        runs = place_in_vllm(description, dtype, device, planned.positions, tensor_parallel_size, vllm_arg or ())
+        others = vllm_arg or ()
+        runs = vllm_engine.place_in_vllm(description, dtype, device, planned.positions, tensor_parallel_size, others)
     else:
-        from kvprofile.scoring.hf_engine import HfEngine
-
         if tensor_parallel_size != 1 or vllm_arg:
             raise InputError("--tensor-parallel-size and --vllm-arg belong to --engine vllm")
         placement = checkpoint.place(description, dtype, device, planned.positions)
-        runs = HfEngine(placement)
+        runs = hf_engine.HfEngine(placement)
 
     _announce(planned, (why, *runs.reasons))
     if dry_run:
-        from kvprofile.scoring.estimate import estimate
-
-        _print_estimate(estimate(planned, placement), as_json)
+        _print_estimate(estimate.estimate(planned, placement), as_json)
         return
 
     started = time.monotonic()
@@ -153,8 +149,6 @@ def _print_estimate(found: RunEstimate, as_json: bool) -> None:
 
 
 def _print_result(made: Profile, target: Path, token_scores: Path | None, as_json: bool) -> None:
-    from kvprofile.cli import show
-
     choice = show.choice_for(made, 0.5, made.scoring.statistic)
     if as_json:
         result = show.summary(made, choice)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
+from rich.console import Console
+from rich.text import Text
 
+from kvprofile.budget.choice import Choice, choose, has_scores, ranking_scores
+from kvprofile.budget.profile import Matrix, Profile
+from kvprofile.cli import heatmap
 from kvprofile.cli.output import load_profile, print_json, stdout_console
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from kvprofile.budget.choice import Choice
-    from kvprofile.budget.profile import Matrix, Profile
 
 
 class Statistic(StrEnum):
@@ -51,8 +50,6 @@ def choice_for(profile: Profile, retention: float | None, statistic: str) -> Cho
 
     Raises InputError as ``budget.choice.choose``.
     """
-    from kvprofile.budget.choice import choose, has_scores
-
     if retention is None:
         stated = [0.5] if has_scores(profile) else map(float, profile.budgets)
         retention = min(stated, key=lambda each: abs(each - 0.5))
@@ -85,8 +82,6 @@ def heads_tied_at_the_cut(scores: Matrix, heads: Matrix) -> int:
 
 def summary(profile: Profile, choice: Choice) -> dict[str, object]:
     """What ``show --json`` prints; ``scores`` are null where the file has none."""
-    from kvprofile.budget.choice import has_scores, ranking_scores
-
     scores = ranking_scores(profile, choice.statistic)
     return {
         "model": profile.model.name,
@@ -106,11 +101,6 @@ def summary(profile: Profile, choice: Choice) -> dict[str, object]:
 
 def render(profile: Profile, choice: Choice, console: Console) -> None:
     """Draw scores and budgets; every line fits 80 columns unless a name is longer."""
-    from rich.text import Text
-
-    from kvprofile.budget.choice import has_scores, ranking_scores
-    from kvprofile.cli import heatmap
-
     geometry, runtime = profile.model.geometry, profile.runtime
     scores = ranking_scores(profile, choice.statistic)
     values = sorted(value for row in scores for value in row if value is not None)

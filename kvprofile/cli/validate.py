@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
+from kvprofile.budget import store
+from kvprofile.budget.profile import Profile
 from kvprofile.cli.output import print_json
-from kvprofile.errors import plain
-
-if TYPE_CHECKING:
-    from kvprofile.budget.profile import Profile
+from kvprofile.errors import InputError, plain
 
 _BUDGET_FILE_KEYS = {"schema_version", "model", "scoring", "scores", "budgets", "runtime"}
 
@@ -25,10 +25,6 @@ def validate(
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
     """Check budget files and the folders they lie in; exit 2 if there is a problem."""
-    from kvprofile.budget import store
-    from kvprofile.budget.profile import Profile
-    from kvprofile.errors import InputError
-
     places = files or [store.BUDGET_DIR]
     found, folders = collect(places if files or store.BUDGET_DIR.exists() else [])
     if not found and not folders:
@@ -59,8 +55,6 @@ def collect(places: list[Path]) -> tuple[list[Path], dict[Path, list[str]]]:
 
     Links to folders are not followed below a place that was given, so a loop of links ends.
     """
-    from kvprofile.budget import store
-
     found: dict[str, Path] = {}
     unreadable: dict[Path, list[str]] = {}
 
@@ -95,10 +89,6 @@ def duplicate_models(profiles: dict[Path, Profile]) -> dict[Path, list[str]]:
 
 def _check(path: Path) -> Profile | list[str]:
     """The profile in a file or its problems; JSON that is something else is called so."""
-    import json
-
-    from kvprofile.budget import store
-
     if store.exists(path) and not store.is_file(path):  # a pipe would wait for ever
         return ["not a regular file"]
     result = store.problems(path)

@@ -18,7 +18,9 @@ from kvprofile.errors import InputError
 from kvprofile.evaluate import exercises
 from kvprofile.evaluate.encoding import Asked, Wording, wording
 from kvprofile.evaluate.item_store import Item, ItemStore
+from kvprofile.evaluate.measurer import Measurer
 from kvprofile.evaluate.options import EvaluationOptions
+from kvprofile.evaluate.simulate import simulating
 from kvprofile.evaluate.summary import Results, summarise
 from kvprofile.evaluate.variants import Contender, Variant, build
 from kvprofile.files import sha256_of
@@ -175,9 +177,6 @@ def _measure(
     planned: EvaluationPlan, placement: Placement, kept: ItemStore, left: Sequence[Asked], progress: Progress
 ) -> None:
     """Ask what is left, and write each exercise's items as soon as they are known."""
-    from kvprofile.evaluate.measurer import Measurer
-    from kvprofile.evaluate.simulate import simulating
-
     budgets = {variant.budget: variant.heads for variant in planned.variants}
     order = {budget: number for number, budget in enumerate(budgets)}
     model = load_model(planned.description, placement)

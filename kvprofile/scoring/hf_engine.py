@@ -5,18 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
+from kvprofile.budget.trim import TrimRule
 from kvprofile.checkpoint import Placement, load_model
-from kvprofile.scoring.methods import METHODS, loss_scores, repeats_read
+from kvprofile.progress import Progress
+from kvprofile.scoring.attention import Recorder, recording
+from kvprofile.scoring.chunk_store import ChunkStore
+from kvprofile.scoring.gates import GatedModel, ablation_scores, gate_scores, gating
+from kvprofile.scoring.kernels import choose_fused
+from kvprofile.scoring.methods import GATE_STEPS, METHODS, repeats_read
+from kvprofile.scoring.plan import ScoringPlan
+from kvprofile.scoring.prompts import FramedDocument, chunks
+from kvprofile.scoring.reconstruction import Scorer, forward_tokens
+from kvprofile.scoring.stopping import FEWEST_PIECES, Stopping
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from kvprofile.progress import Progress
-    from kvprofile.scoring.attention import Recorder
-    from kvprofile.scoring.chunk_store import ChunkStore
-    from kvprofile.scoring.plan import ScoringPlan
-    from kvprofile.scoring.prompts import FramedDocument
-    from kvprofile.scoring.reconstruction import Scorer
 
 
 @dataclass(frozen=True)
@@ -47,9 +52,6 @@ class HfEngine:
 
     def score(self, plan: ScoringPlan, store: ChunkStore, progress: Progress, keep_token_scores: bool) -> str:
         """Score what is not finished yet; returns the attention kernel used, with the reason."""
-        from kvprofile.scoring.attention import recording
-        from kvprofile.scoring.reconstruction import Scorer, forward_tokens
-
         chunk_tokens = plan.options.chunk_tokens
         work = [
             forward_tokens(d, plan.frame, chunk_tokens, store.finished(i), plan.wanted(i))
@@ -83,8 +85,6 @@ def _score_chunks(plan: ScoringPlan, scorer: Scorer, store: ChunkStore, keep_tok
     Where the run may stop early, finished chunks of an interrupted run are looked at again in the same order, so it
     stops where an undisturbed run does.
     """
-    from kvprofile.scoring.stopping import FEWEST_PIECES, Stopping
-
     options = plan.options
     stopping = Stopping(METHODS[options.method].statistic, options.seed) if options.effort.stop_early else None
     by_document = len(plan.documents) >= FEWEST_PIECES
@@ -103,22 +103,24 @@ def _score_chunks(plan: ScoringPlan, scorer: Scorer, store: ChunkStore, keep_tok
 
 def _score_losses(plan: ScoringPlan, model: PreTrainedModel, store: ChunkStore, progress: Progress) -> None:
     """Loss-aware scores of every document that has none yet."""
-    from kvprofile.budget.trim import TrimRule
-    from kvprofile.scoring.gates import gating
-
     options = plan.options
     rule = TrimRule(options.sink_tokens, options.recent_tokens, block_tokens=1)
     sizes: dict[str, Any] = {"document_tokens": plan.document_tokens, "chunk_tokens": options.chunk_tokens}
     with gating(model, plan.description.geometry, rule, plan.frame, advance=progress.advance, **sizes) as gated:
         for index, document in enumerate(plan.documents):
             if store.loss(index) is None:
-                store.save_loss(index, loss_scores(options.method, gated, [document]))
+                store.save_loss(index, _loss_scores(options.method, gated, document))
+
+
+def _loss_scores(method: str, gated: GatedModel, document: FramedDocument) -> torch.Tensor:
+    """Loss-aware scores [L', G] of a document, nats per token. Raises KeyError for a method that is not loss-aware."""
+    if method == "gate":
+        return gate_scores(gated, [document], GATE_STEPS)
+    return {"ablation": ablation_scores}[method](gated, [document])
 
 
 def _loss_tokens(plan: ScoringPlan, document: FramedDocument) -> int:
     """Tokens that the loss-aware part of a method reads of a document."""
-    from kvprofile.scoring.prompts import chunks
-
     times = repeats_read(plan.options.method, plan.description.geometry)
     if not times:
         return 0
@@ -128,10 +130,6 @@ def _loss_tokens(plan: ScoringPlan, document: FramedDocument) -> int:
 
 def _kernel(model: PreTrainedModel, recorder: Recorder) -> str:
     """The attention kernel of the run, the same whether it was resumed or not."""
-    import torch
-
-    from kvprofile.scoring.kernels import choose_fused
-
     if getattr(model.config, "attn_logit_softcapping", None):
         return "plain products: the model caps its logits"
     geometry = recorder.geometry

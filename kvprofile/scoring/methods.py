@@ -5,16 +5,11 @@ Every method computes KVzip's token scores, so every profile holds max, mean and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import torch
-
     from kvprofile.budget.profile import Geometry
-    from kvprofile.scoring.gates import GatedModel
-    from kvprofile.scoring.prompts import FramedDocument
 
 GATE_STEPS = 4
 """Openings of all gates (1, 3/4, 1/2, 1/4) at which the slope of the loss is taken."""
@@ -39,15 +34,6 @@ METHODS = {
     "kvzip-mean": Method("mean", "the same, the mean over context tokens: it does not saturate"),
     "ablation": Method("loss", "rise of the reconstruction loss when one head alone is trimmed: exact and slow"),
 }
-
-
-def loss_scores(method: str, gated: GatedModel, documents: Sequence[FramedDocument]) -> torch.Tensor:
-    """Loss-aware scores [L', G] of documents, nats per token. Raises KeyError for a method that is not loss-aware."""
-    from kvprofile.scoring import gates
-
-    if method == "gate":
-        return gates.gate_scores(gated, documents, GATE_STEPS)
-    return {"ablation": gates.ablation_scores}[method](gated, documents)
 
 
 def repeats_read(method: str, geometry: Geometry) -> int:

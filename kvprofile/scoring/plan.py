@@ -13,7 +13,7 @@ from kvprofile.corpus.sources import Corpus, cut
 from kvprofile.errors import InputError, plain
 from kvprofile.scoring.effort import EXACT, Effort
 from kvprofile.scoring.methods import METHODS
-from kvprofile.scoring.prompts import Frame, FramedDocument, chat_frame, encode, frame_document
+from kvprofile.scoring.prompts import Frame, FramedDocument, chat_frame, encode, frame_document, required_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -76,8 +76,6 @@ class ScoringPlan:
     @property
     def positions(self) -> int:
         """Positions that the longest forward pass reaches."""
-        from kvprofile.scoring.reconstruction import required_positions
-
         return max(required_positions(d, self.frame, self.options.chunk_tokens) for d in self.documents)
 
 
@@ -119,8 +117,6 @@ def _check_ids(plan: ScoringPlan) -> None:
 
 
 def _check_positions(plan: ScoringPlan) -> None:
-    from kvprofile.scoring.reconstruction import required_positions
-
     limit = plan.description.max_positions
     chunk_tokens = plan.options.chunk_tokens
     for document in plan.documents:

@@ -13,8 +13,15 @@ from kvprofile.capture.marks import Mark
 from kvprofile.capture.session import Session
 from kvprofile.errors import InputError
 from kvprofile.scoring.aggregate import HeadStatistics
-from kvprofile.scoring.prompts import BARE_PREFIX_TOKENS, FramedDocument, chat_frame, encode, frame_document
-from kvprofile.scoring.reconstruction import DEFAULT_CHUNK_TOKENS, required_positions
+from kvprofile.scoring.prompts import (
+    BARE_PREFIX_TOKENS,
+    FramedDocument,
+    chat_frame,
+    encode,
+    frame_document,
+    required_positions,
+)
+from kvprofile.scoring.reconstruction import DEFAULT_CHUNK_TOKENS
 from kvprofile.scoring.session_scorer import SessionScorer
 
 SUMMARIES = tuple(

@@ -118,6 +118,12 @@ def longest_repeat(frame: Frame, chunk_tokens: int) -> int:
     return request + len(frame.suffix_ids) + chunk_tokens
 
 
+def required_positions(document: FramedDocument, frame: Frame, chunk_tokens: int) -> int:
+    """Positions that the longest forward pass over a document reaches."""
+    length = len(document.prefix_ids) + len(document.context_ids)
+    return length + longest_repeat(frame, min(chunk_tokens, len(document.context_ids)))
+
+
 @contextlib.contextmanager
 def _at_most(seconds: float) -> Iterator[None]:
     """Raise TimeoutError in a block that takes longer; only where signals work: the main thread, not on Windows."""

@@ -151,9 +151,3 @@ def _waiting(
         for chunk in chunks(document, frame, chunk_tokens)
         if chunk.index not in finished and (wanted is None or chunk.index in wanted)
     ]
-
-
-def required_positions(document: FramedDocument, frame: Frame, chunk_tokens: int) -> int:
-    """Positions that the longest forward pass over a document reaches."""
-    length = len(document.prefix_ids) + len(document.context_ids)
-    return length + longest_repeat(frame, min(chunk_tokens, len(document.context_ids)))

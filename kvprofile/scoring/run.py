@@ -6,7 +6,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
 
 from kvprofile import __version__
 from kvprofile.budget import store
@@ -22,13 +25,12 @@ from kvprofile.checkpoint import identity
 from kvprofile.errors import InputError
 from kvprofile.files import require_writable, sha256_of, write_atomically
 from kvprofile.progress import Progress
+from kvprofile.scoring.aggregate import merge_documents
+from kvprofile.scoring.chunk_store import ChunkStore
+from kvprofile.scoring.engine import Engine
 from kvprofile.scoring.methods import METHODS
 from kvprofile.scoring.plan import ScoringPlan
 from kvprofile.scoring.prompts import PROMPTS_VERSION
-
-if TYPE_CHECKING:
-    from kvprofile.scoring.chunk_store import ChunkStore
-    from kvprofile.scoring.engine import Engine
 
 
 def profile(
@@ -43,8 +45,6 @@ def profile(
     Raises InputError where weights do not load, the disk is full or another process writes ``output``; finished chunks
     stay for the next run.
     """
-    from kvprofile.scoring.chunk_store import ChunkStore
-
     keep_token_scores = save_token_scores is not None
     chunks = ChunkStore(output, _run_key(plan, engine, keep_token_scores))
     with chunks.opened() as kept:
@@ -62,8 +62,6 @@ def profile(
 
 
 def _assemble(plan: ScoringPlan, engine: Engine, attention: str, chunks: ChunkStore) -> Profile:
-    from kvprofile.scoring.aggregate import merge_documents
-
     options = plan.options
     read = [index for index in range(len(plan.documents)) if chunks.finished(index)]
     statistics = [chunks.statistics(index) for index in read]
@@ -126,8 +124,6 @@ def refuse_token_score_file(path: Path, output: Path, force: bool) -> None:
 
 
 def _holds_token_scores(path: Path) -> bool:
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(path, "pt") as tensors:
             return "kvprofile" in (tensors.metadata() or {})
@@ -137,9 +133,6 @@ def _holds_token_scores(path: Path) -> bool:
 
 def _write_token_scores(plan: ScoringPlan, chunks: ChunkStore, path: Path) -> None:
     """One tensor [L, G, T] for each document, NaN in layers that slide, in one safetensors file."""
-    import safetensors.torch
-    import torch
-
     geometry = plan.description.geometry
     tensors = {}
     for index, document in enumerate(plan.documents):

@@ -13,18 +13,20 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from kvprofile.capture import ENGINE_ARGUMENTS, SCHEDULER, refuse
 from kvprofile.capture.session import Session
 from kvprofile.checkpoint import Description
 from kvprofile.checkpoint.load import DTYPES, cache_values
 from kvprofile.errors import InputError, first_line
-
-if TYPE_CHECKING:
-    from kvprofile.progress import Progress
-    from kvprofile.scoring.chunk_store import ChunkStore
-    from kvprofile.scoring.plan import ScoringPlan
+from kvprofile.progress import Progress
+from kvprofile.scoring.chunk_store import ChunkStore
+from kvprofile.scoring.plan import ScoringPlan
+from kvprofile.scoring.reconstruction import forward_tokens
+from kvprofile.scoring.session_scorer import SessionScorer
 
 _OURS = {
     "model",
@@ -67,9 +69,6 @@ class VllmEngine:
 
     def score(self, plan: ScoringPlan, store: ChunkStore, progress: Progress, keep_token_scores: bool) -> str:
         """Score what is not finished yet; returns the attention kernel used. Raises InputError where vLLM cannot."""
-        from kvprofile.scoring.reconstruction import forward_tokens
-        from kvprofile.scoring.session_scorer import SessionScorer
-
         chunk_tokens, geometry = plan.options.chunk_tokens, plan.description.geometry
         work = [forward_tokens(d, plan.frame, chunk_tokens, store.finished(i)) for i, d in enumerate(plan.documents)]
         with started(self.arguments) as llm, Session(llm) as session:
@@ -238,8 +237,6 @@ def _environment() -> Iterator[None]:
 @contextlib.contextmanager
 def _threads() -> Iterator[None]:
     """Put back what a CPU worker of vLLM changes in this process: its cores, and torch.set_num_threads."""
-    import torch
-
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
     setter = torch.set_num_threads
     try:

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from kvprofile.checkpoint import Source, describe
 from kvprofile.scoring.attention import recording
-from kvprofile.scoring.prompts import Frame, frame_document
-from kvprofile.scoring.reconstruction import Scorer, required_positions
+from kvprofile.scoring.prompts import Frame, frame_document, required_positions
+from kvprofile.scoring.reconstruction import Scorer
 from kvprofile.scoring.vllm_engine import place_in_vllm
 from tests.vllm.engine import environment, start
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ import pytest
 
 from kvprofile import __version__
 from kvprofile.budget import store
-from kvprofile.cli import app, run
+from kvprofile.cli import COMMANDS, load, run
 from kvprofile.errors import InputError, plain
 from tests.helpers.factories import make_profile
 
@@ -23,11 +24,45 @@ def test_version_and_help(capsys):
     assert run(["--help"]) == 0
 
 
-@pytest.mark.parametrize("command", [each.name for each in app.registered_commands])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help_and_json(capsys, command):
     assert run([command, "--help"]) == 0
     out = capsys.readouterr().out
     assert "--json" in out
+
+
+@pytest.mark.parametrize(("command", "told"), COMMANDS.items())
+def test_the_list_of_commands_tells_what_each_tells_itself(command, told):
+    assert load(command).help == told
+
+
+def test_only_the_command_that_is_asked_for_is_loaded():
+    code = (
+        "import sys; from kvprofile.cli import run; run(sys.argv[1:]); "
+        "print(*sorted(m for m in sys.modules if m.startswith('kvprofile.')), file=sys.stderr)"
+    )
+    loaded = {}
+    for words in ("--help", "scoer", "validate --help"):
+        done = subprocess.run([sys.executable, "-c", code, *words.split()], capture_output=True, text=True, check=True)
+        loaded[words] = done.stderr.splitlines()[-1].split()
+    assert loaded["--help"] == loaded["scoer"] == ["kvprofile.cli", "kvprofile.errors"]
+    others = {f"kvprofile.cli.{name}" for name in COMMANDS} - {"kvprofile.cli.validate"}
+    assert "kvprofile.cli.validate" in loaded["validate --help"]
+    assert not others & {*loaded["validate --help"]}
+
+
+@pytest.mark.parametrize(
+    ("typed", "completed"),
+    [("s", ["score", "show"]), ("score --cont", ["--context-tokens"]), ("show --statistic m", ["max", "mean"])],
+)
+def test_a_shell_can_complete_what_is_typed(typed, completed):
+    words = f"kvprofile {typed}"
+    asked = {"_KVPROFILE_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    code = "from kvprofile.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **asked}, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == completed
 
 
 def test_no_command_prints_the_help_and_ends_with_2(capsys):

@@ -16,7 +16,7 @@ import typer
 
 from kvprofile.bench import providers
 from kvprofile.budget import formats, store
-from kvprofile.cli import app
+from kvprofile.cli import app, load
 from kvprofile.runtime import gate, settings
 from scripts import write_reference
 from tests.helpers.docs_pages import PAGES, ROOT, Block, Command, blocks, commands, inline_code, shows
@@ -34,7 +34,7 @@ FOREIGN = {
 
 
 def options_of(name: str) -> set[str]:
-    return {flag for parameter in GROUP.commands[name].params for flag in (*parameter.opts, *parameter.secondary_opts)}
+    return {flag for parameter in load(name).params for flag in (*parameter.opts, *parameter.secondary_opts)}
 
 
 def test_there_is_something_to_test():
