@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 import tempfile
+import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def commands() -> str:
         "# Command line\n",
         "What each command is for, with samples: [How to](../commands.md). Exit codes: 0 fine, 1 the work failed, "
         "2 wrong usage or input, 130 interrupted.\n",
-        "`kvprofile --version` prints the version, `kvprofile --debug COMMAND ...` shows a traceback where something "
+        "`kvprofile --version` prints the version, `kvprofile --debug COMMAND ...` shows a traceback if something "
         "fails.\n",
     ]
     for name in COMMANDS:
@@ -48,7 +49,7 @@ def commands() -> str:
         rows = [(f"`{p.name.upper()}`", "required" if p.required else "", _flat(p.help)) for p in arguments]
         rows += [(_names(p), _default(p), _flat(p.help)) for p in options]
         parts.append(_table(("", "default", "meaning"), rows))
-    return "\n".join(parts)
+    return _page(parts)
 
 
 def environment() -> str:
@@ -59,11 +60,11 @@ def environment() -> str:
     rows = [(f"`{name}`", variable.default, variable.meaning) for name, variable in runtime.items()]
     bundled = providers.load(Path(providers.__file__).with_name("providers.toml"))
     keys = [(f"`{found.key_env}`", f"`{name}`") for name, found in bundled.items() if found.key_env]
-    return "\n".join(
+    return _page(
         [
             "# Environment\n",
             "## Of a vLLM server\n",
-            "Read once, when vLLM starts. Unknown `LLM_KVZIP_` names are warned about.\n",
+            "Read once, when vLLM starts. Unknown `LLM_KVZIP_` names cause a warning.\n",
             _table(("variable", "default", "meaning"), rows),
             "## Of the commands\n",
             "`KVPROFILE_DEBUG=1` is `--debug`. `HF_HOME`, `HF_TOKEN` and `HF_HUB_OFFLINE` are huggingface_hub's own. "
@@ -83,12 +84,12 @@ def server_metrics() -> str:
         families = list(collector.collect())
         del os.environ[stats.SHARED]
     rows = [(f"`{f.samples[0].name}`", f.type, f.documentation) for f in families]
-    return "\n".join(
+    return _page(
         [
             "# Metrics\n",
-            "On a vLLM server's own `/metrics` where budgets are in force; a server without budgets has none of them. "
-            "vLLM takes its whole pool at start, so the driver's memory figure does not move: count blocks, bytes, and "
-            "requests in flight.\n",
+            "On a vLLM server's own `/metrics` where budgets are in force; a server without budgets does not have "
+            "them. vLLM takes its whole pool at start, so the memory that the driver reports does not change: look at "
+            "blocks, bytes and requests in flight.\n",
             _table(("metric", "type", "meaning"), rows),
         ]
     )
@@ -98,8 +99,8 @@ def files() -> str:
     """Fields of every file that kvprofile writes for others to read."""
     parts = [
         "# Files\n",
-        "All are JSON in UTF-8, written atomically, with equal bytes for equal content. L layers, G KV heads; a matrix "
-        "is a list of L lists of G numbers, and null where a layer slides.\n",
+        "All files are JSON in UTF-8, written atomically, with equal bytes for equal content. L layers, G KV heads; a "
+        "matrix is a list of L lists of G numbers, and null where a layer slides.\n",
     ]
     for title, model, schema in (
         ("Budget file", Profile, "budget-file.schema.json"),
@@ -113,7 +114,7 @@ def files() -> str:
         f"{runtime_file.VERSION}.\n",
         *_fields(runtime_file.RuntimeFile),
     ]
-    return "\n".join(parts)
+    return _page(parts)
 
 
 PAGES: dict[str, Callable[[], str]] = {
@@ -191,6 +192,14 @@ def _flat(text: str | None) -> str:
     """One line of Markdown: angle brackets of prose are no tags."""
     parts = " ".join((text or "").replace("``", "`").split()).split("`")
     return "`".join(part if index % 2 else part.replace("<", "&lt;") for index, part in enumerate(parts))
+
+
+def _page(parts: Iterable[str]) -> str:
+    """Headings, tables, code and paragraphs below each other; paragraphs are wrapped."""
+    return "\n".join(
+        part if part.startswith(("#", "|", "```")) else textwrap.fill(part, 120, break_on_hyphens=False) + "\n"
+        for part in parts
+    )
 
 
 def _table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
