@@ -10,7 +10,7 @@ DEMO := models/pocket --context-tokens 480 --chunk-tokens 480 --sink-tokens 16 -
 BENCH := --preset seed --model models/pocket --provider loopback --dtype float32 --max-model-len 4096 --block-tokens 32 \
 	--pool-memory 64MiB --enforce-eager --concurrency 8 --requests 30 --max-output-tokens 32
 
-.PHONY: install install-vllm browser demo test test-slow test-vllm-matrix lint format audit docs bench bench-runtime bench-profile \
+.PHONY: install install-vllm browser demo test-fast test test-slow test-vllm-matrix lint format audit docs bench bench-runtime bench-profile \
 	bench-train clean
 
 install: $(VENV)/installed
@@ -36,6 +36,10 @@ browser:
 
 demo: install
 	$(BIN)/kvprofile score $(DEMO)
+
+# What to run while you work: tests/unit needs neither vLLM nor a browser, and a test of the layout keeps it so.
+test-fast: install
+	$(BIN)/python -m pytest tests/unit
 
 test: install-vllm browser
 	$(BIN)/python -m pytest
