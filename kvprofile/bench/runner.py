@@ -288,7 +288,8 @@ def _summary(leg: record.Leg) -> str:
 
 def _token_bytes(plan: BenchPlan) -> int | None:
     """Cache bytes of a token on one rank without budgets, by the model's shape; None with sliding layers."""
-    from kvprofile.budget.capacity import DTYPES
+    from kvprofile.budget.capacity import kv_bytes_per_token
+    from kvprofile.budget.dtypes import MODEL_DTYPES
     from kvprofile.budget.model_shape import find_shape
 
     try:
@@ -296,7 +297,7 @@ def _token_bytes(plan: BenchPlan) -> int | None:
     except InputError:
         return None
     geometry, dtype = shape.geometry, plan.engine.dtype if plan.engine.dtype != "auto" else shape.dtype
-    if dtype not in ("float32", "bfloat16", "float16") or any(kind != FULL_ATTENTION for kind in geometry.layer_types):
+    if dtype not in MODEL_DTYPES or any(kind != FULL_ATTENTION for kind in geometry.layer_types):
         return None
     heads = -(-geometry.kv_heads // plan.engine.tensor_parallel_size)
-    return 2 * geometry.layers * heads * geometry.head_size * DTYPES[dtype]
+    return kv_bytes_per_token(shape.layers, MODEL_DTYPES[dtype]) // geometry.kv_heads * heads

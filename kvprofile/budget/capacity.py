@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from kvprofile.budget.allocate import Constraints, effective_retention, full_head_count, full_places
 from kvprofile.budget.choice import choose, has_scores
+from kvprofile.budget.dtypes import CACHE_DTYPE_NAMES, CACHE_DTYPES
+from kvprofile.budget.model_cache import LayerCache
 from kvprofile.budget.model_shape import Decision, ModelShape
-from kvprofile.budget.profile import PRESETS, Geometry, Profile
+from kvprofile.budget.profile import FULL_ATTENTION, NO_CACHE, PRESETS, SLIDING_ATTENTION, Geometry, Profile
 from kvprofile.errors import InputError
 from kvprofile.sizes import MAX_BYTES, parse_size
 
@@ -24,14 +26,6 @@ DEFAULT_MEMORY_UTILIZATION = 0.9
 
 MAX_CONTEXT_TOKENS = 10**12
 """Bound on what is asked for: far above any model, far below where floats overflow."""
-
-DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
-"""Bytes of a cached value."""
-
-_DTYPE_NAMES = {
-    "fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16",
-    "fp8_e4m3": "fp8", "fp8_e5m2": "fp8",
-}  # fmt: skip
 
 GPUS: dict[str, dict[int, int]] = {
     "A10": {24: 23028},
@@ -129,14 +123,16 @@ def plan(
         raise InputError(f"context of {context_tokens} tokens; give 1 to {MAX_CONTEXT_TOKENS}")
     if not 0.0 < memory_utilization <= 1.0:
         raise InputError(f"memory utilization {memory_utilization:g} is outside (0, 1]; give a share like 0.9")
-    holders = _holders(geometry, tensor_parallel_size)
+    holders = _holders(shape, tensor_parallel_size)
     cache_dtype, dtype_decision = _cache_dtype(dtype, shape)
     weights, weight_decision = _weights(weight_bytes, shape)
     weights_per_gpu = None if weights is None else math.ceil(weights / tensor_parallel_size)
     pool = None if weights_per_gpu is None else math.floor(gpu.memory_bytes * memory_utilization) - weights_per_gpu
-    per_token = kv_bytes_per_token(geometry, DTYPES[cache_dtype])
+    per_token = kv_bytes_per_token(shape.layers, CACHE_DTYPES[cache_dtype])
     wanted = sorted({1.0, *(retentions or _default_retentions(shape))}, reverse=True)
-    rows = tuple(_row(shape, retention, context_tokens, holders, DTYPES[cache_dtype], pool) for retention in wanted)
+    rows = tuple(
+        _row(shape, retention, context_tokens, holders, CACHE_DTYPES[cache_dtype], pool) for retention in wanted
+    )
     decisions = [
         *shape.decisions,
         dtype_decision,
@@ -167,22 +163,23 @@ def plan(
     )
 
 
-def kv_bytes_per_token(geometry: Geometry, dtype_bytes: int) -> int:
+def kv_bytes_per_token(layers: Iterable[LayerCache], dtype_bytes: float) -> int:
     """Bytes stored for one token: a key and a value in every layer and KV head, each once."""
-    return 2 * geometry.layers * geometry.kv_heads * geometry.head_size * dtype_bytes
+    return round(sum(layer.values for layer in layers) * dtype_bytes)
 
 
-def kv_bytes_read_per_step(shape: ModelShape, effective: float, context_tokens: int, dtype_bytes: int) -> int:
+def kv_bytes_read_per_step(shape: ModelShape, effective: float, context_tokens: int, dtype_bytes: float) -> int:
     """Cache bytes that a decode step of one request reads, which are those the request holds: each once.
 
     ``effective`` is the share of the full-attention layers' cache that is kept, sinks and window counted
     (``effective_retention``). Sliding layers hold their window whatever the retention.
     """
-    per_layer = kv_bytes_per_token(shape.geometry, dtype_bytes) // shape.geometry.layers
-    profiled = len(shape.geometry.profiled_layers)
+    full, sliding = (
+        kv_bytes_per_token([layer for layer in shape.layers if layer.kind == kind], dtype_bytes)
+        for kind in (FULL_ATTENTION, SLIDING_ATTENTION)
+    )
     window = context_tokens if shape.window_tokens is None else min(context_tokens, shape.window_tokens)
-    sliding_bytes = (shape.geometry.layers - profiled) * window * per_layer
-    return round(profiled * context_tokens * per_layer * effective) + sliding_bytes
+    return round(full * context_tokens * effective) + sliding * window
 
 
 def parse_gpu_memory(text: str) -> GpuMemory:
@@ -211,7 +208,7 @@ def parse_gpu_memory(text: str) -> GpuMemory:
 
 
 def _row(
-    shape: ModelShape, retention: float, context_tokens: int, holders: int, dtype_bytes: int, pool: int | None
+    shape: ModelShape, retention: float, context_tokens: int, holders: int, dtype_bytes: float, pool: int | None
 ) -> CapacityAtRetention:
     heads = len(shape.geometry.profiled_layers) * shape.geometry.kv_heads
     if shape.profile is not None and retention < 1.0:
@@ -257,13 +254,23 @@ def _fraction_warnings(profile: Profile | None, retentions: Sequence[float], hol
             yield Decision("row counted, not servable", f"{retention:g}", why)
 
 
-def _holders(geometry: Geometry, size: int) -> int:
-    """Ranks that hold different KV heads: min(t, G), as beyond G ranks vLLM replicates heads."""
+def _holders(shape: ModelShape, size: int) -> int:
+    """Ranks that hold different KV heads: min(t, G), as beyond G ranks vLLM replicates heads.
+
+    Where layers differ in G, sizes are counted that all of them have heads for.
+    """
+    geometry = shape.geometry
     heads, kv_heads = geometry.attention_heads, geometry.kv_heads
     if size < 1 or heads % size or (kv_heads % size and size % kv_heads):
         raise InputError(
             f"tensor-parallel size {size} does not deal {heads} query and {kv_heads} KV heads evenly; "
             f"give one of {', '.join(str(t) for t in range(1, heads + 1) if _deals(geometry, t))}"
+        )
+    counts = {layer.kv_heads for layer in shape.layers if layer.kind != NO_CACHE}
+    if len(counts) > 1 and any(count % size for count in counts):
+        raise InputError(
+            f"layers have {' and '.join(map(str, sorted(counts)))} KV heads, and tensor-parallel size {size} would "
+            "replicate some of them only; give a size that divides all"
         )
     return min(size, kv_heads)
 
@@ -273,13 +280,17 @@ def _deals(geometry: Geometry, size: int) -> bool:
 
 
 def _cache_dtype(asked: str | None, shape: ModelShape) -> tuple[str, Decision]:
-    if asked is None and shape.dtype not in DTYPES:
+    if asked is None and shape.cache_dtype is not None:
+        reason = "the checkpoint's quantisation asks for it, which vLLM follows"
+        return shape.cache_dtype, Decision("cache dtype", shape.cache_dtype, reason)
+    if asked is None and shape.dtype not in CACHE_DTYPES:
         known = "not known" if shape.dtype is None else f"{shape.dtype}, no dtype of a cache"
         return "bfloat16", Decision("cache dtype", "bfloat16", f"assumed: the model's dtype is {known}; give --dtype")
     name = asked or shape.dtype or ""
-    known = _DTYPE_NAMES.get(name.lower(), name.lower())
-    if known not in DTYPES:
-        raise InputError(f"unknown cache dtype {name!r}; give --dtype {', '.join([*DTYPES, 'bf16', 'fp16', 'fp32'])}")
+    known = CACHE_DTYPE_NAMES.get(name.lower(), name.lower())
+    if known not in CACHE_DTYPES:
+        choices = ", ".join([*CACHE_DTYPES, "bf16", "fp16", "fp32"])
+        raise InputError(f"unknown cache dtype {name!r}; give --dtype {choices}")
     return known, Decision("cache dtype", known, "asked for" if asked else "the config's dtype")
 
 
@@ -299,6 +310,6 @@ def _warnings(shape: ModelShape, context_tokens: int, tensor_parallel_size: int,
     if shape.max_positions is not None and context_tokens > shape.max_positions:
         reason = f"longer than the {shape.max_positions} positions in the config"
         found.append(Decision("context", str(context_tokens), reason))
-    if dtype == "fp8":
-        found.append(Decision("fp8 cache", "refused", "kvprofile's runtime trims 16- and 32-bit caches only"))
+    if dtype in ("fp8", "nvfp4"):
+        found.append(Decision(f"{dtype} cache", "refused", "kvprofile's runtime trims 16- and 32-bit caches only"))
     return found

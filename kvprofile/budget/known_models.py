@@ -8,12 +8,13 @@ are read from a ``config.json``.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from kvprofile.budget import store
-from kvprofile.budget.model_shape import find_shape, shape_of_config
+from kvprofile.budget.config_file import read_config
+from kvprofile.budget.model_cache import cache_of
+from kvprofile.budget.model_shape import find_shape
 from kvprofile.budget.profile import FULL_ATTENTION, Geometry
 from kvprofile.errors import InputError
 
@@ -77,8 +78,9 @@ def find(model: str, config: Path | None = None) -> ModelFacts:
 
 def from_config(path: Path, name: str) -> ModelFacts:
     """Facts of the model called ``name`` from its ``config.json``. Raises InputError where that does not tell them."""
-    geometry = shape_of_config(path, name).geometry
-    stated = json.loads(path.read_bytes()).get("architectures")
+    file = read_config(path)
+    geometry = cache_of(file, name, "read").geometry
+    stated = file.raw.get("architectures")
     architecture = stated[0] if isinstance(stated, list) and stated else None
     if not isinstance(architecture, str) or not architecture:
         raise InputError(f"{path}: no architectures; not the config of a Hugging Face checkpoint")

@@ -1,7 +1,7 @@
 """The profile: what a budget file holds, as one pydantic model, and nothing about how it is made or stored.
 
 A matrix is a list of L rows (layers, input to output) of G columns (KV heads). ``None`` marks a layer that is not
-profiled (sliding-window layers): such a row holds only ``None``.
+profiled (sliding-window layers, and layers without a cache): such a row holds only ``None``.
 """
 
 from __future__ import annotations
@@ -32,6 +32,11 @@ DEFAULT_RECENT_TOKENS = 256
 
 FULL_ATTENTION = "full_attention"
 SLIDING_ATTENTION = "sliding_attention"
+NO_CACHE = "no_cache"
+"""A layer without a cache of the text of its own: linear attention, a state-space or convolution layer, cross-attention
+to images, or one that reads another layer's cache."""
+
+LAYER_TYPES = (FULL_ATTENTION, SLIDING_ATTENTION, NO_CACHE)
 
 Row: TypeAlias = list[float | None]
 Matrix: TypeAlias = list[Row]
@@ -54,22 +59,30 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+def cached_values(kv_heads: int, key_size: int, value_size: int) -> int:
+    """Values that one token adds to a layer's cache: a key and a value for every KV head."""
+    return kv_heads * (key_size + value_size)
+
+
 class Geometry(_Part):
-    """The shape that budgets depend on; everything that must agree between a file and the model it is used with."""
+    """The shape that budgets depend on; everything that must agree between a file and the model it is used with.
+
+    Heads are those of the full-attention layers, which are the layers that have budgets.
+    """
 
     layers: int = Field(ge=1, le=4096, description="L, decoder layers")
     attention_heads: int = Field(ge=1, le=65536, description="H, query heads of a layer")
     kv_heads: int = Field(ge=1, le=65536, description="G, key-value heads of a layer")
     head_size: int = Field(ge=1, le=65536, description="D, dimensions of a key")
-    layer_types: list[str] = Field(description="full_attention or sliding_attention, one for each layer")
+    layer_types: list[str] = Field(description="full_attention, sliding_attention or no_cache, one for each layer")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if len(self.layer_types) != self.layers:
             raise ValueError(f"layer_types has {len(self.layer_types)} entries for {self.layers} layers")
-        unknown = sorted(set(self.layer_types) - {FULL_ATTENTION, SLIDING_ATTENTION})
+        unknown = sorted(set(self.layer_types) - set(LAYER_TYPES))
         if unknown:
-            raise ValueError(f"unknown layer type {unknown[0]!r}; known: {FULL_ATTENTION}, {SLIDING_ATTENTION}")
+            raise ValueError(f"unknown layer type {unknown[0]!r}; known: {', '.join(LAYER_TYPES)}")
         if self.attention_heads % self.kv_heads:
             raise ValueError(f"{self.attention_heads} query heads do not divide into {self.kv_heads} KV heads")
         return self
@@ -79,15 +92,27 @@ class Geometry(_Part):
         """Indices of the layers whose heads have scores and budgets."""
         return tuple(i for i, kind in enumerate(self.layer_types) if kind == FULL_ATTENTION)
 
+    @property
+    def cached_layers(self) -> tuple[int, ...]:
+        """Indices of the layers that keep a cache of the text."""
+        return tuple(i for i, kind in enumerate(self.layer_types) if kind != NO_CACHE)
+
+    @property
+    def values_per_token(self) -> int:
+        """Values that one token adds to the caches of all layers, where sliding layers have the same heads."""
+        return len(self.cached_layers) * cached_values(self.kv_heads, self.head_size, self.head_size)
+
     def sha256(self) -> str:
         """Hash of the normalised geometry: equal for a model and its fine-tunes, quantisations and longer RoPEs."""
         return hashlib.sha256(json.dumps(self.model_dump(), sort_keys=True).encode()).hexdigest()
 
     def describe(self) -> str:
         """One phrase for messages: '48 layers x 8 KV heads (40 query heads, head size 128)'."""
-        sliding = self.layers - len(self.profiled_layers)
-        heads = f"{self.attention_heads} query heads, head size {self.head_size}"
-        return f"{self.layers} layers x {self.kv_heads} KV heads ({heads}{f', {sliding} sliding' if sliding else ''})"
+        parts = [f"{self.attention_heads} query heads", f"head size {self.head_size}"]
+        for kind, phrase in ((SLIDING_ATTENTION, "sliding"), (NO_CACHE, "without a cache")):
+            if kind in self.layer_types:
+                parts.append(f"{self.layer_types.count(kind)} {phrase}")
+        return f"{self.layers} layers x {self.kv_heads} KV heads ({', '.join(parts)})"
 
 
 class ModelIdentity(_Part):
@@ -258,7 +283,8 @@ def matrix_problems(name: str, matrix: Matrix, geometry: Geometry, *, bounded: b
     for layer, row in enumerate(matrix):
         profiled = geometry.layer_types[layer] == FULL_ATTENTION
         if not profiled and any(value is not None for value in row):
-            yield f"{name} layer {layer} slides and must be null"
+            why = "slides" if geometry.layer_types[layer] == SLIDING_ATTENTION else "has no cache"
+            yield f"{name} layer {layer} {why} and must be null"
         if profiled and any(value is None for value in row):
             yield f"{name} layer {layer} has a null"
         bad = [value for value in row if value is not None and not math.isfinite(value)]

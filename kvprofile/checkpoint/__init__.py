@@ -5,7 +5,6 @@ Everything that can go wrong is found from the config and the tensor headers, be
 
 from kvprofile.checkpoint.describe import Description, describe
 from kvprofile.checkpoint.load import (
-    DTYPES,
     Placement,
     choose_placement,
     identity,
@@ -22,7 +21,6 @@ __all__ = [
     "locate",
     "Description",
     "describe",
-    "DTYPES",
     "Placement",
     "choose_placement",
     "place",

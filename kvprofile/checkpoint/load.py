@@ -9,17 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kvprofile.budget.profile import Geometry, ModelIdentity
-from kvprofile.checkpoint.describe import Description, quiet_transformers
+from kvprofile.budget.config_file import quiet_transformers
+from kvprofile.budget.dtypes import MODEL_DTYPES
+from kvprofile.budget.profile import ModelIdentity
+from kvprofile.checkpoint.describe import Description
 from kvprofile.checkpoint.source import Source
 from kvprofile.errors import InputError, first_line
 from kvprofile.files import sha256_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
-"""Bytes of a value for each dtype a model can be loaded in."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ def place(description: Description, dtype: str, device: str, cache_tokens: int) 
         device=device,
         own_dtype=own_dtype,
         parameters=_parameter_count(description, own_dtype),
-        cache_values=cache_values(description.geometry, cache_tokens),
+        cache_values=description.geometry.values_per_token * cache_tokens,
         free_cuda_bytes=free_cuda,
         free_host_bytes=psutil.virtual_memory().available,
     )
@@ -114,8 +113,8 @@ def choose_placement(
         raise InputError(f"unknown device {device!r}; use auto, cpu, cuda or cuda:N")
     if device.startswith("cuda") and not free_cuda_bytes:
         raise InputError(f"device {device!r} asked for, but torch sees no CUDA device; use --device cpu")
-    if dtype not in ("auto", *DTYPES):
-        raise InputError(f"unknown dtype {dtype!r}; use one of auto, {', '.join(DTYPES)}")
+    if dtype not in ("auto", *MODEL_DTYPES):
+        raise InputError(f"unknown dtype {dtype!r}; use one of auto, {', '.join(MODEL_DTYPES)}")
     reasons = []
     if device == "auto":
         device = "cuda" if free_cuda_bytes else "cpu"
@@ -125,15 +124,15 @@ def choose_placement(
     if dtype != "auto":
         reasons.append(f"dtype {dtype}: asked for")
     elif device.startswith("cuda"):
-        dtype = own_dtype if own_dtype in DTYPES else "bfloat16"
+        dtype = own_dtype if own_dtype in MODEL_DTYPES else "bfloat16"
         reasons.append(f"dtype {dtype}: the checkpoint's own, on a GPU")
     elif (parameters + cache_values) * 4 * 1.2 < free_host_bytes:
         dtype = "float32"
         reasons.append("dtype float32: exact, and weights and cache fit into memory")
     else:
-        dtype = own_dtype if own_dtype in DTYPES else "bfloat16"
+        dtype = own_dtype if own_dtype in MODEL_DTYPES else "bfloat16"
         reasons.append(f"dtype {dtype}: float32 weights would not fit into memory")
-    needed = (parameters + cache_values) * DTYPES[dtype]
+    needed = (parameters + cache_values) * MODEL_DTYPES[dtype]
     device_map = False
     room: tuple[int, ...] = ()
     if device == "cuda":
@@ -144,7 +143,7 @@ def choose_placement(
             reasons.append(
                 f"device map over {where}: weights and cache need {_gib(needed)}, the largest GPU has {_gib(largest)}"
             )
-            room = weight_room(free_cuda_bytes, cache_values * DTYPES[dtype])
+            room = weight_room(free_cuda_bytes, cache_values * MODEL_DTYPES[dtype])
     return Placement(device, dtype, device_map, tuple(reasons), room)
 
 
@@ -161,11 +160,6 @@ def weight_room(free_cuda_bytes: Sequence[int], cache_bytes: int) -> tuple[int, 
             "pass a smaller --context-tokens, or --device cpu"
         )
     return tuple(int(free * (1 - cache_bytes / sum(usable))) for free in usable)
-
-
-def cache_values(geometry: Geometry, tokens: int) -> int:
-    """Values in a cache of that many tokens: keys and values of every layer and KV head."""
-    return 2 * geometry.layers * geometry.kv_heads * geometry.head_size * tokens
 
 
 def load_model(description: Description, placement: Placement, *, needs_head: bool = True) -> PreTrainedModel:
@@ -214,11 +208,11 @@ def weight_bytes_in(description: Description, dtype: str) -> int:
     if getattr(description.config, "quantization_config", None):
         return description.weight_bytes
     own_dtype = str(getattr(description.config, "dtype", None) or "float32").removeprefix("torch.")
-    return _parameter_count(description, own_dtype) * DTYPES[dtype]
+    return _parameter_count(description, own_dtype) * MODEL_DTYPES[dtype]
 
 
 def _parameter_count(description: Description, own_dtype: str) -> int:
-    return math.ceil(description.weight_bytes / DTYPES.get(own_dtype, 2))
+    return math.ceil(description.weight_bytes / MODEL_DTYPES.get(own_dtype, 2))
 
 
 def _gib(count: float) -> str:

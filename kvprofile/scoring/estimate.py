@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from kvprofile.checkpoint import DTYPES, Placement, weight_bytes_in
-from kvprofile.checkpoint.load import cache_values
+from kvprofile.budget.dtypes import MODEL_DTYPES
+from kvprofile.checkpoint import Placement, weight_bytes_in
 from kvprofile.scoring.attention import DEVICE_LOGIT_BLOCK_VALUES
 from kvprofile.scoring.prompts import chunks, longest_repeat
 from kvprofile.scoring.reconstruction import PREFILL_SLICE_TOKENS
@@ -58,9 +58,9 @@ def estimate(plan: ScoringPlan, placement: Placement, rate: Callable[[str, str],
         work += count(shape, prefix, context, repeats)
         read += prefix + context + sum(repeat.rows for repeat in repeats)
     speed = rate(placement.device, placement.dtype)
-    value_bytes = DTYPES[placement.dtype]
+    value_bytes = MODEL_DTYPES[placement.dtype]
     longest = longest_repeat(plan.frame, min(options.chunk_tokens, plan.document_tokens))
-    held = cache_values(geometry, plan.document_tokens + longest)
+    held = geometry.values_per_token * (plan.document_tokens + longest)
     return RunEstimate(
         documents=len(plan.documents),
         context_tokens=sum(len(document.context_ids) for document in plan.documents),

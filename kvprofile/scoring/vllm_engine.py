@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
+from kvprofile.budget.dtypes import MODEL_DTYPES
 from kvprofile.capture import ENGINE_ARGUMENTS, SCHEDULER, refuse
 from kvprofile.capture.session import Session
 from kvprofile.checkpoint import Description
-from kvprofile.checkpoint.load import DTYPES, cache_values
 from kvprofile.errors import InputError, first_line
 from kvprofile.progress import Progress
 from kvprofile.scoring.chunk_store import ChunkStore
@@ -111,10 +111,10 @@ def place_in_vllm(
     platform = current_platform.device_type
     if device not in ("auto", platform):
         raise InputError(f"--device {device}: vLLM serves on {platform} here; leave out --device")
-    if dtype not in ("auto", *DTYPES):
-        raise InputError(f"unknown dtype {dtype!r}; use one of auto, {', '.join(DTYPES)}")
+    if dtype not in ("auto", *MODEL_DTYPES):
+        raise InputError(f"unknown dtype {dtype!r}; use one of auto, {', '.join(MODEL_DTYPES)}")
     own = str(getattr(description.config, "dtype", None) or "bfloat16").removeprefix("torch.")
-    chosen = dtype if dtype != "auto" else own if own in DTYPES else "bfloat16"
+    chosen = dtype if dtype != "auto" else own if own in MODEL_DTYPES else "bfloat16"
     if positions + 1 > description.max_positions:
         raise InputError(
             f"the longest repeat reaches position {positions} and vLLM needs one more, but "
@@ -124,7 +124,7 @@ def place_in_vllm(
         raise InputError(f"--tensor-parallel-size must be at least 1, not {tensor_parallel_size}")
     asked = dict(_argument(text) for text in others)
     ranks = min(tensor_parallel_size, description.geometry.kv_heads)
-    cache_bytes = cache_values(description.geometry, positions + _ROOM_TOKENS) * DTYPES[chosen] // ranks
+    cache_bytes = description.geometry.values_per_token * (positions + _ROOM_TOKENS) * MODEL_DTYPES[chosen] // ranks
     arguments: dict[str, Any] = {
         "model": str(description.source.folder),
         "skip_tokenizer_init": True,

@@ -58,7 +58,7 @@ def test_folder_without_config(capsys, workplace, checkpoint):
 
 def test_config_that_is_not_json(capsys, workplace, checkpoint):
     (checkpoint / "config.json").write_text("{")
-    assert "not readable as JSON" in refused(capsys, workplace, [checkpoint, *FAST])
+    assert "is not JSON" in refused(capsys, workplace, [checkpoint, *FAST])
 
 
 def test_unknown_model_type(capsys, workplace, checkpoint):

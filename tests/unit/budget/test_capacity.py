@@ -146,7 +146,11 @@ def test_weights_larger_than_the_gpu_leave_no_request(tmp_path):
 
 
 def test_unknown_weights_make_unknown_requests(tmp_path):
-    for extra in ({"quantization_config": {"bits": 4}}, {"num_local_experts": 8}, {"vocab_size": None}):
+    for extra in (
+        {"quantization_config": {"bits": 4}},
+        {"num_local_experts": 8},
+        {"model_type": "unknown", "vocab_size": None},
+    ):
         found = plan(shape(tmp_path, **extra), GIB_24, 9000)
         assert found.weight_bytes is None
         assert found.at[0].requests is None
@@ -204,20 +208,19 @@ def test_a_config_that_needs_its_class_is_completed(tmp_path):
     ("config", "named"),
     [
         ({**LLAMA_8B, "kv_lora_rank": 512}, "multi-head latent attention"),
-        ({**LLAMA_8B, "layer_types": ["linear_attention"] * 32}, "linear_attention"),
-        ({**LLAMA_8B, "full_attention_interval": 4}, "linear attention"),
-        ({**LLAMA_8B, "layer_types": ["chunked_attention"] * 32}, "chunked_attention"),
+        ({**LLAMA_8B, "layer_types": ["linear_attention"] * 32}, "no layer keeps a key-value cache"),
+        ({**LLAMA_8B, "full_attention_interval": 4}, "counts other layers than transformers' class"),
+        ({**LLAMA_8B, "layer_types": ["chunked_attention"] * 32}, "attend within chunks"),
         ({**LLAMA_8B, "attention_chunk_size": 8192}, "chunks"),
         ({**LLAMA_8B, "is_encoder_decoder": True}, "encoder-decoder"),
-        ({**LLAMA_8B, "num_kv_shared_layers": 10}, "share their caches"),
-        ({"model_type": "falcon", "multi_query": True}, "multi_query"),
         ({**LLAMA_8B, "layer_types": ["sliding_attention"] * 32, "sliding_window": 64}, "every layer slides"),
         ({**LLAMA_8B, "num_key_value_heads": 7}, "32 query heads do not divide into 7 KV heads"),
-        ({**LLAMA_8B, "layer_types": 5}, "layer_types in its config is no list"),
-        ({**LLAMA_8B, "layer_types": "full_attention"}, "layer_types in its config is no list"),
-        ({**LLAMA_8B, "num_hidden_layers": 10**15}, "more than 4096 layers"),
-        ({**LLAMA_8B, "num_hidden_layers": 10**23, "sliding_window": 9}, "more than 4096 layers"),
-        ({"model_type": "nothing-known"}, "lacks num_hidden_layers"),
+        ({**LLAMA_8B, "layer_types": 5}, "not a llama config"),
+        ({**LLAMA_8B, "layer_types": "full_attention"}, "not a llama config"),
+        ({**LLAMA_8B, "model_type": "unknown", "layer_types": 5}, "layer_types in config.json is not a list"),
+        ({**LLAMA_8B, "num_hidden_layers": 10**15}, "num_hidden_layers is larger than any model's"),
+        ({**LLAMA_8B, "vocab_size": 10**400}, "vocab_size is larger than any model's"),
+        ({"model_type": "nothing-known"}, "states no number of layers"),
         ([], "not a config"),
     ],
 )
@@ -268,7 +271,9 @@ def test_a_stored_budget_that_realises_another_retention_is_used():
 
 def test_bytes_of_a_token():
     # Qwen2.5-7B: 28 layers, 4 KV heads of 128; 56 KiB in 16 bits
-    assert kv_bytes_per_token(make_geometry(28, 4, query_groups=7, head_size=128), 2) == 57_344
+    qwen = ModelShape("m", make_geometry(28, 4, query_groups=7, head_size=128), None, None, None, None, "none")
+    assert kv_bytes_per_token(qwen.layers, 2) == 57_344
+    assert qwen.geometry.values_per_token == 57_344 // 2
 
 
 @pytest.mark.parametrize(
@@ -336,12 +341,6 @@ def test_senseless_plans_are_refused(tmp_path, change, message):
     arguments = {"context_tokens": 1000, **change}
     with pytest.raises(InputError, match=message):
         plan(shape(tmp_path), GIB_24, arguments.pop("context_tokens"), **arguments)
-
-
-def test_sizes_beyond_floats_are_unknown(tmp_path):
-    found = shape(tmp_path, vocab_size=10**400)
-    assert found.weight_bytes is None
-    assert plan(found, GIB_24, 1000).at[0].requests is None
 
 
 def test_doubts_are_said(tmp_path):

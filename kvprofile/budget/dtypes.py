@@ -1,0 +1,16 @@
+"""Data types by name, and the bytes a value takes in each: the one table for weights, caches and plans."""
+
+from __future__ import annotations
+
+MODEL_DTYPES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes of a value for each dtype that a model is loaded in."""
+
+CACHE_DTYPES: dict[str, float] = {**MODEL_DTYPES, "fp8": 1, "nvfp4": 0.5625}
+"""Bytes of a cached value. nvfp4 packs two values into a byte and adds one byte of scale for 16 of them, as vLLM's
+``nvfp4_kv_cache_full_dim`` counts."""
+
+CACHE_DTYPE_NAMES = {
+    "fp32": "float32", "float": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16",
+    "fp8_e4m3": "fp8", "fp8_e5m2": "fp8",
+}  # fmt: skip
+"""Other names of cache dtypes."""
