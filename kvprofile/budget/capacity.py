@@ -128,10 +128,10 @@ def plan(
     weights, weight_decision = _weights(weight_bytes, shape)
     weights_per_gpu = None if weights is None else math.ceil(weights / tensor_parallel_size)
     pool = None if weights_per_gpu is None else math.floor(gpu.memory_bytes * memory_utilization) - weights_per_gpu
+    value_bytes = CACHE_DTYPES[cache_dtype]
+    per_token = kv_bytes_per_token(shape.layers, value_bytes)
     wanted = sorted({1.0, *(retentions or _default_retentions(shape))}, reverse=True)
-    rows = tuple(
-        _row(shape, retention, context_tokens, holders, CACHE_DTYPES[cache_dtype], pool) for retention in wanted
-    )
+    rows = tuple(_row(shape, retention, context_tokens, holders, value_bytes, pool) for retention in wanted)
     decisions = [
         *shape.decisions,
         dtype_decision,
