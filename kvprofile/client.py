@@ -17,12 +17,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
+from kvprofile.environment import ENABLED, PREFIX, budgets_wanted
 from kvprofile.errors import InputError
 from kvprofile.instrumentation import CacheStatistics, RequestLog
 from kvprofile.runtime import doctor
 from kvprofile.runtime.engine_budget import CONFIG_KEY
-from kvprofile.runtime.gate import ENABLED
-from kvprofile.runtime.settings import PREFIX
 
 if TYPE_CHECKING:
     from kvprofile.scoring.prompt_capture import PromptCapture
@@ -90,7 +89,7 @@ class VLLMClient:
         timeout_s: float = 600.0,
         **engine: Any,
     ) -> None:
-        wanted = os.environ.get(ENABLED, "0") not in ("", "0")
+        wanted = budgets_wanted(os.environ)
         self.stats = _statistics_file(stats, wanted, local=url is None)
         self._requests = None if self.stats is None else RequestLog(self.stats)
         self._back: _InProcess | _Server

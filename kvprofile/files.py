@@ -15,6 +15,9 @@ from typing import Any
 
 from kvprofile.errors import InputError
 
+BUDGET_DIR = Path("models/kv_budget")
+"""Where budget files are kept, below the folder in which a command or vLLM is started."""
+
 MAX_FILE_BYTES = 64 * 2**20
 """Of a file of numbers; texts may be larger."""
 

@@ -11,14 +11,13 @@ import json
 import os
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-SCRAPE_TIMEOUT_S = 5.0
+from kvprofile.prometheus import metric_values, scrape
 
 
 @dataclass(frozen=True)
@@ -183,9 +182,11 @@ class GPUMemoryManager:
 
     def sample(self) -> Look:
         """One look, now."""
+        # what the engine says of its pool: blocks, tokens of a block, the share in use
         values = self._values()
         blocks, usage = _whole(values.get("pool_blocks")), values.get("vllm:kv_cache_usage_perc")
         block_tokens = _whole(values.get("block_tokens"))
+        # bytes of a block: the runtime says, else from the bytes of a token
         width = _whole(values.get("kvprofile_kv_block_bytes"))
         if not width:
             per_token = self.cache_bytes_per_token
@@ -221,33 +222,9 @@ class GPUMemoryManager:
         if self.source is None:
             return {}
         try:
-            return metric_values(_scrape(self.source) if isinstance(self.source, str) else _own_metrics())
-        except OSError:
+            return metric_values(scrape(self.source) if isinstance(self.source, str) else _own_metrics())
+        except (OSError, ValueError):  # it does not answer, or not with metrics
             return {}
-
-
-def metric_values(text: str) -> dict[str, float]:
-    """Prometheus text as numbers by name, summed over labels; ``pool_blocks`` and ``block_tokens`` are vLLM's pool."""
-    from prometheus_client.parser import text_string_to_metric_families
-
-    found: dict[str, float] = {}
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            if sample.name == "vllm:cache_config_info":
-                for name, label in (("pool_blocks", "num_gpu_blocks"), ("block_tokens", "block_size")):
-                    if sample.labels.get(label, "").isdecimal():
-                        found[name] = float(sample.labels[label])
-            elif sample.name == "vllm:kv_cache_usage_perc":
-                found[sample.name] = max(found.get(sample.name, 0.0), sample.value)
-            elif not sample.name.endswith("_bucket"):
-                found[sample.name] = found.get(sample.name, 0.0) + sample.value
-    return found
-
-
-def _scrape(url: str) -> str:
-    address = f"{url.rstrip('/').removesuffix('/v1')}/metrics"
-    with urllib.request.urlopen(address, timeout=SCRAPE_TIMEOUT_S) as answer:  # noqa: S310 - http(s), see __init__
-        return str(answer.read().decode("utf-8", "replace"))
 
 
 def _own_metrics() -> str:

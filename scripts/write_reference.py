@@ -21,9 +21,10 @@ from kvprofile.bench import providers
 from kvprofile.budget import runtime_file
 from kvprofile.budget.profile import Profile
 from kvprofile.cli import COMMANDS, load
+from kvprofile.environment import ENABLED, PREFIX
 from kvprofile.files import write_atomically
 from kvprofile.records.record import RunRecord
-from kvprofile.runtime import gate, metrics, settings, stats
+from kvprofile.runtime import metrics, settings, stats
 from kvprofile.runtime.engine_budget import EngineBudget
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "reference"
@@ -54,8 +55,8 @@ def commands() -> str:
 
 def environment() -> str:
     """Every variable that kvprofile reads."""
-    runtime = {gate.ENABLED: settings.SWITCH} | {
-        settings.PREFIX + name: variable for name, variable in (settings.VALUES | settings.FLAGS).items()
+    runtime = {ENABLED: settings.SWITCH} | {
+        PREFIX + name: variable for name, variable in (settings.VALUES | settings.FLAGS).items()
     }
     rows = [(f"`{name}`", variable.default, variable.meaning) for name, variable in runtime.items()]
     bundled = providers.load(Path(providers.__file__).with_name("providers.toml"))

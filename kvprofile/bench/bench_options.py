@@ -13,6 +13,7 @@ from typing import Annotated, Literal, get_args
 import typer
 
 from kvprofile.errors import InputError
+from kvprofile.files import BUDGET_DIR
 from kvprofile.sizes import MAX_BYTES, parse_size
 
 MOST = 1_000_000
@@ -114,9 +115,7 @@ class BenchOptions:
         tuple[float, ...],
         typer.Option("--retention", help="A leg with budgets; repeatable; 0.9, 0.7 and 0.5 unless given."),
     ] = ()
-    profile: Annotated[Path | None, typer.Option(help="Budget file; models/kv_budget/<model>.json unless given.")] = (
-        None
-    )
+    profile: Annotated[Path | None, typer.Option(help=f"Budget file; {BUDGET_DIR}/<model>.json unless given.")] = None
     documents: Annotated[
         tuple[str, ...],
         typer.Option(

@@ -10,9 +10,8 @@ from pydantic import ValidationError
 
 from kvprofile.budget.profile import SCHEMA_VERSION, Geometry, Profile
 from kvprofile.errors import InputError
-from kvprofile.files import json_bytes, read_json, write_atomically
+from kvprofile.files import BUDGET_DIR, json_bytes, read_json, write_atomically
 
-BUDGET_DIR = Path("models/kv_budget")
 MAX_FILE_BYTES = 64 * 1024 * 1024
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from kvprofile import unsupported
 from kvprofile.capture import WORKER
+from kvprofile.environment import ENABLED
 
 TESTED_VERSIONS = ("0.32.0",)
 """Others are said in the run's reasons and not refused: what they do wrong the workers' own checks find."""
@@ -23,6 +24,6 @@ def problems(config: Any) -> list[str]:
             "a model of several modalities": model.is_multimodal_model,
             "data parallelism": parallel.data_parallel_size > 1,
             "overlapped micro-batches": parallel.use_ubatching,
-            "budgets in force (unset LLM_KVZIP_ENABLED)": "kvprofile" in (config.additional_config or {}),
+            f"budgets in force (unset {ENABLED})": "kvprofile" in (config.additional_config or {}),
         }
     )

@@ -21,18 +21,20 @@ def doctor(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> int:
-    """Look at this installation, and at a running server if asked; exit 1 if something is wrong."""
+    """Look at this installation, or at a running server if asked; exit 1 if something is wrong."""
     if url is None:
         say("looking at the installation; importing vLLM takes a few seconds")
         found = [*checks.installed(), *checks.checks()]
+        ok = all(check.good is not False for check in found)
     else:
         found = [checks.server(url)]
+        ok = found[0].good is True  # what cannot be told is no proof
     if as_json:
         listed = [{"name": check.name, "good": check.good, "detail": check.detail} for check in found]
-        print_json({"checks": listed, "ok": all(check.good is not False for check in found)})
+        print_json({"checks": listed, "ok": ok})
     else:
         _print(found)
-    return int(any(check.good is False for check in found))
+    return 0 if ok else 1
 
 
 def _print(found: list[Check]) -> None:

@@ -18,7 +18,7 @@ from kvprofile.cli.progress_bar import TokenProgress
 from kvprofile.errors import InputError
 from kvprofile.evaluate.options import EvaluationOptions
 from kvprofile.evaluate.variants import Contender, contenders
-from kvprofile.files import require_writable
+from kvprofile.files import BUDGET_DIR, require_writable
 from kvprofile.questions.tasks import DEFAULT_TASKS, TASKS
 from kvprofile.report import plots, quality_plot
 
@@ -30,7 +30,7 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="A checkpoint folder or a hub id.")],
     profile: Annotated[
         list[str] | None,
-        typer.Option(help="Budget file under test; repeatable; models/kv_budget/<model>.json unless given."),
+        typer.Option(help=f"Budget file under test; repeatable; {BUDGET_DIR}/<model>.json unless given."),
     ] = None,
     retention: Annotated[
         list[float] | None,

@@ -13,6 +13,7 @@ from kvprofile.budget.formats.base import Origin, import_profile
 from kvprofile.budget.profile import Profile
 from kvprofile.cli.output import print_json
 from kvprofile.errors import plain
+from kvprofile.files import BUDGET_DIR
 
 
 def import_(
@@ -24,7 +25,7 @@ def import_(
         str | None, typer.Option(help="Hub id of the model, or its checkpoint folder; vllm files name it themselves.")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="Budget file to write; models/kv_budget/<model>.json unless given.")
+        Path | None, typer.Option(help=f"Budget file to write; {BUDGET_DIR}/<model>.json unless given.")
     ] = None,
     config: Annotated[Path | None, typer.Option(help="config.json of a model that kvprofile does not know.")] = None,
     repository: Annotated[str | None, typer.Option(help="Where the files were published.")] = None,

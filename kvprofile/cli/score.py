@@ -16,7 +16,7 @@ from kvprofile.cli.output import print_json, say, stdout_console
 from kvprofile.cli.progress_bar import TokenProgress
 from kvprofile.corpus.sources import bundled_names, load_corpus
 from kvprofile.errors import InputError
-from kvprofile.files import require_writable
+from kvprofile.files import BUDGET_DIR, require_writable
 from kvprofile.scoring.effort import EXACT, FAST
 from kvprofile.scoring.engine import Engine, check_engine, choose_engine
 from kvprofile.scoring.plan import ScoringOptions, ScoringPlan, plan
@@ -59,9 +59,7 @@ def score(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what the run needs of time and memory; load and write nothing.")
     ] = False,
-    output: Annotated[
-        Path | None, typer.Option(help="Budget file; models/kv_budget/<model>.json unless given.")
-    ] = None,
+    output: Annotated[Path | None, typer.Option(help=f"Budget file; {BUDGET_DIR}/<model>.json unless given.")] = None,
     save_token_scores: Annotated[
         Path | None, typer.Option(help="Also write every token score to this .safetensors file.")
     ] = None,

@@ -13,6 +13,7 @@ from kvprofile.budget import store
 from kvprofile.budget.profile import Profile
 from kvprofile.cli.output import print_json
 from kvprofile.errors import InputError, plain
+from kvprofile.files import BUDGET_DIR
 
 _BUDGET_FILE_KEYS = {"schema_version", "model", "scoring", "scores", "budgets", "runtime"}
 
@@ -20,13 +21,13 @@ _BUDGET_FILE_KEYS = {"schema_version", "model", "scoring", "scores", "budgets", 
 def validate(
     files: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="FILE...", help="Files or folders, searched deeply; models/kv_budget unless given."),
+        typer.Argument(metavar="FILE...", help=f"Files or folders, searched deeply; {BUDGET_DIR} unless given."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
     """Check budget files and the folders they lie in; exit 2 if there is a problem."""
-    places = files or [store.BUDGET_DIR]
-    found, folders = collect(places if files or store.BUDGET_DIR.exists() else [])
+    places = files or [BUDGET_DIR]
+    found, folders = collect(places if files or BUDGET_DIR.exists() else [])
     if not found and not folders:
         raise InputError(f"no budget files in {', '.join(map(str, places))}; run 'kvprofile score MODEL' to make one")
     results = {path: _check(path) for path in found}

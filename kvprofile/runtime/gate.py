@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-ENABLED = "LLM_KVZIP_ENABLED"
+from kvprofile.environment import budgets_wanted
 
 
 def register() -> None:
@@ -16,7 +16,7 @@ def register() -> None:
 
     Raises ValueError for settings that make no sense and for releases of vLLM that were not tested.
     """
-    if os.environ.get(ENABLED, "0") in ("", "0"):
+    if not budgets_wanted(os.environ):
         return
     import vllm
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from prometheus_client import REGISTRY
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -41,7 +42,22 @@ _collector = BudgetCollector()
 
 
 def show(budget: EngineBudget) -> None:
-    """Put the metrics of an engine with this budget on the registry that vLLM exposes."""
+    """Put the metrics of an engine with this budget on the registry that vLLM exposes where it runs in one process."""
     if _collector.budget is None:
         REGISTRY.register(_collector)
     _collector.budget = budget
+
+
+def joining(stock: Callable[[Any], Iterable[Metric]]) -> Callable[[Any], Iterator[Metric]]:
+    """``MultiProcessCollector.collect`` that gives the runtime's metrics too.
+
+    With several API processes, or a PROMETHEUS_MULTIPROC_DIR of the user's, /metrics joins what processes wrote into
+    files and leaves collectors out, this one included. Its numbers cross processes by themselves, so any process that
+    answers has them.
+    """
+
+    def collect(self: Any) -> Iterator[Metric]:
+        yield from stock(self)
+        yield from _collector.collect()
+
+    return collect

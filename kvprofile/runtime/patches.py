@@ -1,14 +1,18 @@
-"""Every vLLM function that is replaced, in one list; PATCHES.md says why. Nothing is replaced before ``install``."""
+"""Every function of vLLM and its libraries that is replaced, in one list; PATCHES.md says why.
+
+Nothing is replaced before ``install``.
+"""
 
 from __future__ import annotations
 
+from prometheus_client.multiprocess import MultiProcessCollector
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.v1.core import kv_cache_utils
 from vllm.v1.engine.input_processor import InputProcessor
 
-from kvprofile.runtime import configure, grouping, layer, permute, stream_cache
+from kvprofile.runtime import configure, grouping, layer, metrics, permute, stream_cache
 from kvprofile.runtime.patching import Patch
 
 PATCHES = (
@@ -17,6 +21,7 @@ PATCHES = (
     Patch(Attention, "__init__", layer.splitting),
     Patch(BaseModelLoader, "create_model", permute.permuting),
     Patch(kv_cache_utils, "get_kv_cache_groups", grouping.budgeted),
+    Patch(MultiProcessCollector, "collect", metrics.joining),
 )
 
 _installed: list[Patch] = []

@@ -9,17 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from kvprofile.runtime.gate import ENABLED
+from kvprofile.environment import ENABLED, PREFIX
+from kvprofile.files import BUDGET_DIR
 
-PREFIX = "LLM_KVZIP_"
 SHARED = PREFIX + "SHARED"
 """Set by the runtime itself, for its child processes: the file of ``stats``."""
 
 TESTED_VERSIONS = ("0.30.0", "0.31.0", "0.32.0")
 """vLLM releases, without build tags."""
-
-FOLDER = Path("models/kv_budget")
-"""Where budget files lie, from where vLLM is started."""
 
 
 class Variable(NamedTuple):
@@ -36,7 +33,9 @@ FLAGS = {
 }
 VALUES = {
     "BUDGET": Variable("a budget file or a runtime file", "found in the folder by the served model"),
-    "BUDGET_DIR": Variable("where the file of the served model is looked for, by the model named inside", str(FOLDER)),
+    "BUDGET_DIR": Variable(
+        "where the file of the served model is looked for, by the model named inside", str(BUDGET_DIR)
+    ),
     "RETENTION": Variable(
         "share of KV heads that keep the whole context; needed with a budget file", "what a runtime file states"
     ),
@@ -78,7 +77,7 @@ def from_environment(environ: Mapping[str, str]) -> Settings:
     given = {name: environ.get(PREFIX + name) or None for name in VALUES}
     return Settings(
         budget=_path(given["BUDGET"]),
-        budget_dir=_path(given["BUDGET_DIR"]) or FOLDER,
+        budget_dir=_path(given["BUDGET_DIR"]) or BUDGET_DIR,
         retention=_share("RETENTION", given["RETENTION"]),
         sink_tokens=_tokens("SINK", given["SINK"], least=0),
         recent_tokens=_tokens("RECENT", given["RECENT"], least=1),

@@ -31,14 +31,24 @@ SECONDS_BETWEEN_LINES = 1.0
 _ENTRY = struct.Struct("=q")
 
 
+_made: set[str] = set()
+"""Files that this process has made."""
+
+
 def share() -> None:
-    """Make the file that this process and its children share; a second engine starts it anew."""
+    """Make the file that this process and its children share; a second engine of this process starts it anew.
+
+    A process that was given the file, as each of several API servers is, leaves it to the scheduler that counts there.
+    """
     path = os.environ.get(SHARED)
     if path is None or not Path(path).is_file():
         handle, path = tempfile.mkstemp(prefix="kvprofile-")
         os.close(handle)
         os.environ[SHARED] = path
+        _made.add(path)
         atexit.register(Path(path).unlink, missing_ok=True)
+    if path not in _made:
+        return
     with Path(path).open("r+b") as file:  # never shorter: an earlier engine may have it mapped
         file.write(bytes(_ENTRY.size * len(FIELDS)))
 

@@ -21,6 +21,7 @@ from kvprofile.budget.dtypes import MODEL_DTYPES
 from kvprofile.capture import ENGINE_ARGUMENTS, SCHEDULER, refuse
 from kvprofile.capture.session import Session
 from kvprofile.checkpoint import Description
+from kvprofile.environment import ENABLED
 from kvprofile.errors import InputError, first_line
 from kvprofile.progress import Progress
 from kvprofile.scoring.chunk_store import ChunkStore
@@ -46,9 +47,6 @@ _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
 }
 """Unless set otherwise: results have stdout to themselves, and the engine core needs no process of its own here."""
-
-_BUDGETS = "LLM_KVZIP_ENABLED"
-"""Off while scoring, whatever a serving shell has set: heads are profiled with their whole cache."""
 
 
 @dataclass(frozen=True)
@@ -219,15 +217,18 @@ def _reason(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _environment() -> Iterator[None]:
-    """The variables that vLLM reads, taken back afterwards, and none of its deprecation warnings."""
+    """The variables that vLLM reads, taken back afterwards, and none of its deprecation warnings.
+
+    Budgets are off, whatever a serving shell has set: heads are profiled with their whole cache.
+    """
     before = dict(os.environ)
-    os.environ.update({**_ENVIRONMENT, **before, _BUDGETS: "0"})
+    os.environ.update({**_ENVIRONMENT, **before, ENABLED: "0"})
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             yield
     finally:
-        for name in (*_ENVIRONMENT, _BUDGETS):
+        for name in (*_ENVIRONMENT, ENABLED):
             if name in before:
                 os.environ[name] = before[name]
             else:

@@ -229,6 +229,7 @@ def test_refusals_name_the_reason(subject, tmp_path):
         (found, plain, {"speculative_config": drafts}, "speculative decoding"),
         (found, plain, {"kv_transfer_config": connector}, "a KV connector"),
         (found, plain, {"tensor_parallel_size": 8, "decode_context_parallel_size": 2}, "context parallelism"),
+        (found, plain, {"disable_hybrid_kv_cache_manager": True}, "serve with --disable-hybrid-kv-cache-manager"),
         (found, plain, {"pipeline_parallel_size": 2}, "pipeline parallelism"),
         (found, plain, {"enable_lora": True}, "LoRA adapters"),
         (found, plain, {}, None),

@@ -13,15 +13,18 @@ import pytest
 
 from kvprofile.budget.trim import TrimRule
 from kvprofile.evaluate.simulate import simulating
+from kvprofile.prometheus import metric_values
 from kvprofile.records import run_files
 from kvprofile.runtime import doctor
 from tests.helpers import grafana
+from tests.helpers.models import POCKET, ROOT
 from tests.vllm.engine import NEAR_TIE, compare_all, environment, make_subject, serve, write_budget
-from tests.vllm.served import serving
+from tests.vllm.served import running, serving
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
 
+BUDGET = ROOT / "models" / "kv_budget" / "pocket.json"
 HEADS = [[1.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0], [0.0, 1.0, 1.0, 0.0]]
 RULE = TrimRule(16, 64, 32)
 
@@ -66,6 +69,31 @@ def fetch(url, body=None):
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})  # noqa: S310 - our own server
     with urllib.request.urlopen(request, timeout=120) as answer:  # noqa: S310
         return answer.read().decode()
+
+
+@pytest.mark.parametrize("several", ["api servers", "a folder of the user's"])
+def test_metrics_that_several_processes_share(several, tmp_path):
+    """vLLM joins them from files, where a plugin's metrics are missing unless the plugin adds them."""
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    own = {"PROMETHEUS_MULTIPROC_DIR": str(shared)} if several != "api servers" else {}
+    env = environment(BUDGET, LLM_KVZIP_RETENTION="0.5", **own)
+    del env["VLLM_ENABLE_V1_MULTIPROCESSING"]
+    command = [sys.executable, "-m", "tests.vllm.serve_command", "serve", str(POCKET), "--served-model-name", "pocket"]
+    command += ["--dtype", "float32", "--max-model-len", "4096", "--block-size", "32"]
+    command += [] if own else ["--api-server-count", "2"]
+    with running(command, tmp_path / "server.log", env, cwd=ROOT) as address:
+        assert doctor.server(address).good
+        body = {"model": "pocket", "prompt": "The old archive. " * 60, "max_tokens": 8, "ignore_eos": True}
+        for _ in range(4):
+            fetch(f"{address}/v1/completions", body)
+        pages = [fetch(f"{address}/metrics") for _ in range(8)]  # whichever process answers
+        check = doctor.server(address)
+    assert all(doctor.OWN_PROCESS not in metric_values(page) for page in pages)
+    freed = {metric_values(page)["kvprofile_kv_bytes_reclaimed_total"] for page in pages}
+    assert len(freed) == 1
+    assert freed.pop() > 0
+    assert check.good, check.detail
 
 
 SERVE = """

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections import deque
+from collections import Counter, deque
 
 import pytest
 import torch
@@ -19,10 +19,18 @@ from tests.helpers.models import POCKET
 pytest.importorskip("vllm")
 
 from vllm import SamplingParams
+from vllm.config import KVEventsConfig
+from vllm.distributed.kv_events import BlockStored
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.hashing import sha256
 from vllm.v1.attention.backend import CommonAttentionMetadata
-from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.kv_cache_utils import (
+    get_block_hash,
+    get_group_id,
+    get_request_block_hasher,
+    init_none_hash,
+    maybe_convert_block_hash,
+)
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
@@ -219,6 +227,50 @@ def test_no_step_reads_a_freed_or_foreign_block(config, kind, v2, seed):
     assert preemptions > 0
     assert finished > 5
     assert worker.trimmed_rows > 50
+
+
+class Subscriber:
+    """Counts what KV events say is cached: (group, hash of a prefix) of every block."""
+
+    def __init__(self):
+        self.cached, self.kinds = Counter(), set()
+
+    def publish(self, batch):
+        for event in batch.events:
+            change = 1 if isinstance(event, BlockStored) else -1
+            for block in event.block_hashes:
+                self.cached[event.group_idx, block] += change
+            if isinstance(event, BlockStored):
+                self.kinds.add((GROUPS[event.group_idx], event.kv_cache_spec_kind))
+                assert len(event.token_ids) == len(event.block_hashes) * BLOCK, "an event leaves out tokens or blocks"
+
+
+def test_kv_events_say_what_the_pool_has_cached(config, monkeypatch):
+    """A router may rely on ``--kv-events-config``: through trims and preemptions no event is missing or wrong."""
+    monkeypatch.setattr(config, "kv_events_config", KVEventsConfig(enable_kv_cache_events=True, publisher="null"))
+    rng = random.Random("events")
+    scheduler = make_scheduler(Scheduler, config, TrimRule(5, 9, BLOCK), caching=True)
+    scheduler.kv_event_publisher = subscriber = Subscriber()
+    hasher = get_request_block_hasher(BLOCK, sha256)
+    worker, pool = Worker(TrimRule(5, 9, BLOCK), v2=True), scheduler.kv_cache_manager.block_pool
+    shared = [rng.randrange(1000) for _ in range(100)]
+    reclaimed = stats.read()["kv_blocks_reclaimed_total"]
+    for step in range(400):
+        while step < 150 and len(scheduler.requests) < 7 and rng.random() < 0.5:
+            prompt = shared[: rng.choice((0, 8, 16, 35))] + [rng.randrange(1000) for _ in range(rng.randrange(1, 60))]
+            options = SamplingParams(max_tokens=rng.choice((1, 5, 40)), ignore_eos=True)
+            scheduler.add_request(Request(f"events-{step}-{rng.random()}", prompt, options, None, block_hasher=hasher))
+        output = scheduler.schedule()
+        scheduler.update_from_output(output, worker.run(output, scheduler.requests))
+        held = Counter(
+            (get_group_id(block.block_hash), maybe_convert_block_hash(get_block_hash(block.block_hash)))
+            for block in pool.blocks
+            if block.block_hash is not None
+        )
+        assert +subscriber.cached == held
+    assert stats.read()["kv_blocks_reclaimed_total"] > reclaimed
+    assert subscriber.kinds == {("full", "full_attention"), ("stream", "unknown")}
+    assert len(subscriber.cached) > len(+subscriber.cached) > 0, "nothing was ever removed, or nothing is left"
 
 
 def test_no_host_synchronisation_and_buffers_stay(config):

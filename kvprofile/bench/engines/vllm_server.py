@@ -21,10 +21,9 @@ from pathlib import Path
 from kvprofile.bench.bench_options import EngineOptions
 from kvprofile.bench.chat_client import Endpoint
 from kvprofile.bench.engines.base import LegFailedError, Running
+from kvprofile.environment import ENABLED, PREFIX
 from kvprofile.errors import plain
 from kvprofile.runtime import doctor
-from kvprofile.runtime.gate import ENABLED
-from kvprofile.runtime.settings import PREFIX
 
 SERVER = "vllm.entrypoints.openai.api_server"
 """What `vllm serve` runs; the command itself looks for a distribution called vllm, which builds for CPUs are not."""
@@ -102,8 +101,10 @@ def serving(
             start_new_session=True,
         )  # fmt: skip
         try:
+            # it answers, and with the budgets that this leg is about
             _wait(process, address, options.start_timeout_s, log)
             _require(address, budgets)
+            # the leg runs; its failure is held back until it is clear whether the server was to blame
             failed = None
             try:
                 yield Running(

@@ -15,9 +15,10 @@ import pytest
 import typer
 
 from kvprofile.bench import providers
-from kvprofile.budget import formats, store
+from kvprofile.budget import formats
 from kvprofile.cli import app, load
-from kvprofile.runtime import gate, settings
+from kvprofile.environment import ENABLED, PREFIX
+from kvprofile.runtime import settings
 from scripts import write_reference
 from tests.helpers.docs_pages import PAGES, ROOT, Block, Command, blocks, commands, inline_code, shows
 
@@ -45,8 +46,8 @@ def test_there_is_something_to_test():
 
 @pytest.mark.parametrize("command", ALL, ids=str)
 def test_every_command_is_one(command: Command):
-    known = {gate.ENABLED, *(settings.PREFIX + name for name in (*settings.VALUES, *settings.FLAGS))}
-    assert {name for name in command.environment if name.startswith(settings.PREFIX)} <= known
+    known = {ENABLED, *(PREFIX + name for name in (*settings.VALUES, *settings.FLAGS))}
+    assert {name for name in command.environment if name.startswith(PREFIX)} <= known
     program, *words = command.words
     if program == "kvprofile":
         context = GROUP.make_context("kvprofile", list(words))
@@ -215,7 +216,3 @@ def same(message: str, template: str) -> bool:
         if not found:
             return False
     return bool(pieces)
-
-
-def test_the_runtimes_folder_is_the_commands_folder():
-    assert settings.FOLDER == store.BUDGET_DIR

@@ -1,0 +1,192 @@
+"""``kvprofile doctor``: what it says of an installation, an environment and a server."""
+
+from __future__ import annotations
+
+import json
+import struct
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import prometheus_client
+import pytest
+from prometheus_client import CollectorRegistry, multiprocess
+from prometheus_client.platform_collector import PlatformCollector
+
+from kvprofile.cli import run
+from kvprofile.files import BUDGET_DIR
+from kvprofile.instrumentation import GPUMemoryManager
+from kvprofile.runtime import doctor, metrics, stats
+from kvprofile.runtime.engine_budget import EngineBudget
+from kvprofile.runtime.patching import Patch
+from kvprofile.runtime.settings import SHARED
+from tests.helpers.models import ROOT
+
+ON = {"LLM_KVZIP_ENABLED": "1"}
+ALONE = 'python_info{implementation="CPython"} 1.0\n'
+"""A metric of a server in one process."""
+
+RUNNING = 'vllm:num_requests_running{engine="0",model_name="m"} 1.0\n'
+BUDGETS = "kvprofile_enabled 1.0\nkvprofile_retention_ratio 0.5\nkvprofile_kv_bytes_reclaimed_total 9437184.0\n"
+
+
+def serve_metrics(text):
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        def log_message(self, *args):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.handle_request, daemon=True).start()
+    return server, f"http://127.0.0.1:{server.server_port}"
+
+
+def server_that_says(text):
+    server, address = serve_metrics(text)
+    with server:
+        return doctor.server(address)
+
+
+@pytest.mark.loopback
+@pytest.mark.parametrize(
+    ("text", "good", "said"),
+    [
+        (BUDGETS, True, "retention 0.5, 9.0 MiB given back so far"),
+        (RUNNING + BUDGETS, True, "retention 0.5, 9.0 MiB given back so far"),
+        ("kvprofile_enabled 1.0\n", True, "retention unknown"),
+        ("kvprofile_enabled 1.0\nkvprofile_retention_ratio nan\n", True, "retention nan"),
+        (ALONE + RUNNING + "kvprofile_enabled 0.0\n", False, "serves without budgets"),
+        (ALONE + RUNNING, False, "serves without budgets"),
+        ("", False, "serves without budgets"),
+        ("kvprofile_enabled nan\n", False, "serves without budgets"),
+        ("kvprofile_enabled\nkvprofile_enabled yes\nkvprofile_retention_ratio \x1b[31m\n", False, "text format"),
+        ("<html>welcome</html>", False, "text format"),
+        (RUNNING, None, "cannot tell: several processes share its /metrics"),
+    ],
+)
+def test_a_server_is_known_by_its_metrics(text, good, said):
+    found = server_that_says(text)
+    assert (found.good, said in found.detail) == (good, True), found
+    assert "\x1b" not in found.detail
+
+
+def test_metrics_joined_from_processes_lack_what_tells_one_process(tmp_path, monkeypatch):
+    """The mark that the doctor goes by, from prometheus_client itself."""
+    alone, joined = CollectorRegistry(), CollectorRegistry()
+    PlatformCollector(alone)
+    assert doctor.OWN_PROCESS in prometheus_client.generate_latest(alone).decode()
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    multiprocess.MultiProcessCollector(joined)
+    assert doctor.OWN_PROCESS not in prometheus_client.generate_latest(joined).decode()
+
+
+@pytest.mark.loopback
+def test_addresses_that_are_none():
+    assert "does not answer" in doctor.server("http://127.0.0.1:9").detail
+    assert doctor.server("file:///etc").good is False
+    assert doctor.server("http://[bad").good is False
+
+
+@pytest.mark.loopback
+def test_only_proof_counts_as_success(capsys):
+    """The exit code of `doctor --url` is what scripts ask; a server that cannot be judged is not one with budgets."""
+    for text, code in ((BUDGETS, 0), (RUNNING, 1), (ALONE + RUNNING, 1)):
+        server, address = serve_metrics(text)
+        with server:
+            assert run(["doctor", "--url", address, "--json"]) == code
+        found = json.loads(capsys.readouterr().out)
+        assert found["ok"] is (code == 0)
+
+
+@pytest.mark.loopback
+def test_a_memory_manager_survives_a_server_that_says_nonsense():
+    server, address = serve_metrics("<html>welcome</html>")
+    with server:
+        assert GPUMemoryManager(address).sample().running is None
+
+
+@pytest.mark.parametrize(
+    ("plugins", "loads"),
+    [
+        (None, True),
+        ("kvprofile", True),
+        ("other,kvprofile", True),
+        ("", False),
+        ("lora_filesystem_resolver", False),
+        ("other, kvprofile", False),
+        ("KVPROFILE", False),
+        ("kvprofiler", False),
+    ],
+)
+def test_the_doctor_knows_which_plugins_vllm_loads(plugins, loads, monkeypatch):
+    """Against vLLM's own loader, which compares names as they stand."""
+    loader = pytest.importorskip("vllm.plugins")
+    environ = {} if plugins is None else {"VLLM_PLUGINS": plugins}
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    assert (doctor.PLUGIN in loader.load_plugins_by_group(doctor.GROUP)) is loads
+    found = doctor.plugin(environ | ON)
+    assert found.good is loads
+    assert loads or f"VLLM_PLUGINS={plugins!r} leaves it out" in found.detail
+    assert doctor.plugin(environ).good is (True if loads else None)
+
+
+def test_the_environment_is_judged():
+    assert doctor.environment({}).good is None
+    assert doctor.environment(ON).good
+    assert doctor.environment(ON | {"LLM_KVZIP_SINK": "x"}).good is False
+    assert "LLM_KVZIP_RETENTION is '2'" in doctor.environment({"LLM_KVZIP_RETENTION": "2"}).detail
+
+
+@pytest.mark.parametrize("distributions", [("no-such-vllm",), ("pytest",), doctor.DISTRIBUTIONS])
+@pytest.mark.parametrize("environ", [{}, ON, {"LLM_KVZIP_RETENTION": "2"}, ON | {"LLM_KVZIP_ALLOW_UNTESTED": "maybe"}])
+def test_every_check_reports(distributions, environ, monkeypatch):
+    """Where vLLM is missing, is a release that was not tested (pytest's number), or is the one here."""
+    monkeypatch.setattr(doctor, "DISTRIBUTIONS", distributions)
+    found = list(doctor.checks(environ))
+    assert [check.name for check in found] == ["plugin", "vLLM", "patches", "environment"]
+    assert all(check.detail for check in found)
+    assert found[3].good is (None if not environ else environ == ON)
+
+
+@pytest.fixture
+def shown(tmp_path, monkeypatch):
+    """The plugin's metrics of an engine that gave back 3 MiB, as they are in one of its API processes."""
+    shared = tmp_path / "shared"
+    counted = {"kv_blocks_reclaimed_total": 3, "kv_bytes_reclaimed_total": 3 * 2**20}
+    shared.write_bytes(struct.pack("=4q", *(counted.get(name, 0) for name in stats.FIELDS)))
+    monkeypatch.setenv(SHARED, str(shared))
+    collector = metrics.BudgetCollector()
+    monkeypatch.setattr(metrics, "_collector", collector)
+    collector.budget = EngineBudget(((0,), (0, 1), ()), 2, 0, 1)
+    return collector
+
+
+@pytest.mark.loopback
+@pytest.mark.parametrize("processes", ["one", "several"])
+def test_the_doctor_reads_what_the_plugin_shows(processes, shown, tmp_path, monkeypatch):
+    registry = CollectorRegistry()
+    if processes == "one":
+        registry.register(shown)
+        text = prometheus_client.generate_latest(registry).decode()
+    else:
+        monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+        multiprocess.MultiProcessCollector(registry)
+        assert "kvprofile" not in prometheus_client.generate_latest(registry).decode()
+        patch = Patch(multiprocess.MultiProcessCollector, "collect", metrics.joining)
+        patch.apply()
+        try:
+            text = prometheus_client.generate_latest(registry).decode()
+        finally:
+            patch.remove()
+    found = server_that_says(text)
+    assert found.good
+    assert found.detail.endswith("retention 0.5, 3.0 MiB given back so far")
+
+
+def test_the_folder_of_budget_files_has_one_name():
+    assert (ROOT / BUDGET_DIR / "pocket.json").is_file()
