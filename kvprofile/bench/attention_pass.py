@@ -103,7 +103,9 @@ def main() -> None:
     conversations = [[{"role": "user", "content": prompt}] for prompt in job["prompts"]]
     llm.chat(conversations[:1], options, use_tqdm=False)  # warm up before the timer is in place
     llm.collective_rpc("start_attention_timer")
+    # one request at a time: each decode step is one request's
     tokens = [len(llm.chat([each], options, use_tqdm=False)[0].prompt_token_ids) for each in conversations]
+    # [ranks][steps] of (whether it decoded, milliseconds): a step takes as long as its slowest rank
     ranks = llm.collective_rpc("attention_steps")
     slowest = [(step[0][0], max(taken for _, taken in step)) for step in zip(*ranks, strict=True)]
     print(RESULT, json.dumps({**summary(slowest), "context_tokens": round(statistics.fmean(tokens))}), flush=True)

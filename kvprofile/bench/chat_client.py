@@ -140,6 +140,7 @@ async def ask(
         except Exception as error:
             if not _is_transport(error):
                 raise
+            # an error of the server or of the way to it: the last word, or tried again after a wait
             status = getattr(error, "status_code", None)
             last = attempt == endpoint.max_attempts
             if last or not _may_pass(error, status):
@@ -170,29 +171,40 @@ def _body(endpoint: Endpoint, messages: Sequence[Mapping[str, str]], sampling: S
 
 
 async def _once(client: AsyncOpenAI, endpoint: Endpoint, body: dict[str, Any], request_id: str) -> Answer:
+    """One try. Raises what the client raises, and _BrokenAnswerError for an answer that is none."""
     headers = {"X-Request-Id": request_id}
     sent = time.perf_counter()
-    if not endpoint.stream:
-        found = await client.chat.completions.create(**body, extra_headers=headers)
-        ended = time.perf_counter()
-        choices = _choices(found)
-        if not choices:
-            raise _BrokenAnswerError("an answer without choices")
-        text = _text(getattr(choices[0], "message", None), "content")
-        _require_short(len(text))
-        answer = Answer(sent, ended, text, finish_reason=_reason(choices[0]))
-        return replace(answer, **_usage(getattr(found, "usage", None)))
+    found = await client.chat.completions.create(**body, extra_headers=headers)
+    return await _streamed(found, sent) if endpoint.stream else _whole(found, sent)
+
+
+def _whole(found: Any, sent: float) -> Answer:
+    """An answer that came at once: when its tokens were made is not known."""
+    ended = time.perf_counter()
+    choices = _choices(found)
+    if not choices:
+        raise _BrokenAnswerError("an answer without choices")
+    text = _text(getattr(choices[0], "message", None), "content")
+    _require_short(len(text))
+    answer = Answer(sent, ended, text, finish_reason=_reason(choices[0]))
+    return replace(answer, **_usage(getattr(found, "usage", None)))
+
+
+async def _streamed(found: Any, sent: float) -> Answer:
+    """An answer in pieces, each with its moment. It ended with its last piece, not with the usage that follows."""
     pieces: list[str] = []
     arrivals: list[float] = []
     reason, usage, written = None, None, 0
-    async with await client.chat.completions.create(**body, extra_headers=headers) as stream:
+    async with found as stream:
         async for chunk in stream:
             now = time.perf_counter()
+            # the usage comes in a chunk of its own, without choices
             usage = getattr(chunk, "usage", None) or usage
             for choice in _choices(chunk)[:1]:
                 reason = _reason(choice) or reason
                 delta = getattr(choice, "delta", None)
                 text = _text(delta, "content")
+                # thoughts are tokens too: they count for timing, and are not part of the answer
                 if text or _thought(delta):
                     arrivals.append(now)
                     pieces.append(text)

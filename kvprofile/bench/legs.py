@@ -114,19 +114,28 @@ class LegRun:
 
     def _load(self, running: Running) -> None:
         load = self.plan.load
+        tag = f"kvprofile-{secrets.token_hex(6)}"
+        sender = Sender(running.endpoint, sampling_of(load), tag)
+        # requests that are not counted: what vLLM compiles or allocates at first use is done before the clock starts
+        self._warm_up(sender)
+        # how many in flight: as asked, bounded by the provider, or as many as the pool is found to hold
         concurrency = load.concurrency
         provider = self.leg.provider
         if provider is not None and provider.concurrency is not None:
             concurrency = min(concurrency or provider.concurrency, provider.concurrency)
-        tag = f"kvprofile-{secrets.token_hex(6)}"
-        sender = Sender(running.endpoint, sampling_of(load), tag)
-        self._warm_up(sender)
         if load.mode == "fill":
             concurrency = self._fill(running, tag, concurrency or 1)
         self.outcome.concurrency = concurrency
-        requests = RequestLog(running.stats) if running.stats is not None else None
-        rows = self.parts.rows(self.leg, self.repetition)
+        # the load itself
+        self._measure(running, sender, concurrency)
+        self._judge_failures()
+
+    def _measure(self, running: Running, sender: Sender, concurrency: int | None) -> None:
+        """Send the load and watch the engine meanwhile; what has come is in ``outcome`` however this ends."""
+        load = self.plan.load
         batch = prompts(self.plan.documents, self.plan.requests, self.seed, load.unique_prefix)
+        requests = RequestLog(running.stats) if running.stats is not None else None  # from here on: no warm-up in it
+        rows = self.parts.rows(self.leg, self.repetition)
         manager = GPUMemoryManager(
             running.metrics_url,
             interval_s=WATCH_INTERVAL_S,
@@ -139,6 +148,7 @@ class LegRun:
         began = time.perf_counter()
 
         def note(prompt: Prompt, answer: Answer) -> None:
+            """Keep an answer, on disk before the next one comes; stop sending where the server is gone."""
             row = _row(prompt, answer, began)
             self.outcome.rows.append(row)
             self._answered.append(prompt)
@@ -158,9 +168,9 @@ class LegRun:
         finally:
             self.outcome.duration_s = time.perf_counter() - began
             rows.close()
+            # a look that our server did not answer says nothing; of a provider's legs this machine alone is looked at
             self.outcome.looks = [look for look in manager.looks if look.running is not None or not running.process]
             self._finish(requests, sender)
-        self._judge_failures()
 
     def _warm_up(self, sender: Sender) -> None:
         load = self.plan.load
@@ -179,9 +189,11 @@ class LegRun:
             self.outcome.warnings.append(f"no pool to fill at a provider: {most} requests in flight instead")
             return most
         watch = GPUMemoryManager(running.metrics_url, process=running.process)
+        # answers of full length, so that all of a trial's requests decode at the same time
         sampling = replace(sampling_of(self.plan.load), ignore_eos=True)
 
         def trial(count: int) -> bool:
+            """Send ``count`` requests at once: it passes if none is preempted and all decode at the same moment."""
             sender = Sender(running.endpoint, sampling, f"{tag}-fill-{count}")
             batch = prompts(self.plan.documents, count, self.seed, self.plan.load.unique_prefix, first=-(10**6) - count)
             before, began = watch.sample().preemptions, time.perf_counter()
@@ -199,13 +211,16 @@ class LegRun:
 
     def _finish(self, requests: RequestLog | None, sender: Sender) -> None:
         """Join each row with what the runtime wrote about its request."""
+        # what the pool is, by the last look at it
         last = self.outcome.looks[-1] if self.outcome.looks else None
         self.outcome.pool_bytes = None if last is None else last.cache_bytes_total
         self.outcome.block_tokens = None if last is None else last.block_tokens
+        # without budgets nothing is evicted; of a provider nobody knows
         if requests is None:
             if self.leg.kind == "local" and self.leg.retention is None:
                 self.outcome.eviction_ratio = 0.0
             return
+        # with budgets: what each request held, by the id it was sent with
         self.outcome.rows = [
             self._with_blocks(row, requests, sender, prompt)
             for row, prompt in zip(self.outcome.rows, self._answered, strict=True)
@@ -227,6 +242,7 @@ class LegRun:
         )
 
     def _judge_failures(self) -> None:
+        """A leg stands with some failed requests, and fails where all failed or some were never sent."""
         rows, asked = self.outcome.rows, self.plan.requests
         failed = [row for row in rows if row.error is not None]
         if len(failed) == len(rows):
@@ -241,6 +257,7 @@ class LegRun:
     def _attention(self) -> None:
         """The pass of its own. Where it fails the leg stands, with a warning."""
         self.say(f"{self.leg.name}: attention pass")
+        # the leg's engine, eager: the options that change what attention reads, and vLLM's own choices left out
         options = self.plan.engine
         engine: dict[str, Any] = {"model": self.plan.model, "served_model_name": self.plan.model_name}
         engine |= {"dtype": options.dtype, "tensor_parallel_size": options.tensor_parallel_size}
@@ -250,8 +267,10 @@ class LegRun:
             "kv_cache_memory_bytes": options.pool_bytes,
         }
         engine |= {name: value for name, value in optional.items() if value is not None}
+        # one question about each document, one after the other
         batch = prompts(self.plan.documents, len(self.plan.documents), self.seed, self.plan.load.unique_prefix)
         job = {"engine": engine, "prompts": [prompt.text for prompt in batch]}
+        # with the leg's budgets, in a process of its own
         budgets = self._budgets()
         if budgets is not None:
             budgets = replace(budgets, stats=self._path("attention.stats"))  # the leg's own file is read already

@@ -101,12 +101,14 @@ def fill(trial: Callable[[int], bool], most: int) -> int:
 
     0 where not even one request passes. A trial is expensive, so none is run twice.
     """
-    good, bad, tried = 0, most + 1, 1
+    good, bad, tried = 0, most + 1, 1  # passed with good, will not with bad
+    # double until a trial fails
     while tried < bad and trial(tried):
         good = tried
         if good == most:
             return most
         tried = min(2 * tried, most)
+    # halve what is left between the last that passed and the first that failed
     bad = tried
     while bad - good > 1:
         middle = (good + bad) // 2
@@ -118,7 +120,7 @@ def fill(trial: Callable[[int], bool], most: int) -> int:
 
 
 async def _closed(batch: Sequence[Prompt], concurrency: int, send: Callable[[Prompt], Awaitable[None]]) -> None:
-    waiting = iter(batch)
+    waiting = iter(batch)  # shared: whoever is done takes the next
 
     async def worker() -> None:
         for prompt in waiting:
@@ -143,7 +145,7 @@ async def _open(
     started = time.perf_counter()
     due = 0.0
     for prompt, gap in zip(batch, gaps, strict=True):
-        due += gap
+        due += gap  # counted from the start, so that a late request does not delay those after it
         await asyncio.sleep(max(0.0, started + due - time.perf_counter()))
         running.append(asyncio.ensure_future(one(prompt)))
     await asyncio.gather(*running)

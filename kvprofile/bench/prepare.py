@@ -47,6 +47,7 @@ def prepare(asked: BenchOptions) -> Prepared:
         reasons.append(
             f"preset {asked.preset}: baseline, retentions 0.9, 0.7 and 0.5, and a provider, as far as not given"
         )
+    # remote legs: the providers asked for, else the preset's
     name = _model_name(asked.model)
     chosen = asked.providers or ((SEED_PROVIDER,) if asked.preset else ())
     remote = remote_legs([providers.choose(each, asked.providers_file) for each in chosen])
@@ -54,6 +55,7 @@ def prepare(asked: BenchOptions) -> Prepared:
         if each.base_url is not None:
             key = f", with {each.key_env}" if each.key_env else ""
             reasons.append(f"provider {each.name}: {each.base_url}{key}")
+    # local legs, and the budget file that those with a retention are served with
     retentions = asked.retentions or SEED_RETENTIONS
     local = local_legs(retentions, asked.baseline) if asked.local else ()
     profile = asked.profile
@@ -62,6 +64,7 @@ def prepare(asked: BenchOptions) -> Prepared:
         reasons.append(f"budget file: {profile}")
     if profile is not None and not store.is_file(profile):
         raise InputError(f"no budget file {profile}; run 'kvprofile score {asked.model}' first")
+    # what is asked: documents that the model can read, verifiers that exist
     references, reason = _documents(asked)
     reasons += [reason] if reason else []
     choose(asked.verifiers)

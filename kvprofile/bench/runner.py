@@ -54,11 +54,13 @@ def _run(plan: BenchPlan, parts: LegStore, say: Say) -> record.RunRecord:
         title = f"[{number}/{len(schedule)}] {leg.name}" + (
             f", repetition {repetition}" if plan.repetitions > 1 else ""
         )
+        # what is done stays done
         known = legs.get((leg.name, repetition))
         if known is not None and known.status == "ok":
             parts.forget_rows(leg, repetition)  # where it was killed right after the leg was kept
             say(f"{title}: done before")
             continue
+        # the others run, and the record is written anew after each, however it ended
         left = len(parts.interrupted(leg, repetition))
         say(f"{title}: starting" + (f" again, {left} requests were measured before it was stopped" if left else ""))
         try:
@@ -235,6 +237,7 @@ def _heads(plan: BenchPlan, budget: ServableBudget | None) -> record.Heads | Non
 
 def with_bounds(legs: Sequence[record.Leg]) -> list[record.Leg]:
     """The legs with budgets beside what they could gain at most over the baseline of the same repetition."""
+    # tokens per second of the baseline, by repetition
     throughput = {
         leg.repetition: leg.metrics.output_throughput for leg in legs if leg.name == BASELINE and leg.status == "ok"
     }
@@ -245,9 +248,11 @@ def _bounded(leg: record.Leg, baseline: float | None) -> record.Leg:
     heads, lengths = leg.heads, [row.input_tokens for row in leg.requests if row.input_tokens]
     if heads is None or leg.retention_realised is None or not lengths:
         return leg
+    # the bound for the mean prompt, from the retention that is in force, not the one asked for
     context = round(statistics.fmean(lengths))
     sinks, recent = heads.sink_tokens or 0, heads.recent_tokens or 0
     speedup = max(1.0, 1.0 / effective_retention(leg.retention_realised, sinks, recent, context))
+    # what the leg gained, over the baseline that ran next to it
     ours = leg.metrics.output_throughput
     reached = ours / baseline if baseline and ours is not None else None
     bound = record.Bound(

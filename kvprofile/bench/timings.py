@@ -27,6 +27,7 @@ def timings(answer: Answer) -> dict[str, float | list[float] | None]:
 
 def metrics(requests: Sequence[Request], duration_s: float) -> Metrics:
     """The metrics of a load that took ``duration_s``. Counts of tokens are None where a server did not say them."""
+    # of requests that were answered; failed ones are only counted
     done = [request for request in requests if request.error is None]
     read, written = _total(r.input_tokens for r in done), _total(r.output_tokens for r in done)
     latencies: dict[str, float | None] = {}
@@ -56,6 +57,7 @@ def most_at_once(requests: Iterable[Request]) -> float | None:
         for request in requests
         if request.start_s is not None and request.ttft_ms is not None and request.e2el_ms is not None
     ]
+    # +1 where a request gets its first token, -1 where it ends; an end sorts before a start of the same moment
     events = sorted([(start, 1) for start, _ in spans] + [(stop, -1) for _, stop in spans])
     now = most = 0
     for _, change in events:

@@ -55,10 +55,13 @@ def judge(plan: BenchPlan, legs: Sequence[Leg]) -> list[Leg]:
             is_baseline=leg.name == BASELINE,
         )
 
+    # [legs][requests], None where there is no output to judge
     cases = [[case(leg, request) for request in leg.requests] for leg in legs]
+    # verifiers that compare learn first what the baseline's answers are like
     usual = [each for row in cases for each in row if each is not None and each.is_baseline]
     for verifier in verifiers:
         verifier.prepare(usual)
+    # every verdict goes next to its request
     return [
         leg.model_copy(
             update={
