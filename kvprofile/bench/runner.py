@@ -16,6 +16,9 @@ from kvprofile.bench.scenario import BASELINE, BenchPlan, LegPlan
 from kvprofile.bench.verifiers import judge
 from kvprofile.budget import servable
 from kvprofile.budget.allocate import Constraints, effective_retention
+from kvprofile.budget.capacity import kv_bytes_per_token
+from kvprofile.budget.dtypes import MODEL_DTYPES
+from kvprofile.budget.model_shape import find_shape
 from kvprofile.budget.profile import FULL_ATTENTION, Profile, mean_budget
 from kvprofile.budget.servable import ServableBudget
 from kvprofile.errors import MOST_CHARACTERS, InputError, plain
@@ -293,10 +296,6 @@ def _summary(leg: record.Leg) -> str:
 
 def _token_bytes(plan: BenchPlan) -> int | None:
     """Cache bytes of a token on one rank without budgets, by the model's shape; None with sliding layers."""
-    from kvprofile.budget.capacity import kv_bytes_per_token
-    from kvprofile.budget.dtypes import MODEL_DTYPES
-    from kvprofile.budget.model_shape import find_shape
-
     try:
         shape = find_shape(plan.model)
     except InputError:

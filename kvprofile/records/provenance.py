@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 from collections.abc import Iterable
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -44,8 +45,6 @@ def collect(started: str | None = None, finished: str | None = None, packages: I
 
 def now() -> str:
     """The moment in UTC, to the second: '2026-11-24T15:00:00Z'."""
-    from datetime import UTC, datetime
-
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 

@@ -15,6 +15,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from kvprofile.budget.allocate import full_head_count
+from kvprofile.budget.choice import ranking_scores
 from kvprofile.errors import InputError
 from kvprofile.files import write_atomically
 
@@ -156,8 +158,6 @@ def _heatmap(block: SubFigure, axes: Axes, profile: Profile) -> None:
     import numpy as np
     from matplotlib.patches import Patch
 
-    from kvprofile.budget.choice import ranking_scores
-
     geometry, statistic = profile.model.geometry, profile.scoring.statistic
     scores = ranking_scores(profile)
     values = np.array([[math.nan if value is None else value for value in row] for row in scores]).T
@@ -191,9 +191,6 @@ def _hatch_unprofiled(axes: Axes, profile: Profile) -> bool:
 def _sorted_scores(_block: SubFigure, axes: Axes, profile: Profile) -> None:
     """Scores from best to worst, and how many heads each preset keeps full."""
     from matplotlib.ticker import MaxNLocator
-
-    from kvprofile.budget.allocate import full_head_count
-    from kvprofile.budget.choice import ranking_scores
 
     values = sorted((value for row in ranking_scores(profile) for value in row if value is not None), reverse=True)
     edges = [rank + 0.5 for rank in range(len(values) + 1)]

@@ -9,15 +9,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import torch
 
 from kvprofile.budget.profile import Geometry
 from kvprofile.scoring.effort import sparse_rest
-
-if TYPE_CHECKING:
-    import torch
-
-    from kvprofile.scoring.prompts import Chunk, FramedDocument
+from kvprofile.scoring.prompts import Chunk, FramedDocument
 
 
 @dataclass(frozen=True)
@@ -112,8 +110,6 @@ def _causal(rows: int, before: int, window: int | None = None) -> int:
 
 def matrix_rate(device: str, dtype: str, size: int = 2048, seconds: float = 0.5) -> float:
     """Multiply-adds a second of large square products on this machine, the best of those tried in ``seconds``."""
-    import torch
-
     kind = getattr(torch, dtype)
     left, right = (torch.randn(size, size, device=device).to(kind) for _ in range(2))
     best, begun = 0.0, time.perf_counter()
@@ -127,7 +123,5 @@ def matrix_rate(device: str, dtype: str, size: int = 2048, seconds: float = 0.5)
 
 def _finish(product: torch.Tensor) -> None:
     """Wait until a device has computed it."""
-    import torch
-
     if product.device.type == "cuda":
         torch.cuda.synchronize(product.device)

@@ -21,7 +21,7 @@ from tests.helpers.foreign import result_or_line
 
 def test_no_format_imports_torch_or_numpy_before_it_is_used():
     code = (
-        "import sys, kvprofile.budget.formats as f; assert 'pydantic' not in sys.modules;"
+        "import sys, kvprofile.budget.formats as f;"
         "[f.get(name) for name in f.FORMATS]; print(sorted({'torch', 'numpy'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import subprocess
 import sys
 
@@ -13,8 +14,8 @@ from tests.helpers.models import ROOT
 PACKAGE = ROOT / "kvprofile"
 
 ARROWS = {
-    "errors": set(),
     "environment": set(),
+    "errors": set(),
     "files": {"errors"},
     "run_folder": {"errors", "files"},
     "progress": set(),
@@ -89,18 +90,24 @@ ARROWS = {
 """Who may import whom inside kvprofile; the version, in kvprofile itself, is for all."""
 
 
+MODULES = {
+    ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file
+    for file in PACKAGE.rglob("*.py")
+}
+
+
 def imports_of(file):
-    """Top-level parts of kvprofile that a file imports, wherever in the file."""
+    """Modules of kvprofile that a file imports, wherever in the file; the package itself, for its version, aside."""
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         names = []
-        if isinstance(node, ast.ImportFrom) and node.module:
-            names = [node.module] if node.module != "kvprofile" else [f"kvprofile.{a.name}" for a in node.names]
+        if isinstance(node, ast.ImportFrom):
+            names = [(f"{node.module}.{alias.name}", node.module) for alias in node.names]
         elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        for name in names:
-            parts = name.split(".")
-            if parts[0] == "kvprofile" and len(parts) > 1 and not parts[1].startswith("__version"):
-                yield parts[1]
+            names = [(alias.name, "") for alias in node.names]
+        for as_module, otherwise in names:
+            found = as_module if as_module in MODULES else otherwise
+            if found in MODULES and found != "kvprofile":
+                yield found
 
 
 def test_every_part_has_its_arrows():
@@ -116,8 +123,37 @@ def test_every_part_has_its_arrows():
 def test_arrows_point_one_way(part):
     files = [PACKAGE / f"{part}.py"] if (PACKAGE / f"{part}.py").is_file() else list((PACKAGE / part).rglob("*.py"))
     for file in files:
-        foreign = set(imports_of(file)) - ARROWS[part] - {part}
+        foreign = {name.split(".")[1] for name in imports_of(file)} - ARROWS[part] - {part}
         assert not foreign, f"{file.relative_to(ROOT)} imports kvprofile.{', kvprofile.'.join(sorted(foreign))}"
+
+
+def test_no_import_goes_in_a_circle():
+    """Imports inside functions and for types count, or they would hide one."""
+    order = graphlib.TopologicalSorter({name: {*imports_of(file)} - {name} for name, file in MODULES.items()})
+    try:
+        order.prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" imports ".join(reversed(error.args[1])))
+
+
+def test_names_of_files_say_which():
+    """``base`` is the base of its folder, and a command is called what its library module is."""
+    files = [file for file in MODULES.values() if file.stem not in ("__init__", "base") and file.parent.name != "cli"]
+    names = [file.name for file in files]
+    assert sorted(names) == sorted(set(names))
+
+
+def test_the_gate_to_the_runtime_is_light():
+    """Every process of every vLLM loads it where kvprofile is installed."""
+    assert set(imports_of(MODULES["kvprofile.runtime.gate"])) <= {
+        "kvprofile.environment",
+        "kvprofile.runtime.settings",
+        "kvprofile.runtime.patches",
+    }
+    found = loaded_by("import kvprofile.runtime.gate as gate; gate.register()", whole=True)
+    ours = {name for name in found if name.startswith("kvprofile.")}
+    assert ours == {"kvprofile.environment", "kvprofile.runtime", "kvprofile.runtime.gate"}
+    assert {name.partition(".")[0] for name in found} - {"kvprofile"} <= {*sys.stdlib_module_names, "__main__"}
 
 
 def test_what_runs_inside_vllm_imports_torch_and_vllm_alone():
@@ -140,10 +176,10 @@ def test_what_runs_inside_vllm_imports_torch_and_vllm_alone():
             assert "kvprofile.errors" not in names, "an error in a worker is no line for a user"
 
 
-def loaded_by(statement):
-    code = f"import sys; {statement}; print(*sorted({{m.partition('.')[0] for m in sys.modules}}))"
+def loaded_by(statement, whole=False):
+    code = f"import sys; before = set(sys.modules); {statement}; print(*{{*sys.modules}} - before)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return set(run.stdout.split())
+    return {name if whole else name.partition(".")[0] for name in run.stdout.splitlines()[-1].split()}
 
 
 HEAVY = {"torch", "transformers", "datasets", "scipy", "matplotlib", "vllm", "numpy"}
