@@ -128,7 +128,7 @@ def test_files_are_found_by_the_model_inside(tmp_path):
 @pytest.mark.parametrize(
     ("model", "names", "message"),
     [
-        (served(), {"BUDGET_DIR": "/nowhere"}, "is no folder"),
+        (served(), {"BUDGET_DIR": "/nowhere"}, "is not a folder"),
         (served(), {"BUDGET": "/nowhere/at/all.json", "RETENTION": 0.5}, "cannot read"),
         (served(), {"BUDGET": PROFILE}, "set LLM_KVZIP_RETENTION, for example 0.9, 0.7"),
         (served("other/pocket"), {"BUDGET": PROFILE, "RETENTION": 0.5}, "is for pocket, vLLM serves other/pocket"),
