@@ -76,6 +76,15 @@ def find(model: str, config: Path | None = None) -> ModelFacts:
     )
 
 
+def same_name(one: str, other: str) -> bool:
+    """Whether two names are one model's: hub ids, or paths on somebody's machine.
+
+    The last parts count, and one may end with the other: Meta-Llama-3.1-8B was renamed to Llama-3.1-8B.
+    """
+    first, second = (f"-{name.replace(chr(92), '/').rstrip('/').rpartition('/')[2].lower()}" for name in (one, other))
+    return first.endswith(second) or second.endswith(first)
+
+
 def from_config(path: Path, name: str) -> ModelFacts:
     """Facts of the model called ``name`` from its ``config.json``. Raises InputError where that does not tell them."""
     file = read_config(path)

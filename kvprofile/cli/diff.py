@@ -76,7 +76,7 @@ def _render_scores(before: Profile, after: Profile, console: Console) -> None:
     console.print(Text("\nscores", style="bold"))
     console.print(heatmap.score_legend())
     if len(geometry.profiled_layers) < geometry.layers:
-        console.print(heatmap.SLIDING_NOTE)
+        console.print(heatmap.BLANK_NOTE)
     titles = (f"A {before.scoring.statistic}", f"B {after.scoring.statistic}")
     cells = (heatmap.score_cell(ranking_scores(before)), heatmap.score_cell(ranking_scores(after)))
     for row in heatmap.draw_pair(cells, titles, geometry.layers, geometry.kv_heads, console.width):

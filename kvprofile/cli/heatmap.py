@@ -26,7 +26,7 @@ COLOURS = ("#808080", "#4a7ab5", "#2f8a9c", "#ad6f25", "#c8452d")
 
 FULL, TRIMMED, UNPROFILED = "■", "·", " "
 GAINED, LOST = "+", "-"
-SLIDING_NOTE = "blank columns: sliding-window layers, not profiled"
+BLANK_NOTE = "blank columns: layers that slide or have no cache, not profiled"
 
 
 def score_legend() -> Text:
@@ -38,7 +38,7 @@ def score_legend() -> Text:
 
 
 def score_cell(scores: Matrix) -> Cell:
-    """Each head's fifth in the ranking of all heads of ``scores`` [L][G]; sliding layers stay blank."""
+    """Each head's fifth in the ranking of all heads of ``scores`` [L][G]; other layers stay blank."""
     values = sorted(value for row in scores for value in row if value is not None)
     bounds = [values[min(len(values) - 1, len(values) * i // len(SHADES))] for i in range(1, len(SHADES))]
 

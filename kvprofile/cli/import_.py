@@ -9,10 +9,10 @@ import typer
 
 from kvprofile.budget import formats, known_models, store
 from kvprofile.budget.formats import FORMATS
-from kvprofile.budget.formats.base import Origin, import_profile
+from kvprofile.budget.formats.base import Format, Origin, import_profile
 from kvprofile.budget.profile import Profile
 from kvprofile.cli.output import print_json
-from kvprofile.errors import plain
+from kvprofile.errors import InputError, plain
 from kvprofile.files import BUDGET_DIR
 
 
@@ -31,12 +31,16 @@ def import_(
     repository: Annotated[str | None, typer.Option(help="Where the files were published.")] = None,
     commit: Annotated[str | None, typer.Option(help="Commit of that repository (a hash, not a branch).")] = None,
     licence: Annotated[str | None, typer.Option(help="Licence of the files, for example MIT.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an output of another model.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace an output of another model, or take files that name another.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON.")] = False,
 ) -> None:
     """Read scores of KVzip, DuoAttention, LU-KV, a runtime file or a table, and write a budget file."""
     form = formats.get(format_name)
     facts = None if form.names_its_model or model is None else known_models.find(model, config)
+    if facts is not None and not force:
+        _refuse_other_names(form, paths, facts.name)
     provenance = Origin(repository, commit, licence)
     profile = import_profile(form, paths, facts, provenance, model if form.names_its_model else None)
     name = profile.model.name
@@ -50,6 +54,14 @@ def import_(
     else:
         typer.echo(f"wrote {report['output']}: {name}, {profile.model.geometry.describe()}")
         typer.echo(f"imported from {report['imported_from']}, not verified against weights")
+
+
+def _refuse_other_names(form: Format, paths: list[Path], model: str) -> None:
+    """Refuse files that name another model than the one they are imported for: of one shape they would fit."""
+    for path in paths:
+        named = form.model_of(path)
+        if named is not None and not known_models.same_name(named, model):
+            raise InputError(f"{path} is for {named}, not for {model}; pass --force to import it all the same")
 
 
 def summary(profile: Profile, target: Path) -> dict[str, object]:

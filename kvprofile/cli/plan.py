@@ -65,6 +65,7 @@ def plan(
 
 def render(plan: Capacity, console: Console) -> None:
     """The plan as text and one table; fits 80 columns."""
+    from kvprofile.budget.profile import SLIDING_ATTENTION
 
     def line(text: str = "", style: str = "") -> None:
         console.print(Text(text, style=style))
@@ -79,7 +80,10 @@ def render(plan: Capacity, console: Console) -> None:
     left = "unknown" if pool is None else _size(pool) if pool > 0 else "nothing"
     line(f"weights {_size(plan.weight_bytes_per_gpu)}{each}, left for the cache {left}{each}")
     line(f"cache per token {_size(plan.kv_bytes_per_token)}{_per_gpu(plan)}")
-    sliding = plan.geometry.layers - len(plan.geometry.profiled_layers)
+    without = plan.geometry.layers - len(plan.geometry.cached_layers)
+    if without:
+        line(f"{without} of {plan.geometry.layers} layers have no cache of the text and are not counted")
+    sliding = plan.geometry.layer_types.count(SLIDING_ATTENTION)
     if sliding:
         window = plan.sliding_window_tokens
         held = "the whole context (window unknown)" if window is None else f"their window of {window:,} tokens"

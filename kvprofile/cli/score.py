@@ -121,9 +121,9 @@ def _announce(planned: ScoringPlan, reasons: tuple[str, ...]) -> None:
     say(f"{description.source.name}: {description.geometry.describe()}, {description.architecture}")
     for reason in reasons:
         say(f"  {reason}")
-    skipped = len(description.geometry.layer_types) - len(description.geometry.profiled_layers)
+    skipped = description.geometry.layers - len(description.geometry.profiled_layers)
     if skipped:
-        say(f"  {skipped} sliding-window layers keep no context and are not scored")
+        say(f"  {skipped} layers slide over a window or have no cache, and are not scored")
     tokens = sum(record.tokens for record in planned.corpora)
     say(f"  {len(planned.documents)} documents of {len(planned.corpora)} corpora, {tokens:,} tokens of context")
     if not planned.options.effort.exact:

@@ -120,7 +120,7 @@ def render(profile: Profile, choice: Choice, console: Console) -> None:
     else:
         line("no scores: a runtime file states the full heads only")
     if len(geometry.profiled_layers) < geometry.layers:
-        line(heatmap.SLIDING_NOTE)
+        line(heatmap.BLANK_NOTE)
     if has_scores(profile):
         for row in heatmap.draw(heatmap.score_cell(scores), geometry.layers, geometry.kv_heads, console.width):
             console.print(row)

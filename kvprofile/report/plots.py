@@ -164,7 +164,7 @@ def _heatmap(block: SubFigure, axes: Axes, profile: Profile) -> None:
     image = axes.imshow(values, aspect="auto", cmap=SCORE_COLOURS, interpolation="nearest", origin="upper")
     if _hatch_unprofiled(axes, profile):
         axes.legend(
-            handles=[Patch(label="sliding window, not profiled", **_UNPROFILED)],
+            handles=[Patch(label="sliding window or no cache, not profiled", **_UNPROFILED)],
             loc="lower right", bbox_to_anchor=(1.0, 1.0), frameon=False, borderpad=0.0, fontsize=9,
         )  # fmt: skip
     axes.set_title(f"Score of each KV head ({statistic})")

@@ -68,9 +68,10 @@ class DuoAttention(Format):
         _replace_folder(path, {HEADS_FILE: heads.encode(), CONFIG_FILE: (json.dumps(config, indent=2) + "\n").encode()})
 
     def model_of(self, path: Path) -> str | None:
-        """The model that a folder's config names."""
+        """The model that the config of a folder, or next to its .tsv file, names."""
         try:
-            name = _config(path / CONFIG_FILE).get("model_name")
+            folder = path if store.is_dir(path) else path.parent
+            name = _config(folder / CONFIG_FILE).get("model_name")
         except InputError:
             return None
         return name if isinstance(name, str) else None

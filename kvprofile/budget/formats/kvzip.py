@@ -1,6 +1,7 @@
 """KVzip's head scores: ``utils/head_score/<model>-<document>.pt`` of github.com/snu-mllab/KVzip.
 
-Each file is one bare tensor, saved with torch.save: [L, G] after squeeze, float16 or bfloat16, often tagged CUDA.
+Each file is one bare tensor, saved with torch.save: [L, G] after squeeze, float16 or bfloat16, often tagged CUDA. Of a
+model with other layers than full attention, as Gemma 3, it has a row for each full-attention layer alone.
 KVzip merges the files of a model by elementwise maximum. Only tensors are ever read from a file: no pickle code runs.
 """
 
@@ -83,12 +84,16 @@ def rule_keeps(scores: Sequence[Sequence[float]], ratio: float, context_tokens: 
     return sum(value > threshold for value in ranked)
 
 
-def _elementwise(combine: Callable[[Sequence[float]], float], matrices: Sequence[list[list[float]]]) -> Matrix:
-    return [[combine(values) for values in zip(*rows, strict=True)] for rows in zip(*matrices, strict=True)]
+def _elementwise(combine: Callable[[Sequence[float]], float], matrices: Sequence[Matrix]) -> Matrix:
+    def cell(values: Sequence[float | None]) -> float | None:
+        known = [value for value in values if value is not None]
+        return combine(known) if known else None
+
+    return [[cell(values) for values in zip(*rows, strict=True)] for rows in zip(*matrices, strict=True)]
 
 
-def _read_file(path: Path, geometry: Geometry) -> tuple[list[list[float]], str]:
-    """[L, G] in [0, 1] and the name of its dtype."""
+def _read_file(path: Path, geometry: Geometry) -> tuple[Matrix, str]:
+    """[L, G] in [0, 1], null in layers without scores, and the name of its dtype."""
     import torch
 
     content = read_bytes(path)
@@ -103,14 +108,17 @@ def _read_file(path: Path, geometry: Geometry) -> tuple[list[list[float]], str]:
         raise InputError(f"{path}: holds a {type(loaded).__name__}, a KVzip file is one bare tensor")
     if loaded.layout != torch.strided or loaded.device.type != "cpu" or not loaded.is_floating_point():
         raise InputError(f"{path}: holds a tensor of {loaded.dtype}, a KVzip file has plain floating-point numbers")
-    expected = (geometry.layers, geometry.kv_heads)
+    scored = geometry.profiled_layers
+    expected = (len(scored), geometry.kv_heads)
     if _squeezed(loaded.shape) != _squeezed(expected):
+        full = f", {len(scored)} of them with full attention," if len(scored) < geometry.layers else ""
         raise InputError(
             f"{path}: shape {' x '.join(map(str, loaded.shape)) or 'scalar'}, "
-            f"the model is {geometry.layers} layers x {geometry.kv_heads} KV heads"
+            f"the model is {geometry.layers} layers{full} x {geometry.kv_heads} KV heads"
         )
-    matrix: list[list[float]] = loaded.detach().reshape(expected).double().tolist()
-    require_matrix(path, [[*row] for row in matrix], geometry)
+    rows = dict(zip(scored, loaded.detach().reshape(expected).double().tolist(), strict=True))
+    matrix: Matrix = [rows.get(layer, [None] * geometry.kv_heads) for layer in range(geometry.layers)]
+    require_matrix(path, matrix, geometry)
     return matrix, str(loaded.dtype).removeprefix("torch.")
 
 

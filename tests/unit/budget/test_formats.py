@@ -14,10 +14,10 @@ from kvprofile.budget.allocate import Constraints, full_head_count
 from kvprofile.budget.choice import choose, choose_whole
 from kvprofile.budget.formats.base import Export, Origin, import_profile
 from kvprofile.budget.formats.kvzip import rule_keeps
-from kvprofile.budget.known_models import KNOWN_MODELS, find, from_config
+from kvprofile.budget.known_models import KNOWN_MODELS, find, from_config, same_name
 from kvprofile.budget.profile import PRESETS, HeadBudgets, retention_key
 from kvprofile.errors import InputError
-from tests.helpers.factories import make_profile
+from tests.helpers.factories import make_geometry, make_profile
 from tests.helpers.foreign import SCORE_FORMATS, content, facts_of, read_back, written
 
 
@@ -299,3 +299,34 @@ def test_imports_claim_nothing_about_weights(tmp_path):
     model = found.model
     assert (model.revision, model.tokenizer_sha256, model.weights_sha256, found.scoring.seed) == (None,) * 4
     assert {float(key) for key in found.budgets} == set(PRESETS)
+
+
+GEMMA_3 = make_geometry(12, 4, query_groups=2, head_size=256, sliding=[layer for layer in range(12) if layer % 6 != 5])
+
+
+def test_kvzip_has_a_row_for_each_full_attention_layer_alone(tmp_path):
+    """KVzip scores the full layers of google/gemma-3-12b-it, 8 of 48; here 2 of 12."""
+    for number, rows in enumerate(([[0.1, 0.2, 0.3, 0.4], [0.5, 0.6, 0.7, 0.8]], [[0.4] * 4, [0.6] * 4])):
+        torch.save(torch.tensor(rows, dtype=torch.float64), tmp_path / f"{number}.pt")
+    read = formats.get("kvzip").read([tmp_path / "0.pt", tmp_path / "1.pt"], GEMMA_3)
+    assert read.scores[5] == [0.4, 0.4, 0.4, 0.4]
+    assert read.scores[11] == [0.6, 0.6, 0.7, 0.8]
+    assert [layer for layer, row in enumerate(read.scores) if row == [None] * 4] == [0, 1, 2, 3, 4, 6, 7, 8, 9, 10]
+    assert read.spread[5] == pytest.approx([0.15, 0.1, 0.05, 0.0])
+    torch.save(torch.zeros(12, 4), tmp_path / "all.pt")
+    with pytest.raises(InputError, match="shape 12 x 4, the model is 12 layers, 2 of them with full attention, x 4 KV"):
+        formats.get("kvzip").read([tmp_path / "all.pt"], GEMMA_3)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("models/Meta-Llama-3.1-8B-Instruct", "meta-llama/Llama-3.1-8B-Instruct", True),
+        ("/home/x/models/mistral-7b-instruct-v0.3/", "mistralai/Mistral-7B-Instruct-v0.3", True),
+        ("models/Mistral-7B-Instruct-v0.2", "mistralai/Mistral-7B-Instruct-v0.3", False),
+        ("models/Llama-3-8B-Instruct-Gradient-1048k", "meta-llama/Llama-3-8B-Instruct", False),
+        ("C:\\models\\Tiny", "Tiny", True),
+    ],
+)
+def test_names_of_one_model(one, other, same):
+    assert same_name(one, other) is same

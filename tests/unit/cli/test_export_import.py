@@ -269,3 +269,19 @@ def test_a_broken_file_of_every_format_is_one_line_and_exit_code_two(name, capsy
     line = refused(capsys, "import", "broken", "--format", name, "--model", "example/model", "--output", "b.json")
     assert line.startswith("kvprofile: broken: ")
     assert not Path("b.json").exists()
+
+
+@pytest.mark.usefixtures("place")
+def test_a_pattern_folder_that_names_another_model_is_questioned(capsys):
+    """Of one shape it would fit, and trim the wrong heads."""
+    code, _, _ = run(capsys, "export", "example/model", "--format", "duo-attention", "--output", "x")
+    assert code == 0
+    call = ("import", "x", "--format", "duo-attention", "--model", "other/tuned", "--config", "config.json")
+    assert "x is for example/model, not for other/tuned; pass --force" in refused(capsys, *call)
+    assert not store.default_path("other/tuned").exists()
+    assert "x/full_attention_heads.tsv is for example/model" in refused(
+        capsys, "import", "x/full_attention_heads.tsv", *call[2:]
+    )
+    assert run(capsys, *call, "--force")[0] == 0
+    assert store.default_path("other/tuned").exists()
+    assert run(capsys, "import", "x", "--format", "duo-attention", "--model", "example/model")[0] == 0

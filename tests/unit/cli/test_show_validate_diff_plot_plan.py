@@ -119,7 +119,7 @@ def test_show_names_what_is_missing(capsys):
 
 def test_show_finds_a_model_by_name_and_marks_sliding_layers(capsys):
     save(str(store.BUDGET_DIR / store.file_name("org/name")), name="org/name", sliding=(1,))
-    assert heatmap.SLIDING_NOTE in shown(capsys, "show", "org/name")
+    assert heatmap.BLANK_NOTE in shown(capsys, "show", "org/name")
 
 
 def test_layers_of_deep_models_wrap_into_equal_bands():
