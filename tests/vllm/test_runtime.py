@@ -217,7 +217,7 @@ def test_refusals_name_the_reason(subject, tmp_path):
     drafts = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
     cases = [
         ({"LLM_KVZIP_BUDGET": other}, plain, {}, "is for somebody/else"),
-        ({"LLM_KVZIP_BUDGET": str(broken)}, plain, {}, "full_heads is missing"),
+        ({"LLM_KVZIP_BUDGET": str(broken)}, plain, {}, "full_heads: Field required"),
         ({"LLM_KVZIP_BUDGET": str(tmp_path / "none.json")}, plain, {}, "none.json"),
         ({"LLM_KVZIP_BUDGET_DIR": str(tmp_path / "empty")}, plain, {}, "no budget for"),
         ({"LLM_KVZIP_BUDGET": good, "LLM_KVZIP_RETENTION": "2"}, plain, {}, "LLM_KVZIP_RETENTION is '2'"),
