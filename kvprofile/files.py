@@ -8,7 +8,7 @@ import os
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -215,8 +215,8 @@ def read_json(path: Path, max_bytes: int, kind: str) -> Any:
         raise ValueError(f"cannot read: {error.strerror}") from error
 
 
-def parse_json(content: bytes, kind: str) -> Any:
-    """The JSON in ``content``. Raises ValueError as ``read_json`` does.
+def parse_json(content: bytes, kind: str, constant: Callable[[str], Any] | None = None) -> Any:
+    """The JSON in ``content``. Raises ValueError as ``read_json`` does. ``constant`` reads NaN and the infinities.
 
     Refused is what readers disagree about and what no measurement reaches: NaN and infinities, a key twice, whole
     numbers of more than 64 bits, others from 1e100.
@@ -224,7 +224,7 @@ def parse_json(content: bytes, kind: str) -> Any:
     try:
         return json.loads(
             content.decode("utf-8"),
-            parse_constant=_no_constant,
+            parse_constant=constant or _no_constant,
             parse_int=_integer,
             parse_float=_float,
             object_pairs_hook=_once,

@@ -1,4 +1,4 @@
-"""``kvprofile report``: run records as one HTML page, the few figures that matter most as a table, or all as JSON."""
+"""``kvprofile report``: run records and other tools' results as an HTML page, a short table, or all of it as JSON."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ def report(
     places: Annotated[
         list[Path],
         typer.Argument(
-            metavar="DIR_OR_FILE...", help="Run records, results of `vllm bench serve`, or folders, searched deeply."
+            metavar="DIR_OR_FILE...",
+            help="Run records; results of `vllm bench serve`, `vllm bench sweep serve`, guidellm, aiperf or SGLang's "
+            "bench_serving; or folders, searched deeply.",
         ),
     ],
     output: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
@@ -32,15 +34,16 @@ def report(
     ] = False,
 ) -> None:
     """Put the legs of a benchmark side by side on one page that needs no network."""
-    found, others = run_files.collect(places)
+    collected = run_files.collect(places)
+    found, others = collected.records, collected.others
     if output.resolve() in {path.resolve() for path in found}:
         raise InputError(f"--output {output} is one of the run records; choose another name")
     require_writable(output)
-    summary = summarise(list(found.values()))
+    summary = summarise(list(found.values()), collected.notes)
     html.write(summary, output)
     if others:
-        what = "file that is" if len(others) == 1 else "files that are"
-        say(f"passed over {len(others)} JSON {what} no run record, first {plain(others[0])}")
+        what = "file that is not a run record" if len(others) == 1 else "files that are not run records"
+        say(f"skipped {len(others)} JSON {what}, first {plain(others[0])}")
     for warning in summary.warnings:
         say(f"warning: {warning}")
     if as_json:

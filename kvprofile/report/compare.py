@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from kvprofile.records.foreign import tool_of
 from kvprofile.records.record import Leg, Request, RunRecord
 from kvprofile.report.comparability import warnings_about
 from kvprofile.report.figures import QUALITY, Figure, QualityFigure, Unit, figures, quality_figures
@@ -61,7 +62,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Groups beside a reference. Groups without any leg that worked are in no row."""
+    """Groups next to a reference. Groups without any leg that worked are in no row."""
 
     reference: str | None
     rows: tuple[Row, ...]
@@ -95,17 +96,20 @@ class Summary:
         }
 
 
-def summarise(records: Sequence[RunRecord]) -> Summary:
-    """Put the legs of records side by side. Equal legs of several files count once."""
+def summarise(records: Sequence[RunRecord], notes: Sequence[str] = ()) -> Summary:
+    """Put the legs of records side by side. Equal legs of several files count once. ``notes`` join the warnings."""
+    # repetitions of a leg become one group, failed ones next to those that worked
     groups = _grouped(records)
     baseline = _baseline(records, groups)
+    # remote legs are a second reference, for the local legs alone
     remotes = [group for group in groups if group.legs and group.first.kind == "remote" and group is not baseline]
     locals_ = [group for group in groups if group.first.kind == "local"]
+    # the order of all tables: baseline, falling retention, the rest, remote
     ordered = sorted(groups, key=lambda group: _place(group, baseline))
     return Summary(
         title=_title([record.experiment.name for record in records]),
         made_up=any(record.experiment.made_up for record in records),
-        warnings=tuple(warnings_about(records, {group.name: group.legs for group in ordered})),
+        warnings=tuple(warnings_about(records, {group.name: group.legs for group in ordered}, notes)),
         groups=tuple(ordered),
         against_baseline=_compared(ordered, baseline),
         against_remote=tuple(_shared(_compared([remote, *locals_], remote)) for remote in remotes if locals_),
@@ -119,14 +123,22 @@ def _title(names: Sequence[str]) -> str:
 
 
 def _grouped(records: Sequence[RunRecord]) -> list[Group]:
-    several = len({record.experiment.name for record in records}) > 1
-    found: dict[str, list[Leg]] = {}
+    experiments = {record.experiment.name for record in records}
+    own = {record.experiment.name for record in records if tool_of(record) is None}
+    owners: dict[str, set[str]] = {}
     for record in records:
         for leg in record.legs:
-            single = len({each.name for each in record.legs}) == 1 and leg.name == record.experiment.name
-            name = f"{record.experiment.name}: {leg.name}" if several and not single else leg.name
+            owners.setdefault(leg.name, set()).add(record.experiment.name)
+    found: dict[str, list[Leg]] = {}
+    for record in records:
+        alone = len({leg.name for leg in record.legs}) == 1
+        for leg in record.legs:
+            # legs of other tools are called after their files; only the legs of several own experiments are alike
+            clear = len(owners[leg.name]) == 1 and (tool_of(record) is not None or len(own) == 1)
+            clear = clear or (alone and leg.name == record.experiment.name)
+            name = leg.name if clear or len(experiments) == 1 else f"{record.experiment.name}: {leg.name}"
             legs = found.setdefault(name, [])
-            if leg in legs:
+            if leg in legs:  # the same file twice
                 continue
             taken = {each.repetition for each in legs}
             legs.append(leg.model_copy(update={"repetition": max(taken) + 1}) if leg.repetition in taken else leg)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from kvprofile.records.foreign import COUNTED
 from kvprofile.records.record import LATENCIES, Leg, Request
 
 Unit: TypeAlias = Literal["tokens/s", "requests/s", "ms", "s", "bytes", "share", "count", "x", "money"]
@@ -88,20 +89,29 @@ def _at(part: str, key: str) -> Callable[[Leg], float | None]:
     return lambda leg: getattr(getattr(leg, part), key, None)
 
 
+def _measured(key: str) -> Callable[[Leg], float | None]:
+    """A metric of answers; None where no request was answered, whatever stands there."""
+    return _answered(_at("metrics", key))
+
+
+def _answered(of: Callable[[Leg], float | None]) -> Callable[[Leg], float | None]:
+    return lambda leg: None if leg.metrics.completed == 0 else of(leg)
+
+
 def _speed() -> Iterator[Figure]:
     for key, label, unit in (
         ("output_throughput", "Output throughput", "tokens/s"),
         ("total_token_throughput", "Total token throughput", "tokens/s"),
         ("request_throughput", "Request throughput", "requests/s"),
     ):
-        yield Figure(key, label, SPEED, unit, 1, True, _at("metrics", key))  # type: ignore[arg-type]
+        yield Figure(key, label, SPEED, unit, 1, True, _measured(key))  # type: ignore[arg-type]
 
 
 def _latency() -> Iterator[Figure]:
     for name in LATENCIES:
         for statistic in ("mean", "median", "p99"):
             key = f"{statistic}_{name}_ms"
-            yield Figure(key, f"{_NAMES[name]}, {statistic}", LATENCY, "ms", -1, True, _at("metrics", key))
+            yield Figure(key, f"{_NAMES[name]}, {statistic}", LATENCY, "ms", -1, True, _measured(key))
 
 
 def _memory() -> Iterator[Figure]:
@@ -122,8 +132,8 @@ def _memory() -> Iterator[Figure]:
 
 def _bound() -> Iterator[Figure]:
     yield Figure("bound", "Speed-up bound", BOUND, "x", 0, False, _at("bound", "speedup"))
-    yield Figure("reached", "Speed-up reached", BOUND, "x", 1, False, _at("bound", "reached"))
-    yield Figure("fraction", "Fraction of the bound", BOUND, "share", 1, False, _at("bound", "fraction"))
+    yield Figure("reached", "Speed-up reached", BOUND, "x", 1, False, _answered(_at("bound", "reached")))
+    yield Figure("fraction", "Fraction of the bound", BOUND, "share", 1, False, _answered(_at("bound", "fraction")))
 
 
 def _load() -> Iterator[Figure]:
@@ -135,5 +145,6 @@ def _load() -> Iterator[Figure]:
         ("total_output_tokens", "Output tokens", "count", 0),
         ("max_concurrent_requests", "Requests in flight, at most", "count", 0),
     ):
-        yield Figure(key, label, LOAD, unit, better, False, _at("metrics", key))  # type: ignore[arg-type]
+        of = _at("metrics", key) if key in COUNTED else _measured(key)
+        yield Figure(key, label, LOAD, unit, better, False, of)  # type: ignore[arg-type]
     yield Figure("cost", "Cost", LOAD, "money", -1, False, _at("cost", "amount"))

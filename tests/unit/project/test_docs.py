@@ -30,6 +30,8 @@ SAMPLES = [
 ]
 FOREIGN = {
     "--save-result", "--save-detailed", "--append-result", "--served-model-name",  # vLLM's
+    "--percentile-metrics", "--label",  # of its benchmark
+    "--output", "--output-file", "--output-details", "--tag",  # of other benchmark tools
     "--extra-index-url",  # pip's
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The run record: its bytes, its schema, what is refused, and the results of `vllm bench serve` read into it."""
+"""The run record: its bytes, its schema, and what is refused."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from kvprofile.errors import InputError
 from kvprofile.records import provenance, run_files
-from kvprofile.records.record import LATENCIES, Metrics, Request, RunRecord
+from kvprofile.records.record import Request, RunRecord
 from tests.helpers.made_up import make_heads, make_leg, make_record
 from tests.helpers.models import ROOT
 
@@ -98,8 +98,8 @@ def test_what_contradicts_itself_is_refused(tmp_path, place, value, message):
     [
         (b"", "not JSON"),
         (b"\xff", "not UTF-8"),
-        (b"[1]", "no run record"),
-        (b'{"schema_version": 1}', "no run record"),
+        (b"[1]", "not a run record"),
+        (b'{"schema_version": 1}', "not a run record"),
         (b'{"format": "kvprofile-run", "schema_version": NaN}', "NaN is not allowed"),
         (b"[" * 100_000, "nested too deep"),
     ],
@@ -117,10 +117,11 @@ def test_folders_are_searched_and_other_files_named(tmp_path):
     run_files.save(make_record(1), tmp_path / "b" / "run.json")
     run_files.save(make_record(2), tmp_path / "a" / "run.json")
     (tmp_path / "state.json").write_text('{"finished": 3}')
-    found, others = run_files.collect([tmp_path])
-    assert [path.parent.name for path in found] == ["a", "b"]
-    assert others == [tmp_path / "state.json"]
-    with pytest.raises(InputError, match="no run record"):
+    found = run_files.collect([tmp_path])
+    assert [path.parent.name for path in found.records] == ["a", "b"]
+    assert found.others == [tmp_path / "state.json"]
+    assert found.notes == []
+    with pytest.raises(InputError, match="not a run record"):
         run_files.collect([tmp_path / "state.json"])
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="run 'kvprofile bench'"):
@@ -132,69 +133,6 @@ def test_a_broken_record_in_a_folder_is_not_passed_over(tmp_path):
     with pytest.raises(InputError, match="is 7"):
         run_files.collect([tmp_path])
     assert path.exists()
-
-
-def serve_result(**changes):
-    """What `vllm bench serve --save-result --save-detailed` of vLLM 0.32 writes, two requests of which one failed."""
-    latency = {f"{kind}_{name}_ms": 1.5 for kind in ("mean", "median", "std", "p99") for name in LATENCIES[:3]}
-    return {
-        "date": "20261124-101500", "endpoint_type": "openai", "backend": "openai", "label": None,
-        "model_id": "/srv/models/pocket", "tokenizer_id": "/srv/models/pocket", "num_prompts": 2,
-        "request_rate": "inf", "burstiness": 1.0, "max_concurrency": 4, "duration": 2.5, "completed": 1, "failed": 1,
-        "total_input_tokens": 100, "total_output_tokens": 7, "request_throughput": 0.4, "request_goodput": None,
-        "output_throughput": 2.8, "total_token_throughput": 42.8, "input_lens": [100, 90], "output_lens": [7, 0],
-        "ttfts": [0.25, 0.0], "itls": [[0.01, 0.02], []], "latencies": [0.28, 0.0], "start_times": [50.5, 50.0],
-        "queue_times": [0.0, 0.0], "generated_texts": ["a <b>", ""], "errors": ["", "503"],
-        "max_output_tokens_per_s": 9.0, "max_concurrent_requests": 2, "rtfx": 0.0, **latency,
-    } | changes  # fmt: skip
-
-
-def test_results_of_vllm_bench_serve_are_read(tmp_path):
-    path = tmp_path / "openai-infqps-pocket.json"
-    path.write_text(json.dumps(serve_result()))
-    record = run_files.load(path)
-    (leg,) = record.legs
-    assert (leg.name, leg.model, leg.kind, leg.compressed, leg.retention_asked) == (
-        path.stem,
-        "pocket",
-        None,
-        None,
-        None,
-    )
-    assert leg.load.mode == "closed"
-    assert leg.load.concurrency == 4
-    assert leg.load.request_rate is None
-    for key in Metrics.model_fields:
-        assert getattr(leg.metrics, key) == serve_result().get(key)
-    first, second = leg.requests
-    assert (first.ttft_ms, first.e2el_ms, first.itl_ms, first.start_s) == (250.0, 280.0, [10.0, 20.0], 0.5)
-    assert (second.error, second.ttft_ms, second.e2el_ms, second.itl_ms) == ("503", None, None, None)
-    assert "/srv" not in run_files.to_bytes(record).decode()
-
-
-def test_what_the_tool_cannot_know_comes_from_its_metadata(tmp_path):
-    path = tmp_path / "result.json"
-    metadata = {"leg": "0.5", "retention": "0.5", "kind": "local", "dtype": "float32"}
-    path.write_text(json.dumps(serve_result(request_rate=3.5, **metadata)))
-    (leg,) = run_files.load(path).legs
-    assert (leg.name, leg.kind, leg.retention_asked, leg.compressed, leg.dtype) == (
-        "0.5",
-        "local",
-        0.5,
-        True,
-        "float32",
-    )
-    assert (leg.load.mode, leg.load.request_rate) == ("open", 3.5)
-    path.write_text(json.dumps(serve_result(retention="half")))
-    with pytest.raises(InputError, match="half"):
-        run_files.load(path)
-
-
-def test_appended_results_are_repetitions(tmp_path):
-    path = tmp_path / "result.json"
-    path.write_text("\n".join(json.dumps(serve_result(label="a", duration=each)) for each in (1, 2)))
-    legs = run_files.load(path).legs
-    assert [(leg.name, leg.repetition, leg.metrics.duration) for leg in legs] == [("a", 0, 1), ("a", 1, 2)]
 
 
 def test_provenance_names_no_place(monkeypatch):

@@ -193,7 +193,7 @@ def test_the_command_writes_a_page_and_prints_what_it_shows(record, workplace, c
     document = json.loads(captured.out)
     assert document["records"] == ["runs/seed.json"]
     assert document["warnings"] == list(summarise([record]).warnings)
-    assert "passed over 1 JSON file" in captured.err
+    assert "skipped 1 JSON file" in captured.err
     assert (workplace / "page.html").read_text(encoding="utf-8") == html.render(summarise([record]))
 
 
