@@ -11,7 +11,7 @@ import torch
 from kvprofile.budget import store
 from kvprofile.budget.allocate import ranking
 from kvprofile.cli import run as run_here
-from kvprofile.scoring import gates
+from kvprofile.scoring import hf_engine
 from kvprofile.scoring.methods import METHODS, repeats_read
 
 ASKED = ["--corpus", "generate:prose:1:6000", "--corpus", "generate:code:2:6000", "--context-tokens", "120"]
@@ -59,7 +59,7 @@ def test_an_interrupted_run_keeps_the_losses_it_has(tiny_checkpoint, tmp_path, m
     whole = tmp_path / "whole.json"
     score(tiny_checkpoint, whole, "gate")
     asked = []
-    real = gates.gate_scores
+    real = hf_engine.gate_scores
 
     def fail_at_the_second(gated, documents, steps):
         asked.append(documents)
@@ -67,7 +67,7 @@ def test_an_interrupted_run_keeps_the_losses_it_has(tiny_checkpoint, tmp_path, m
             raise KeyboardInterrupt
         return real(gated, documents, steps)
 
-    monkeypatch.setattr(gates, "gate_scores", fail_at_the_second)
+    monkeypatch.setattr(hf_engine, "gate_scores", fail_at_the_second)
     output = tmp_path / "again.json"
     assert run_here(["score", str(tiny_checkpoint), *ASKED, "--method", "gate", "--output", str(output)]) == 130
     assert not output.exists()
@@ -82,7 +82,7 @@ def test_other_sinks_start_loss_aware_runs_anew(tiny_checkpoint, tmp_path, monke
 
     output = tmp_path / "a.json"
     with monkeypatch.context() as patch:
-        patch.setattr(gates, "gate_scores", stop)
+        patch.setattr(hf_engine, "gate_scores", stop)
         assert run_here(["score", str(tiny_checkpoint), *ASKED, "--method", "gate", "--output", str(output)]) == 130
     changed = [*ASKED, "--method", "gate", "--sink-tokens", "8", "--output", str(output)]
     assert run_here(["score", str(tiny_checkpoint), *changed]) == 0
