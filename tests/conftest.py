@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import shutil
 
 import pytest
-import typer
 from hypothesis import settings
 
 from tests.helpers.disks import disks
@@ -35,14 +33,6 @@ def sockets_denied(tmp_path_factory, monkeypatch):
         tried = told.read_text()
         told.unlink()
         pytest.fail(f"the network was asked for:\n{tried}")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def commands_built_once():
-    """Typer builds every command anew for each call of one, which a process of hundreds of calls has no use for."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(typer.main, "get_command", functools.cache(typer.main.get_command))
-        yield
 
 
 @pytest.fixture(scope="session")

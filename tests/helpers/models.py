@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-import transformers
+# torch and transformers are imported where a model is made: most tests want no more from here than a path.
 
 ROOT = Path(__file__).resolve().parents[2]
 POCKET = ROOT / "models" / "pocket"
@@ -54,6 +53,9 @@ FAMILIES = {
 
 def random_model(family: str, seed: int = 0, **changes):
     """A float32 causal LM with eager attention."""
+    import torch
+    import transformers
+
     name, own = FAMILIES[family]
     config = getattr(transformers, name)(**{**_SHAPE, **own, **changes})
     torch.manual_seed(seed)

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from contextlib import contextmanager
 from unittest import mock
 
@@ -23,48 +19,8 @@ from kvprofile.budget import store
 from kvprofile.cli import run as run_here
 from kvprofile.corpus.generate import generate_text
 from kvprofile.scoring.chunk_store import ChunkStore
-
-CORPUS = ["--corpus", "generate:prose:1:6000", "--corpus", "generate:tables:2:6000"]
-SMALL = ["--context-tokens", "640", "--chunk-tokens", "32", "--dtype", "float32", "--device", "cpu"]
-CHUNKS = 2 * 640 // 32
-
-
-def command(checkpoint, output, *options):
-    return [
-        sys.executable,
-        "-m",
-        "kvprofile",
-        "score",
-        str(checkpoint),
-        *CORPUS,
-        *SMALL,
-        "--output",
-        str(output),
-        *options,
-    ]
-
-
-def start(checkpoint, output, *options):
-    return subprocess.Popen(
-        command(checkpoint, output, *options), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def finish(checkpoint, output, *options):
-    run = subprocess.run(
-        command(checkpoint, output, *options), capture_output=True, text=True, timeout=300, check=False
-    )
-    assert run.returncode == 0, run.stderr
-    return run
-
-
-def wait_for_chunks(output, count, process):
-    folder = output.with_name(output.name + ".partial")
-    deadline = time.monotonic() + 120
-    while len(list(folder.glob("document-*.safetensors"))) < count:
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+from tests.helpers.clocks import stepping
+from tests.helpers.score_runs import CHUNKS, command, finish, start, wait_for_chunks
 
 
 @pytest.fixture(scope="module")
@@ -215,9 +171,3 @@ def test_steps_of_the_clock_change_nothing(tiny_checkpoint, undisturbed, tmp_pat
     assert output.read_bytes() == undisturbed
     seconds = int(re.search(r"wrote .* in (-?\d+) s;", capsys.readouterr().err)[1])
     assert 0 <= seconds < 600
-
-
-def stepping(monkeypatch):
-    """A clock that is set back or forward by days whenever someone looks."""
-    rng, stock = random.Random("clock"), time.time
-    monkeypatch.setattr(time, "time", lambda: stock() + rng.uniform(-5, 5) * 86400)

@@ -12,8 +12,8 @@ import time
 import pytest
 
 from tests.helpers.models import POCKET, ROOT
-from tests.integration.test_score_run import command as score
-from tests.integration.test_score_run import finish, wait_for_chunks
+from tests.helpers.score_runs import command as score
+from tests.helpers.score_runs import finish, wait_for_chunks
 
 BUDGETS = ["--profile", "models/kv_budget/pocket.json", "--sink-tokens", "16", "--recent-tokens", "64"]
 EVALUATE = [sys.executable, "-m", "kvprofile", "evaluate", str(POCKET), *BUDGETS, "--tasks", "needle", "--contexts"]

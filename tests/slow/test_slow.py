@@ -13,7 +13,7 @@ import time
 import pytest
 
 from tests.helpers.models import ROOT
-from tests.integration.test_score_run import finish, start
+from tests.helpers.score_runs import finish, start
 
 pytestmark = pytest.mark.slow
 

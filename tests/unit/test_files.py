@@ -17,8 +17,8 @@ from kvprofile.evaluate.item_store import ItemStore
 from kvprofile.files import alone, write_atomically
 from kvprofile.records.record import Leg
 from kvprofile.scoring.chunk_store import ChunkStore
+from tests.helpers.bench_plans import make_plan
 from tests.helpers.models import ROOT
-from tests.unit.bench.test_bench_parts import make_plan
 
 HALF_WAY = """
 import sys, time

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import socket
 import subprocess
@@ -10,9 +11,12 @@ import time
 import urllib.request
 from contextlib import contextmanager
 
+from kvprofile.budget.trim import TrimRule
 from tests.helpers.models import POCKET
 
 KEY = "sk-test-0123456789abcdef"
+HEADS = [[1.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0], [0.0, 1.0, 1.0, 0.0]]
+RULE = TrimRule(16, 64, 32)
 
 
 def serving_pocket(log, env, *arguments):
@@ -58,3 +62,14 @@ def answers(url):
             return True
     except OSError:
         return False
+
+
+def draw(rng, count):
+    return [rng.randrange(4, 1000) for _ in range(count)]
+
+
+def fetch(url, body=None):
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})  # noqa: S310 - our own server
+    with urllib.request.urlopen(request, timeout=120) as answer:  # noqa: S310
+        return answer.read().decode()

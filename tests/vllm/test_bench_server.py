@@ -24,10 +24,10 @@ from kvprofile.client import BudgetsNotAppliedError, VLLMClient
 from kvprofile.errors import InputError
 from kvprofile.instrumentation import GPUMemoryManager, RequestLog
 from kvprofile.records import provenance, run_files
+from tests.helpers.clocks import stepping
 from tests.helpers.disks import fill
 from tests.helpers.faulty import FaultyProxy
 from tests.helpers.models import POCKET, ROOT
-from tests.integration.test_score_run import stepping
 from tests.vllm.engine import environment
 from tests.vllm.served import KEY, serving_pocket
 

@@ -11,10 +11,9 @@ import pytest
 from kvprofile.bench.engines.vllm_server import reason_in
 from kvprofile.evaluate.simulate import simulating
 from kvprofile.records import run_files
+from tests.vllm.bench_command import OPTIONS, command, servers_for
 from tests.vllm.engine import NEAR_TIE, environment, make_subject, write_budget
-from tests.vllm.served import serving
-from tests.vllm.test_bench_command import OPTIONS, command, servers_for
-from tests.vllm.test_runtime_server import HEADS, RULE, draw, fetch
+from tests.vllm.served import HEADS, RULE, draw, fetch, serving
 
 pytest.importorskip("vllm")
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]

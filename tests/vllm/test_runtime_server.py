@@ -6,12 +6,10 @@ import json
 import random
 import subprocess
 import sys
-import urllib.request
 from pathlib import Path
 
 import pytest
 
-from kvprofile.budget.trim import TrimRule
 from kvprofile.evaluate.simulate import simulating
 from kvprofile.prometheus import metric_values
 from kvprofile.records import run_files
@@ -19,18 +17,12 @@ from kvprofile.runtime import doctor
 from tests.helpers import grafana
 from tests.helpers.models import POCKET, ROOT
 from tests.vllm.engine import NEAR_TIE, compare_all, environment, make_subject, serve, write_budget
-from tests.vllm.served import running, serving
+from tests.vllm.served import HEADS, RULE, draw, fetch, running, serving
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
 
 BUDGET = ROOT / "models" / "kv_budget" / "pocket.json"
-HEADS = [[1.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0], [0.0, 1.0, 1.0, 0.0]]
-RULE = TrimRule(16, 64, 32)
-
-
-def draw(rng, count):
-    return [rng.randrange(4, 1000) for _ in range(count)]
 
 
 APART = [
@@ -62,13 +54,6 @@ def server(tmp_path, tokenizer):
     del env["VLLM_ENABLE_V1_MULTIPROCESSING"]
     with serving(subject.folder, tmp_path / "server.log", env, "--max-model-len", "1024") as address:
         yield address, subject, stats
-
-
-def fetch(url, body=None):
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})  # noqa: S310 - our own server
-    with urllib.request.urlopen(request, timeout=120) as answer:  # noqa: S310
-        return answer.read().decode()
 
 
 @pytest.mark.parametrize("several", ["api servers", "a folder of the user's"])

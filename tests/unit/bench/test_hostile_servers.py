@@ -21,7 +21,7 @@ from kvprofile.bench.runner import run
 from kvprofile.bench.scenario import LoadPlan, remote_legs
 from kvprofile.client import VLLMClient
 from kvprofile.records import run_files
-from tests.unit.bench.test_bench_parts import make_plan
+from tests.helpers.bench_plans import make_plan
 
 pytestmark = pytest.mark.loopback
 

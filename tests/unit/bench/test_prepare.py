@@ -1,0 +1,32 @@
+"""What a benchmark decides before it starts, and why."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from kvprofile.bench import prepare
+from kvprofile.bench.bench_options import BenchOptions
+from kvprofile.errors import InputError
+from tests.helpers.models import POCKET, ROOT
+
+
+@pytest.mark.usefixtures("workplace")
+def test_prepare_says_why(monkeypatch):
+    monkeypatch.delenv("MOONSHOT_API_KEY", raising=False)
+    asked = BenchOptions(model=str(POCKET), profile=ROOT / "models/kv_budget/pocket.json", preset="seed")
+    found = prepare.prepare(asked)
+    plan = found.plan
+    assert [leg.name for leg in plan.legs] == ["baseline", "0.9", "0.7", "0.5", "remote"]
+    assert plan.repetitions == 2
+    assert len(plan.documents) == 3
+    assert any("reads 4,096 positions" in reason for reason in found.reasons)
+    described = prepare.described(plan, found.reasons)
+    json.dumps(described)
+    assert "provider moonshot needs a key: set MOONSHOT_API_KEY" in described["missing"]
+    assert described["estimate"]["cost_at_most"]["remote"] == {"amount": None, "currency": None}
+    with pytest.raises(InputError, match="no preset 'x'"):
+        prepare.prepare(BenchOptions(model=str(POCKET), preset="x"))
+    with pytest.raises(InputError, match="no budget file"):
+        prepare.prepare(BenchOptions(model=str(POCKET)))

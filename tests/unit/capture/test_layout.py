@@ -1,0 +1,79 @@
+"""Where a backend keeps keys and values of a cache, found by asking it to write."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from kvprofile.capture import layout
+
+
+class Straight:
+    """A backend with keys and values side by side, in blocks of 4 tokens for 2 heads of size 3."""
+
+    forward_includes_kv_cache_update = False
+
+    def get_name(self):
+        return "STRAIGHT"
+
+    def do_kv_cache_update(self, _layer, key, value, cache, slots):
+        for row, slot in enumerate(slots.tolist()):
+            cache[slot // 4, :, slot % 4] = torch.cat([key[row], value[row]], -1)
+
+
+class Transposed(Straight):
+    """Keys of a block transposed, values behind them."""
+
+    def do_kv_cache_update(self, _layer, key, value, cache, slots):
+        for row, slot in enumerate(slots.tolist()):
+            place = cache[slot // 4].view(2, 24)
+            place[:, torch.arange(3) * 4 + slot % 4] = key[row]
+            place[:, 12 + slot % 4 * 3 : 15 + slot % 4 * 3] = value[row]
+
+
+class Forgetful(Straight):
+    def do_kv_cache_update(self, _layer, key, value, cache, slots):
+        super().do_kv_cache_update(_layer, key * 0, value, cache, slots)
+
+
+class Inside(Straight):
+    forward_includes_kv_cache_update = True
+
+
+def toy_layer(backend):
+    return SimpleNamespace(head_size=3, attn_backend=backend(), impl=backend())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_layouts_are_found_by_asking(dtype):
+    for backend in (Straight, Transposed):
+        cache = torch.zeros(5, 2, 4, 6, dtype=dtype)
+        layer = toy_layer(backend)
+        found = layout.probe(layer, cache)
+        assert not cache.any(), "the cache itself was written"
+        keys, values = torch.randn(2, 11, 2, 3).to(dtype)
+        table = torch.tensor([3, 1, 4])
+        slots = torch.tensor([table[i // 4] * 4 + i % 4 for i in range(11)])
+        layer.impl.do_kv_cache_update(layer, keys, values, cache, slots)
+        for start, stop in ((0, 11), (3, 9), (4, 8), (10, 11)):
+            assert torch.equal(found.keys(cache, table, start, stop), keys[start:stop].transpose(0, 1))
+            assert torch.equal(found.values(cache, table, start, stop), values[start:stop].transpose(0, 1))
+
+
+@pytest.mark.parametrize(("backend", "reason"), [(Forgetful, "a place of its own"), (Inside, "inside its kernel")])
+def test_layouts_that_cannot_be_followed(backend, reason):
+    with pytest.raises(ValueError, match=reason):
+        layout.probe(toy_layer(backend), torch.zeros(5, 2, 4, 6))
+
+
+def test_large_blocks_need_several_digits():
+    class Large(Straight):
+        def do_kv_cache_update(self, _layer, key, value, cache, slots):
+            cache[0, :, slots] = torch.cat([key, value], -1).transpose(0, 1)
+
+    cache = torch.zeros(2, 2, 256, 512, dtype=torch.bfloat16)
+    layer = SimpleNamespace(head_size=256, attn_backend=Large(), impl=Large())
+    found = layout.probe(layer, cache)
+    assert torch.equal(found.key_places.view(256, 256)[:, 0], torch.arange(256) * 512)
