@@ -18,3 +18,11 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def no_vllm():
+    """Importing vLLM takes longer than most of these tests together; where other tests loaded it, nothing is seen."""
+    loaded = "vllm" in sys.modules
+    yield
+    assert loaded or "vllm" not in sys.modules, "this test loads vLLM, so it belongs in tests/vllm"
