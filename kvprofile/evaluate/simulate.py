@@ -24,6 +24,7 @@ from kvprofile.evaluate.held import Growing, Span, joined
 from kvprofile.scoring import kernels
 from kvprofile.scoring.attention import routed
 from kvprofile.scoring.kernels import Visible
+from kvprofile.scoring.reconstruction_cache import cache_argument
 
 NAME = "kvprofile_budgeted"
 PREFILL_SLICE_TOKENS = 1024
@@ -88,6 +89,7 @@ class Simulation:
         self.device = model.get_input_embeddings().weight.device
         self.plain_attention = AttentionInterface()["sdpa"]
         self.cache = Cache(layers=[_Collecting(self) for _ in range(geometry.layers)])
+        self.cache_argument = cache_argument(model)
         self.length = 0
         self.branch: Branch | None = None
         self.fused: dict[tuple[torch.device, torch.dtype, int, int], kernels.Fused | None] = {}
@@ -197,9 +199,9 @@ class Simulation:
         result = self.model(
             input_ids=ids.to(self.device),
             position_ids=self.positions,
-            past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=logits_to_keep,
+            **{self.cache_argument: self.cache},
         )
         return result.logits  # type: ignore[no-any-return]
 

@@ -27,6 +27,7 @@ from kvprofile.scoring import attention
 from kvprofile.scoring.gated_attention import GatedCache, GatedLayer, Sight, mixed
 from kvprofile.scoring.prompts import Chunk, Frame, FramedDocument, chunks, longest_repeat
 from kvprofile.scoring.reconstruction import DEFAULT_CHUNK_TOKENS, PREFILL_SLICE_TOKENS, check_routed, input_device
+from kvprofile.scoring.reconstruction_cache import cache_argument
 
 NAME = "kvprofile_gates"
 DEFAULT_ROWS_AT_ONCE = 2304
@@ -68,6 +69,7 @@ class GatedModel:
         if rule.block_tokens != 1:
             raise ValueError("gates know windows of tokens, not of blocks: give a rule with block_tokens=1")
         self.model, self.decoder, self.device = model, model.base_model, input_device(model)
+        self._cache_argument = cache_argument(self.decoder)
         self.recorder, self.rule, self.frame, self.advance = recorder, rule, frame, advance
         self.chunk_tokens, self.slice_tokens, self.rows_at_once = chunk_tokens, slice_tokens, rows_at_once
         self.profiled = recorder.geometry.profiled_layers
@@ -145,7 +147,8 @@ class GatedModel:
         self.recorder.query_start = start
         tokens = torch.tensor([ids], device=self.device)
         positions = torch.arange(start, start + len(ids), device=self.device)[None]
-        found = self.decoder(input_ids=tokens, position_ids=positions, past_key_values=self.cache, use_cache=True)
+        held = {self._cache_argument: self.cache}
+        found = self.decoder(input_ids=tokens, position_ids=positions, use_cache=True, **held)
         self.advance(len(ids))
         return found.last_hidden_state  # type: ignore[no-any-return]
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from kvprofile.errors import InputError
 from kvprofile.scoring.attention import AllLayersDone, Recorder
 from kvprofile.scoring.prompts import Chunk, Frame, FramedDocument, chunks, longest_repeat
-from kvprofile.scoring.reconstruction_cache import ReconstructionCache
+from kvprofile.scoring.reconstruction_cache import ReconstructionCache, cache_argument
 
 DEFAULT_CHUNK_TOKENS = 2000
 PREFILL_SLICE_TOKENS = 1024
@@ -48,6 +48,7 @@ class Scorer:
         advance: Callable[[int], None] = lambda _: None,
     ) -> None:
         self.decoder = model.base_model
+        self._cache_argument = cache_argument(self.decoder)
         self.device = input_device(model)
         self.dtype = str(model.dtype).removeprefix("torch.")
         self.recorder = recorder
@@ -109,7 +110,8 @@ class Scorer:
         tokens = torch.tensor([ids], device=self.device)
         positions = torch.arange(start, start + len(ids), device=self.device)[None]
         with contextlib.suppress(AllLayersDone):
-            self.decoder(input_ids=tokens, position_ids=positions, past_key_values=self.cache, use_cache=True)
+            held = {self._cache_argument: self.cache}
+            self.decoder(input_ids=tokens, position_ids=positions, use_cache=True, **held)
         self.advance(len(ids))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,14 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvprofile.budget.profile import FULL_ATTENTION
+
+
+def cache_argument(module: torch.nn.Module) -> str:
+    """The name by which a model's forward takes its cache: ``past_key_values``, or ``cache`` where it was renamed.
+
+    transformers 5.24 takes both and warns about the old name, which it says goes in 5.40.
+    """
+    return "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
 
 
 class PreallocatedLayer(CacheLayerMixin):  # type: ignore[misc]
