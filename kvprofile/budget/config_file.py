@@ -69,7 +69,7 @@ class ConfigFile:
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object. Raises InputError for what is none, or holds numbers that no model has."""
     try:
-        content = json.loads(file.read_bytes().decode("utf-8"))
+        content = json.loads(file.read_bytes().decode("utf-8"), object_hook=_special_float)
     except OSError as error:
         raise InputError(f"cannot read {file}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
@@ -80,6 +80,13 @@ def read_json(file: Path) -> dict[str, Any]:
     if absurd is not None:
         raise InputError(f"{file}: {absurd} is larger than any model's")
     return content
+
+
+def _special_float(found: dict[str, Any]) -> Any:
+    """Infinity and NaN as transformers writes them: ``{"__float__": "Infinity"}``."""
+    if found.keys() == {"__float__"} and found["__float__"] in ("Infinity", "-Infinity", "NaN"):
+        return float(found["__float__"])
+    return found
 
 
 def absurd_number(value: object, name: str = "") -> str | None:

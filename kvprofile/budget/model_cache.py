@@ -37,7 +37,10 @@ _REFUSED_KINDS = {
     "heavily_compressed_attention": "its layers keep a compressed context (heavily_compressed_attention)",
 }
 
-_ENCODERS = {"ernie", "ernie_m", "electra", "xmod", "reformer", "roformer", "rembert", "xlm", "xlnet"}
+_WITHOUT_CACHE = {"openai-gpt", "rwkv", "xlstm"}
+"""Types of transformers' that keep no key-value cache, which their configs do not tell."""
+
+_ENCODERS = {"ernie", "ernie_m", "electra", "xmod", "reformer", "roformer", "rembert", "big_bird", "xlm", "xlnet"}
 
 _STATE_KEYS = (
     "conv_L_cache", "linear_attn_config", "linear_num_key_heads", "mamba_d_state", "mamba_num_heads", "rwkv_version",
@@ -156,10 +159,13 @@ def _as_full(layer: LayerCache) -> LayerCache:
 
 def _refuse_other_kinds(file: ConfigFile) -> None:
     kind = str(file.text.get("model_type") or "")
-    if file.raw.get("is_encoder_decoder") or file.get("is_encoder_decoder"):
+    both = any(file.get(f"{each}encoder_layers") and file.get(f"{each}decoder_layers") for each in ("", "num_"))
+    if both or file.raw.get("is_encoder_decoder") or file.get("is_encoder_decoder"):
         raise _UnsupportedError("it is an encoder-decoder; only decoders keep one cache per request")
     if kind in _ENCODERS or kind.startswith("data2vec") or ("bert" in kind and "decoder" not in kind):
         raise _UnsupportedError("it is an encoder")
+    if kind in _WITHOUT_CACHE:
+        raise _UnsupportedError("transformers keeps no key-value cache for it")
     if file.get("compress_ratios"):
         raise _UnsupportedError("its layers keep a compressed context (compress_ratios)")
     if file.get("kv_lora_rank"):
@@ -201,6 +207,8 @@ def _layer(file: ConfigFile, index: int, kind: str) -> LayerCache:
 
     heads, hidden = own("swa_num_attention_heads") or number(get, "heads", index), number(get, "hidden", index)
     kv_heads = own("swa_num_key_value_heads") or _kv_heads(file, get, index, heads)
+    if sliding and file.text.get("model_type") == "mimo_v2_flash" and not own("swa_num_key_value_heads"):
+        kv_heads = kv_heads and 2 * kv_heads  # its class doubles them
     size = own("swa_head_dim") or number(get, "head_size", index)
     if size is None and heads and hidden:
         size = hidden // heads
@@ -284,14 +292,15 @@ def _listed_kinds(file: ConfigFile, count: int | None) -> list[str] | None:
 def _kinds(file: ConfigFile, count: int, listed: list[str] | None) -> list[str]:
     """Kinds of all layers, cross-attention and shared caches counted out."""
     ruled = _types_by_rule(file.text, count) if listed is None or file.config is not None else None
-    types = listed or (ruled if file.config is None else None) or [_plain_type(file)] * count
+    types = listed or (ruled[1] if ruled and file.config is None else None) or [_plain_type(file)] * count
     if len(types) != count:
         raise _UnsupportedError(f"config.json has {count} layers and the types of {len(types)}")
     kinds = [_kind(each) for each in types]
     if file.get("attention_window_size"):  # RecurrentGemma: its attention layers slide
         kinds = [SLIDING_ATTENTION if kind == FULL_ATTENTION else kind for kind in kinds]
-    if ruled is not None and [_kind(each) for each in ruled] != kinds and "layer_types" not in file.text:
-        raise _UnsupportedError("config.json counts other layers than transformers' class reads from it")
+    foreign = ruled is not None and not hasattr(type(file.config), ruled[0]) and "layer_types" not in file.text
+    if ruled is not None and foreign and [_kind(each) for each in ruled[1]] != kinds:
+        raise _UnsupportedError(f"config.json says {ruled[0]}, which transformers' class does not read")
     for index in file.get("cross_attention_layers") or ():
         if isinstance(index, int) and 0 <= index < count:
             kinds[index] = NO_CACHE
@@ -301,35 +310,42 @@ def _kinds(file: ConfigFile, count: int, listed: list[str] | None) -> list[str]:
     return kinds
 
 
-def _types_by_rule(text: Mapping[str, Any], count: int) -> list[str] | None:
-    """Types of layers that a file states by a rule instead of a list; None where it has no rule.
+def _types_by_rule(text: Mapping[str, Any], count: int) -> tuple[str, list[str]] | None:
+    """Types of layers that a file states by a rule instead of a list, and the rule's key; None where it has no rule.
 
-    The rules are those of Jamba (attn_layer_period), Bamba (attn_layer_indices), Qwen3-Next (full_attention_interval),
-    Ring and Ling (layer_group_size), MiniMax (attn_type_list), Nemotron-H (hybrid_override_pattern), Nemotron-NAS
-    (block_configs), Kimi-Linear (linear_attn_config) and MiMo (hybrid_layer_pattern).
+    The rules are those of MiniMax (attn_type_list), Nemotron-H (hybrid_override_pattern), Nemotron-NAS (block_configs),
+    MiMo (hybrid_layer_pattern), Bamba (attn_layer_indices), Kimi-Linear (linear_attn_config), Qwen3-Next
+    (full_attention_interval), Ring and Ling (layer_group_size) and Jamba (attn_layer_period).
     """
+    for key, named in _LISTS.items():
+        if isinstance(listed := text.get(key), list | str) and listed:
+            return key, [named(each) for each in listed]
     layers = range(count)
-    if isinstance(types := text.get("attn_type_list"), list):
-        return ["full_attention" if each == 1 else "linear_attention" for each in types]
-    if isinstance(pattern := text.get("hybrid_override_pattern"), str):
-        return [{"*": "full_attention", "M": "mamba", "-": "mlp", "E": "moe"}.get(each, each) for each in pattern]
-    if isinstance(blocks := text.get("block_configs"), list):
-        return ["none" if _attention_of(block).get("no_op") else "full_attention" for block in blocks]
-    if isinstance(pattern := text.get("hybrid_layer_pattern"), list):
-        return ["sliding_attention" if each else "full_attention" for each in pattern]
-    full: set[int] | None = None
-    if isinstance(indices := text.get("attn_layer_indices"), list):
+    full: set[int]
+    if isinstance(indices := text.get(key := "attn_layer_indices"), list):
         full = {each for each in indices if isinstance(each, int)}
-    elif isinstance(nested := text.get("linear_attn_config"), dict) and nested.get("full_attn_layers"):
+    elif isinstance(nested := text.get(key := "linear_attn_config"), dict) and nested.get("full_attn_layers"):
         full = {each - 1 for each in nested["full_attn_layers"] if isinstance(each, int)}  # counted from one
-    elif every := integer(text.get("full_attention_interval")):
+    elif every := integer(text.get(key := "full_attention_interval")):
         full = {layer for layer in layers if (layer + 1) % every == 0}
-    elif group := integer(text.get("layer_group_size")):
+    elif group := integer(text.get(key := "layer_group_size")):
         full = {layer for layer in layers if (layer + 1) % group == 0 or layer >= count // group * group}
-    elif period := integer(text.get("attn_layer_period")):
+    elif period := integer(text.get(key := "attn_layer_period")):
         offset = text.get("attn_layer_offset")
         full = {layer for layer in layers if layer % period == (offset if isinstance(offset, int) else 0)}
-    return None if full is None else ["full_attention" if layer in full else "linear_attention" for layer in layers]
+    else:
+        return None
+    return key, ["full_attention" if layer in full else "linear_attention" for layer in layers]
+
+
+_LISTS: dict[str, Callable[[Any], str]] = {
+    "attn_type_list": lambda each: "full_attention" if each == 1 else "linear_attention",
+    "hybrid_override_pattern": lambda each: {"*": "full_attention", "M": "mamba", "-": "mlp", "E": "moe"}.get(
+        each, each
+    ),
+    "block_configs": lambda each: "none" if _attention_of(each).get("no_op") else "full_attention",
+    "hybrid_layer_pattern": lambda each: "sliding_attention" if each else "full_attention",
+}
 
 
 def _attention_of(block: object) -> Mapping[str, Any]:

@@ -209,7 +209,7 @@ def test_a_config_that_needs_its_class_is_completed(tmp_path):
     [
         ({**LLAMA_8B, "kv_lora_rank": 512}, "multi-head latent attention"),
         ({**LLAMA_8B, "layer_types": ["linear_attention"] * 32}, "no layer keeps a key-value cache"),
-        ({**LLAMA_8B, "full_attention_interval": 4}, "counts other layers than transformers' class"),
+        ({**LLAMA_8B, "full_attention_interval": 4}, "says full_attention_interval, which transformers"),
         ({**LLAMA_8B, "layer_types": ["chunked_attention"] * 32}, "attend within chunks"),
         ({**LLAMA_8B, "attention_chunk_size": 8192}, "chunks"),
         ({**LLAMA_8B, "is_encoder_decoder": True}, "encoder-decoder"),
