@@ -33,8 +33,8 @@ def write_atomically(path: Path, content: bytes) -> None:
     ``path`` is as it was and no temporary file is left. What killed processes left of the same path is removed.
     """
     partial: Path | None = None
-    path = path.resolve()  # a link stays a link, and what it points to is replaced
     try:
+        path = path.resolve()  # a link stays a link, and what it points to is replaced
         path.parent.mkdir(parents=True, exist_ok=True)
         prefix = f".{path.name[:80]}."
         _remove_abandoned(path.parent, prefix)
@@ -46,10 +46,9 @@ def write_atomically(path: Path, content: bytes) -> None:
             partial.chmod(0o666 & ~_umask())
             partial.replace(path)
         partial = None
-    except OSError as error:
-        raise InputError(
-            f"cannot write {path}: {error.strerror or error}; free space or choose another --output"
-        ) from error
+    except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, up to Python 3.12
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"cannot write {path}: {reason}; free space or choose another --output") from error
     finally:
         if partial is not None:
             partial.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -36,7 +37,7 @@ def report(
     """Put the legs of a benchmark side by side on one page that needs no network."""
     collected = run_files.collect(places)
     found, others = collected.records, collected.others
-    if output.resolve() in {path.resolve() for path in found}:
+    if os.path.realpath(output) in map(os.path.realpath, found):
         raise InputError(f"--output {output} is one of the run records; choose another name")
     require_writable(output)
     summary = summarise(list(found.values()), collected.notes)

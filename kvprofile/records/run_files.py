@@ -5,6 +5,7 @@ Result files of other tools are read into the same model (``registry``).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,13 +89,13 @@ def collect(places: Iterable[Path]) -> Collected:
 
 def _files(places: Iterable[Path]) -> Iterator[tuple[Path, bool]]:
     """Every file to look at, once, and whether it was given by name."""
-    seen: set[Path] = set()
+    seen: set[str] = set()
     for place in places:
         folder = is_dir(place)
         endings = ("*.json", f"*{_LINES}") if folder else ()
         inside = sorted(path for ending in endings for path in place.rglob(ending) if path.is_file())
         for path in inside if folder else [place]:
-            real = path.resolve()
+            real = os.path.realpath(path)  # Path.resolve raises for links in a circle
             if real not in seen:
                 yield path, not folder
             seen.add(real)

@@ -156,24 +156,24 @@ def _against_retention(summary: Summary) -> Iterator[Chart]:
 
 def _retention_chart(summary: Summary, row: Row) -> Chart:
     """A row's values: local legs at their retentions, joined; remote ones as lines across; all by name without any."""
+    # only groups with a number; the bound is drawn next to what was reached
     groups = [g for g in summary.groups if g.name in row.values and row.values[g.name].value is not None]
     bound = summary.against_baseline.row("bound") if row.key == "reached" else None
-    shown = [row.values[group.name] for group in groups]
-    numbers = [each for value in shown for each in (value.value, value.low, value.high) if each is not None]
-    numbers += [each.value for each in bound.values.values() if each.value is not None] if bound else []
     legs = _repetitions(row.key, groups)
-    numbers += [value for values in legs.values() for value in values]
+    # the vertical axis holds every mark, whisker and repetition; speed-ups start at 1, everything else at 0
+    numbers = _numbers(row, groups, bound, legs)
     scale = scale_for(row.unit, numbers)
-    floor = 1.0 if bound else 0.0
     ceiling = 1.0 if row.unit == "share" else max(numbers) or 1.0
-    ticks = nice_ticks(min(floor, *numbers) / scale.divisor, ceiling / scale.divisor)
+    ticks = nice_ticks(min(1.0 if bound else 0.0, *numbers) / scale.divisor, ceiling / scale.divisor)
     axis = Axis(ticks[0] * scale.divisor, ticks[-1] * scale.divisor, HEIGHT - BOTTOM, TOP)
+    # places from left to right, and a line through the legs that stand at different retentions
     places, x_ticks, x_label = _places(groups)
-    style = styles(summary.groups)
     local = [group for group in groups if group.name in places]
     series = [_joined(local, places, axis, row)] if len({group.retention for group in local} - {None}) > 1 else []
     if bound:
         series.insert(0, _bound_line(bound, places, axis))
+    # the marks lie over the lines
+    style = styles(summary.groups)
     for group in groups:
         series.append(_group_marks(group, row.values[group.name], legs.get(group.name, []), places, axis, scale, style))
     head = ("leg", "retention", _headed(_TITLES[row.key], scale), "95 % interval", *(["bound"] if bound else []))
@@ -190,6 +190,14 @@ def _retention_chart(summary: Summary, row: Row) -> Chart:
         table=Table(head, rows),
         description="; ".join(f"{cells[0][0]} {cells[2][0]} {scale.unit}".strip() for cells in rows),
     )
+
+
+def _numbers(row: Row, groups: Sequence[Group], bound: Row | None, legs: dict[str, list[float]]) -> list[float]:
+    """Everything that a chart draws: means, the ends of their intervals, repetitions, bounds."""
+    shown = [row.values[group.name] for group in groups]
+    found = [each for value in shown for each in (value.value, value.low, value.high) if each is not None]
+    found += [each.value for each in bound.values.values() if each.value is not None] if bound else []
+    return found + [value for values in legs.values() for value in values]
 
 
 def _table_row(group: Group, row: Row, scale: Scale, bound: Row | None) -> tuple[tuple[str, float | None], ...]:
@@ -303,6 +311,7 @@ def _timeline(
 ) -> Chart:
     values = [value for points in lines.values() for _, value in points]
     times = [time for points in lines.values() for time, _ in points]
+    # both axes: values from 0, times from the warm-up's first sample or from 0
     scale = scale_for(unit, values)  # type: ignore[arg-type]
     ceiling = 1.0 if unit == "share" else max(values) or 1.0
     ticks = nice_ticks(0.0, ceiling / scale.divisor)
@@ -313,10 +322,6 @@ def _timeline(
         Series(name, style[name], _path([(x_axis.at(t), axis.at(v)) for t, v in thinned(points)]))
         for name, points in lines.items()
     ]
-    rows = []
-    for name, points in lines.items():
-        step = math.ceil(len(points) / max(1, MOST_TABLE_ROWS // len(lines)))
-        rows += [((name, None), (Scale("").text(t), t), (scale.text(v), v)) for t, v in points[::step]]
     described = (
         f"{name}: {len(p)} samples, at most {scale.text(max(v for _, v in p))} {scale.unit}"
         for name, p in lines.items()
@@ -330,9 +335,20 @@ def _timeline(
         x_ticks=tuple(Tick(x_axis.at(each), Scale("").tick(each)) for each in x_ticks),
         y_ticks=tuple(Tick(axis.at(each * scale.divisor), scale.tick(each * scale.divisor)) for each in ticks),
         series=tuple(series),
-        table=Table(("leg", "seconds", _headed(title, scale)), tuple(rows)),
+        table=Table(("leg", "seconds", _headed(title, scale)), _timeline_rows(lines, scale)),
         description="; ".join(described).strip(),
     )
+
+
+def _timeline_rows(
+    lines: dict[str, list[tuple[float, float]]], scale: Scale
+) -> tuple[tuple[tuple[str, float | None], ...], ...]:
+    """About MOST_TABLE_ROWS samples in all, evenly taken from every line."""
+    rows: list[tuple[tuple[str, float | None], ...]] = []
+    for name, points in lines.items():
+        step = math.ceil(len(points) / max(1, MOST_TABLE_ROWS // len(lines)))
+        rows += [((name, None), (Scale("").text(t), t), (scale.text(v), v)) for t, v in points[::step]]
+    return tuple(rows)
 
 
 def thinned(points: Sequence[tuple[float, float]], most: int = MOST_POINTS) -> list[tuple[float, float]]:

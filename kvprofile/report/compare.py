@@ -266,17 +266,19 @@ def _between_answers(
 
 
 def _with_reached(rows: Sequence[Row]) -> list[Row]:
-    """The rows, with the speed-up reached beside its bound where the legs could not state it themselves."""
+    """The rows, with the speed-up reached next to its bound where the legs could not state it themselves."""
     by_key = {row.key: row for row in rows}
     bound, speed = by_key.get("bound"), by_key.get("output_throughput")
     if bound is None or speed is None or "reached" in by_key:
         return list(rows)
+    # a difference of +40 % is a speed-up of 1.4
     reached, fraction = {}, {}
     for name, most in bound.values.items():
         difference = speed.differences.get(name, UNKNOWN)
         limit = most.value
         reached[name] = UNKNOWN if limit is None else _mapped(difference, lambda value: 1 + value)
         fraction[name] = UNKNOWN if limit is None else _mapped(reached[name], lambda value, limit=limit: value / limit)  # type: ignore[misc]
+    # both new rows follow that of the bound
     templates = {figure.key: figure for figure in figures()}
     found = []
     for row in rows:

@@ -220,6 +220,17 @@ def test_bad_input_is_one_line_and_writes_nothing(workplace, capsys, arguments, 
     assert not (workplace / "report.html").exists()
 
 
+def test_links_in_a_circle_are_one_line(workplace, capsys):
+    run_files.save(make_record(1), workplace / "seed.json")
+    for name, target in (("a", "b"), ("b", "a")):
+        (workplace / name).symlink_to(target)
+    assert run(["report", "seed.json", "--output", "a"]) == 2
+    assert run(["report", "a", "--output", "page.html"]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert ["cannot write a" in lines[0], "a: cannot read" in lines[1]] == [True, True]
+    assert not (workplace / "page.html").exists()
+
+
 def may_be_unknown(model, **needed):
     """Names of the fields of a model that may be null."""
     return [name for name, field in model.model_fields.items() if name not in needed and _takes_null(field.annotation)]
