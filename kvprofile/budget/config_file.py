@@ -116,6 +116,7 @@ def read_config(file: Path) -> ConfigFile:
 
 def _class_config(file: Path, raw: Mapping[str, Any]) -> PretrainedConfig | None:
     """The text part as the class of the model type reads it; None for a type that transformers does not know."""
+    from transformers import PretrainedConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     kind = raw.get("model_type")
@@ -126,9 +127,12 @@ def _class_config(file: Path, raw: Mapping[str, Any]) -> PretrainedConfig | None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             config = CONFIG_MAPPING[kind].from_dict(dict(raw))
-            return config if config.is_encoder_decoder else config.get_text_config(decoder=True)
+            text = config if config.is_encoder_decoder else config.get_text_config(decoder=True)
     except Exception as error:  # config classes check themselves and raise all kinds
         raise InputError(f"{file}: not a {kind} config: {first_line(error)}") from error
+    # a class that wants its text part nested would answer with defaults for a file that is flat
+    is_nested = any(isinstance(raw.get(key), dict) for key in (*_TEXT_CONFIGS, "decoder", "generator"))
+    return text if text is config or (is_nested and isinstance(text, PretrainedConfig)) else None
 
 
 def quiet_transformers() -> None:

@@ -370,7 +370,8 @@ def _plain_type(file: ConfigFile) -> str:
         )
     if file.get("attention_chunk_size"):
         return "chunked_attention"
-    if _window(file.get) is None:
+    window = _window(file.get)
+    if window is None or window >= _positions(file)[0]:
         return "full_attention"
     if file.config is None:
         raise _UnsupportedError(

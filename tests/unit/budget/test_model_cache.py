@@ -412,3 +412,10 @@ def test_a_theta_for_each_layer_is_no_count_of_layers(config):
 def test_bytes_are_those_of_all_layers(config):
     layers = cache_of(read_config(config(MAKESHIFT)), "m", "planned").layers
     assert kv_bytes_per_token(layers, 2) == 6 * 2 * 64 * 2 * 2
+
+
+def test_a_flat_file_of_a_nested_class_is_read_as_it_is(config):
+    """stepfun-ai/Step-3.7-Flash: transformers' class of the type would answer with the defaults of its text part."""
+    flat = {**STEP_3_5, "model_type": "step3p7", "num_key_value_heads": 4, "max_position_embeddings": 65536}
+    found = cache_of(read_config(config(flat)), "m", "planned")
+    assert (found.geometry.kv_heads, found.window_tokens, found.max_positions) == (4, 512, 65536)
