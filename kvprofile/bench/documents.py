@@ -14,7 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from kvprofile.budget.store import is_dir, is_file, phrases
 from kvprofile.corpus.generate import blocks
@@ -22,6 +22,7 @@ from kvprofile.corpus.text_files import read_text
 from kvprofile.errors import InputError, plain
 from kvprofile.files import MAX_FILE_BYTES, read_bytes
 from kvprofile.questions import tasks, user_tasks
+from kvprofile.questions.judge import MEASURES, WITHOUT_CHOICES
 
 BUNDLED, POCKET = "bundled", "pocket"
 POCKET_TASKS = {"persona": 8000, "needle": 4000, "lookup": 3000}
@@ -36,7 +37,8 @@ PURPOSE = "bench"
 
 class BenchQuestion(BaseModel):
     """A question and what a right answer holds: ``expected`` strings (all, or with ``any_of`` one), a regular
-    expression, a JSON schema. ``answer`` is a right answer in the reference's words.
+    expression, a JSON schema. ``answer`` is a right answer in the reference's words; ``measure`` and ``choices`` say
+    how it is compared with ``expected`` (``kvprofile.questions.judge``).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -45,9 +47,17 @@ class BenchQuestion(BaseModel):
     answer: str | None = None
     expected: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     any_of: bool = False
+    measure: str = "words"
+    choices: tuple[str, ...] = ()
     pattern: str | None = None
     json_schema: dict[str, Any] | None = None
     in_voice: bool = False
+
+    @model_validator(mode="after")
+    def _measure_is_known(self) -> BenchQuestion:
+        if self.measure not in (MEASURES if self.choices else WITHOUT_CHOICES):
+            raise ValueError(f"measure is one of {', '.join(WITHOUT_CHOICES)}, and with choices letter or class")
+        return self
 
 
 class BenchDocument(BaseModel):
@@ -122,17 +132,25 @@ def pocket(seed: int, questions: int = 6) -> list[BenchDocument]:
 
 def _of_exercise(exercise: tasks.Exercise, name: str) -> BenchDocument:
     asked = tuple(
-        BenchQuestion(text=each.text, answer=each.answer, expected=each.expected, any_of=each.any_of)
+        BenchQuestion(
+            text=each.text,
+            answer=each.answer,
+            expected=each.expected,
+            any_of=each.any_of,
+            measure=each.measure,
+            choices=each.choices,
+        )
         for each in exercise.questions
     )
     return BenchDocument(name=name, text=exercise.context, questions=asked)
 
 
 def _from_exercises(reference: str) -> list[BenchDocument]:
-    name, found = user_tasks.load(reference, contexts=10**6, questions=10**6)
-    if any(exercise.conversation for exercise in found):
+    brought = user_tasks.load(reference, contexts=10**6, questions=10**6)
+    if any(exercise.conversation for exercise in brought.exercises):
         raise InputError(f"{reference}: a benchmark asks single questions; leave conversations to 'kvprofile evaluate'")
-    return [_of_exercise(exercise, f"{plain(name)[:180]}/{number}") for number, exercise in enumerate(found)]
+    name = plain(brought.name)[:180]
+    return [_of_exercise(exercise, f"{name}/{number}") for number, exercise in enumerate(brought.exercises)]
 
 
 def _from_folder(folder: Path) -> list[BenchDocument]:

@@ -19,6 +19,7 @@ from kvprofile.errors import InputError
 from kvprofile.evaluate.options import EvaluationOptions
 from kvprofile.evaluate.variants import Contender, contenders
 from kvprofile.files import BUDGET_DIR, require_writable
+from kvprofile.questions.columns import Columns
 from kvprofile.questions.tasks import DEFAULT_TASKS, TASKS
 from kvprofile.report import plots, quality_plot
 
@@ -42,6 +43,14 @@ def evaluate(
         typer.Option(
             help=f"One of {', '.join(TASKS)}, a .jsonl file of exercises, or datasets:ID_OR_PATH; repeatable; "
             f"{len(DEFAULT_TASKS)} of them unless given."
+        ),
+    ] = None,
+    columns: Annotated[
+        str | None,
+        typer.Option(
+            help="How to read questions of no known format: context=NAME,question=NAME,answer=NAME and, where it "
+            "matters, choices=NAME, answers=any or all, measure=NAME (docs/texts-and-questions.md). answers and "
+            "measure alone change how a known format is judged."
         ),
     ] = None,
     context_tokens: Annotated[
@@ -104,6 +113,7 @@ def evaluate(
         seed=seed,
         batch=batch,
         generate=generate,
+        columns=Columns() if columns is None else Columns.parse(columns),
     )
     if plot is not None:
         plots.picture_of(plot)
@@ -150,6 +160,8 @@ def _announce(planned: EvaluationPlan, reasons: tuple[str, ...]) -> None:
     say(f"{description.source.name}: {description.geometry.describe()}, {description.architecture}")
     for reason in reasons:
         say(f"  {reason}")
+    for line in planned.told:
+        say(f"  {line}")
     budgets = len({variant.budget for variant in planned.variants})
     say(f"  {planned.questions:,} questions on {len(planned.asked):,} contexts, {budgets} budgets each")
     blocks = f"in blocks of {rule.block_tokens}"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+
+from kvprofile.questions.tasks import TASKS
 
 _NAME_WIDTH = 13
 _TASK_WIDTH = 12
@@ -28,6 +31,9 @@ def heading(summary: Mapping[str, Any]) -> Iterator[str]:
     known, outside = summary["questions_with_known_evidence"], summary["questions_outside"]
     if known:
         yield f"evidence outside of sinks and window: {outside:,} of {known:,} ({outside / known:.0%})"
+    told = {task: phrase for task, phrase in summary.get("accuracy", {}).items() if task not in TASKS}
+    for task, phrase in told.items():
+        yield from textwrap.wrap(f"accuracy of {task}: {phrase}", 80, subsequent_indent="  ")
 
 
 def main_table(summary: Mapping[str, Any]) -> Table:

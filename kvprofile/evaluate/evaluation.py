@@ -25,8 +25,8 @@ from kvprofile.evaluate.summary import Results, summarise
 from kvprofile.evaluate.variants import Contender, Variant, build
 from kvprofile.files import sha256_of
 from kvprofile.progress import Progress, Silent
-from kvprofile.questions import user_tasks
-from kvprofile.questions.tasks import TASKS
+from kvprofile.questions import judge, user_tasks
+from kvprofile.questions.tasks import TASKS, Question
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,6 +48,7 @@ class EvaluationPlan:
     asked: tuple[Asked, ...]
     options: EvaluationOptions
     warnings: tuple[str, ...]
+    told: tuple[str, ...] = ()
 
     @property
     def cache_tokens(self) -> int:
@@ -90,13 +91,15 @@ def plan(
     words = wording(tokenizer, description.config, description.source.folder)
     warnings = list(_profile_warnings(description, contenders))
     asked: list[Asked] = []
+    told: list[str] = []
     user_tasks.require([task for task in options.tasks if task not in TASKS])
     for task in dict.fromkeys(options.tasks):
-        found, told = exercises.make(task, description, tokenizer, words, rule, options)
-        asked += found
-        warnings += told
+        found = exercises.make(task, description, tokenizer, words, rule, options)
+        asked += found.asked
+        warnings += found.warnings
+        told += found.told
     made = EvaluationPlan(
-        description, tokenizer, words, rule, tuple(contenders), tuple(variants), tuple(asked), options, ()
+        description, tokenizer, words, rule, tuple(contenders), tuple(variants), tuple(asked), options, (), tuple(told)
     )
     _check(made)
     return replace(made, warnings=(*warnings, *_length_warnings(made)))
@@ -168,7 +171,9 @@ def run_key(planned: EvaluationPlan, placement: Placement) -> str:
             (asked.name, asked.exercise.verbatim, asked.context_ids, [asdict(row) for row in asked.rows])
             for asked in planned.asked
         ],
-        "expected": [[(q.expected, q.any_of) for q in asked.exercise.questions] for asked in planned.asked],
+        "expected": [
+            [(q.expected, q.any_of, q.measure, q.choices) for q in asked.exercise.questions] for asked in planned.asked
+        ],
     }
     return sha256_of(json.dumps(facts, sort_keys=True).encode())
 
@@ -234,7 +239,20 @@ def _facts(planned: EvaluationPlan, placement: Placement) -> dict[str, Any]:
             for contender in planned.contenders
         ],
         "settings": settings,
+        "accuracy": _what_accuracy_is(planned),
     }
+
+
+def _what_accuracy_is(planned: EvaluationPlan) -> dict[str, str]:
+    """For each task, what its accuracy is the mean of."""
+    questions: dict[str, list[Question]] = {}
+    for asked in planned.asked:
+        questions.setdefault(asked.exercise.task, []).extend(asked.exercise.questions)
+    verbatim = {asked.exercise.task for asked in planned.asked if asked.exercise.verbatim}
+    told = {task: judge.describe(found) for task, found in questions.items()}
+    if not planned.options.generate:
+        told = dict.fromkeys(questions, "share of answers that are the reference, token by token")
+    return {**told, **dict.fromkeys(verbatim, "share of tokens of the context that are the first choice")}
 
 
 def _run_document(planned: EvaluationPlan, placement: Placement) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from kvprofile.budget.trim import TrimRule
@@ -24,6 +24,15 @@ PURPOSE = "evaluate"
 _EVERY_QUESTION = 1_000_000
 
 
+@dataclass(frozen=True)
+class TaskExercises:
+    """The exercises of a task that can be asked, why others are left out, and as what brought ones were read."""
+
+    asked: list[Asked]
+    warnings: list[str]
+    told: tuple[str, ...]
+
+
 def make(
     task: str,
     description: Description,
@@ -31,15 +40,16 @@ def make(
     words: Wording,
     rule: TrimRule,
     options: EvaluationOptions,
-) -> tuple[list[Asked], list[str]]:
-    """The exercises of a task that can be asked, and a line for each reason why others are left out."""
+) -> TaskExercises:
+    """The exercises of a task. Raises InputError where a generated one does not fit or a brought one is not read."""
     warnings = []
+    told: tuple[str, ...] = ()
     if task in TASKS:
         found = list(_generated(task, tokenizer, words, rule, options))
         for each in found:
             _check_positions(each, description)
     else:
-        brought = _brought(task, tokenizer, words, rule, options)
+        brought, told = _brought(task, tokenizer, words, rule, options)
         found = [each for each in brought if each.positions <= description.max_positions]
         if len(found) < len(brought):
             left_out = f"{len(brought) - len(found)} of {len(brought)} documents are left out"
@@ -48,7 +58,7 @@ def make(
     if len(kept) < len(found):
         left_out = f"{len(found) - len(kept)} of {len(found)} contexts are left out"
         warnings.append(f"{found[0].exercise.task}: {left_out}, no question has its evidence outside sinks and window")
-    return kept, warnings
+    return TaskExercises(kept, warnings, told)
 
 
 def _generated(
@@ -65,11 +75,15 @@ def _generated(
 
 def _brought(
     reference: str, tokenizer: PreTrainedTokenizerBase, words: Wording, rule: TrimRule, options: EvaluationOptions
-) -> list[Asked]:
+) -> tuple[list[Asked], tuple[str, ...]]:
     wanted = _EVERY_QUESTION if options.only_outside else options.questions
-    name, found = user_tasks.load(reference, options.contexts, wanted)
-    asked = [ask(f"{name}/{number}", each, None, tokenizer, words, rule) for number, each in enumerate(found)]
-    return [_only_outside(each, tokenizer, words, rule, options) for each in asked] if options.only_outside else asked
+    found = user_tasks.load(reference, options.contexts, wanted, options.columns)
+    asked = [
+        ask(f"{found.name}/{number}", each, None, tokenizer, words, rule) for number, each in enumerate(found.exercises)
+    ]
+    if options.only_outside:
+        asked = [_only_outside(each, tokenizer, words, rule, options) for each in asked]
+    return asked, found.told
 
 
 def _only_outside(

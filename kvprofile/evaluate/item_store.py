@@ -33,8 +33,8 @@ class Item:
     - ``retention_realised``: bytes of keys and values held after the trim, as a share of the full cache's.
     - ``reference_tokens``: tokens of the reference answer and its end; ``tokens_right``: how many of them are the first
       choice behind the ones before; ``exact``: all are, so greedy decoding writes the reference.
-    - ``right``: the greedy answer holds what is expected, null where the context is asked back; ``accuracy``: 1 or 0
-      for right, the share of tokens right where the context is asked back.
+    - ``right``: the greedy answer is what is expected, null where the context is asked back; ``accuracy``: how far it
+      is, by the question's measure, 0 to 1; the share of tokens right where the context is asked back.
     - ``nll``: mean negative log likelihood of the reference tokens, nats; ``agreement``: share of them where the first
       choice is the full cache's; ``kl``: mean KL divergence of the next token from the full cache's, nats, over at
       most 128 of them.

@@ -18,7 +18,7 @@ from kvprofile.budget.profile import Matrix
 from kvprofile.errors import InputError
 from kvprofile.evaluate.encoding import SPARE_TOKENS, Asked, AskedRow, Reference, Wording
 from kvprofile.evaluate.simulate import Branch, Simulation
-from kvprofile.questions.judge import is_right
+from kvprofile.questions.judge import is_right, score
 
 KL_TOKENS = 128
 """Answer tokens of a question over which the divergence is measured."""
@@ -173,11 +173,12 @@ class Measurer:
         question = asked.exercise.questions[reading.reference.question]
         text = None if written is None else self.tokenizer.decode(written, skip_special_tokens=True)
         tokens, hits = len(reading.choices), sum(reading.right)
-        right, length = None, None
+        right, length, accuracy = None, None, hits / tokens
         if written is not None and text is not None:
-            right, length = is_right(question, text), len(written)
+            right, length, accuracy = is_right(question, text), len(written), score(question, text)
         elif not asked.exercise.verbatim:
             right = hits == tokens
+            accuracy = float(right)
             length = tokens - len(self.words.end_ids) if right else None
         return QuestionOutcome(
             retention_realised=share,
@@ -185,7 +186,7 @@ class Measurer:
             tokens_right=hits,
             exact=hits == tokens,
             right=right,
-            accuracy=hits / tokens if right is None else float(right),
+            accuracy=accuracy,
             nll=nll,
             agreement=sum(a == b for a, b in zip(reading.choices, full.choices, strict=True)) / tokens,
             kl=kl,

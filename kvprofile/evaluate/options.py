@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kvprofile.budget.allocate import require_retention
 from kvprofile.budget.profile import PRESETS
 from kvprofile.budget.trim import DEFAULT_BLOCK_TOKENS
 from kvprofile.errors import InputError
-from kvprofile.questions.tasks import DEFAULT_TASKS
+from kvprofile.questions.columns import Columns
+from kvprofile.questions.tasks import DEFAULT_TASKS, TASKS
 
 MOST = 1_000_000
 """Most of anything that is counted."""
@@ -35,6 +36,7 @@ class EvaluationOptions:
     seed: int = 0
     batch: int = 16
     generate: bool = True
+    columns: Columns = field(default_factory=Columns)
 
     def __post_init__(self) -> None:
         for retention in self.retentions:
@@ -50,3 +52,5 @@ class EvaluationOptions:
                 raise InputError(f"--context-tokens must lie between 1 and {MOST:,}, not {tokens}")
         if not (self.retentions and self.tasks and self.context_tokens):
             raise InputError("give at least one retention, task and number of context tokens")
+        if self.columns != Columns() and set(self.tasks) <= set(TASKS):
+            raise InputError("--columns is for questions that you bring; add --tasks FILE.jsonl or datasets:ID_OR_PATH")

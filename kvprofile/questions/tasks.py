@@ -21,10 +21,10 @@ REPEAT = "Repeat the previous context exactly."
 
 @dataclass(frozen=True)
 class Question:
-    """One question: the reference answer, strings that a right answer holds, and the evidence as [start, stop) spans.
+    """One question: the reference answer, what a right answer holds, and the evidence as [start, stop) spans.
 
     Spans count characters of the context; none where it is not known what stands where. With ``any_of`` one of the
-    expected strings is enough.
+    expected strings is enough. ``measure`` and ``choices`` are those of ``judge``; choices shown are part of the text.
     """
 
     text: str
@@ -32,6 +32,8 @@ class Question:
     expected: tuple[str, ...]
     evidence: tuple[tuple[int, int], ...]
     any_of: bool = False
+    measure: str = "words"
+    choices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,48 +1,66 @@
-"""Exercises that people bring: JSON lines, and data sets with the columns of LongBench, SCBench or RULER.
+"""Questions that people bring: JSON lines and data sets, in our own format, a published benchmark's or a mapped one.
 
-A data set is a folder or file that ``datasets`` reads, or a data set of the hub. What is generated lives in ``tasks``.
+What is generated lives in ``tasks``; docs/texts-and-questions.md lists the formats.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from kvprofile.corpus import datasets_
+from kvprofile.corpus.text_files import json_lines
 from kvprofile.errors import InputError, plain
 from kvprofile.files import MAX_TEXT_BYTES
+from kvprofile.questions import judge, published
+from kvprofile.questions.columns import USAGE, Columns
+from kvprofile.questions.fields import Source, choice_question, context_of, question_of, text_of
 from kvprofile.questions.tasks import TASKS, Exercise, Question
 
-_QUESTION_COLUMNS = ("question", "input")
-_ANSWER_COLUMNS = ("answers", "outputs", "answer", "output")
+_OWN = "kvprofile's own"
 
 
-def load(reference: str, contexts: int, questions: int) -> tuple[str, list[Exercise]]:
-    """The name of a task that people bring and its first ``contexts`` exercises of at most ``questions`` each.
+@dataclass(frozen=True)
+class Brought:
+    """A task that somebody brought: its name, its exercises, and lines that say as what they were read."""
 
-    ``reference`` is one of
+    name: str
+    exercises: tuple[Exercise, ...]
+    told: tuple[str, ...]
 
-    - a .jsonl file of ``{"context", "questions": [{"text", "answer", "expected"?, "any_of"?, "evidence"?}],
-      "conversation"?}``, with ``expected`` a list of strings (the answer unless given) and ``evidence`` a list of
-      [start, stop) characters of the context,
-    - ``datasets:ID_OR_PATH[:SPLIT[:CONFIG]]`` (see ``kvprofile.corpus.datasets_``).
 
-    Raises InputError where it is missing, unreadable, empty or has no such fields.
+def load(reference: str, contexts: int, questions: int, columns: Columns | None = None) -> Brought:
+    """The first ``contexts`` exercises of a task that people bring, of at most ``questions`` each.
+
+    ``reference`` is a ``.jsonl`` file or ``datasets:ID_OR_PATH[:SPLIT[:CONFIG]]``. Its rows are, in this order, what
+    ``columns`` say, our own ``{"context", "questions": [{"text", "answer", "expected"?, "any_of"?, "choices"?,
+    "measure"?, "evidence"?}], "conversation"?}`` (``evidence``: a list of [start, stop) characters of the context), or
+    a format of ``published``. Raises InputError where it is missing, unreadable, empty or of no format that is known.
     """
-    if reference.startswith(datasets_.SCHEME):
-        name, found = _from_datasets(reference)
-    else:
-        name, found = _from_file(reference)
-    exercises = []
-    for exercise in itertools.islice(found, contexts):
-        kept = exercise.questions[:questions]
-        exercises.append(Exercise(name, exercise.context, kept, exercise.conversation))
-    if not exercises:
+    wanted = columns or Columns()
+    name, rows, known_columns, hints = _rows(reference)
+    first = next(rows, None)
+    if first is None:
         raise InputError(f"{reference} holds no exercises")
-    return name, exercises
+    listed = known_columns or _columns_of(first[1], first[0])
+    format_name, read = _reader(reference, listed, first[1], wanted)
+    source = Source(reference, hints)
+    exercises = []
+    found = _grouped(_read(itertools.chain([first], rows), read, source))
+    for exercise in itertools.islice(found, contexts):
+        kept = [wanted.apply(question) for question in exercise.questions[:questions]]
+        exercises.append(replace(exercise, task=name, questions=tuple(kept)))
+    if not exercises:
+        raise InputError(f"{reference} holds no exercises{_and(source)}")
+    asked = [question for exercise in exercises for question in exercise.questions]
+    for measure in {question.measure for question in asked}:
+        judge.require_measure(measure)
+    told = f"{name} is read as {format_name} ({', '.join(listed)}): {judge.describe(asked)}"
+    notes = [f"{name}: {note} (rows or questions: {count})" for note, count in source.notes.items()]
+    return Brought(name, tuple(exercises), (told, *notes))
 
 
 def require(references: Iterable[str]) -> None:
@@ -52,9 +70,38 @@ def require(references: Iterable[str]) -> None:
             _file(reference)
 
 
-def _from_file(reference: str) -> tuple[str, Iterator[Exercise]]:
-    path = _file(reference)
-    return plain(path.name), _lines(path)
+def _reader(
+    reference: str, columns: Sequence[str], first: Mapping[str, Any], wanted: Columns
+) -> tuple[str, Callable[[Mapping[str, Any], Source], Exercise | None]]:
+    """(what the rows are, what reads one)."""
+    if wanted.names:
+        return "mapped by --columns", wanted.read
+    found = published.recognise(columns, first)
+    if found:
+        return found.name, found.read
+    if "questions" in columns:
+        return _OWN, _own
+    raise InputError(
+        f"{reference}: columns {', '.join(columns)} are of no known format; name what they hold with {USAGE} "
+        "(docs/texts-and-questions.md)"
+    )
+
+
+def _rows(reference: str) -> tuple[str, Iterator[tuple[str, Any]], tuple[str, ...], tuple[str, ...]]:
+    """Name, (where, row) of each row, columns (empty for JSON lines), and words that may tell a benchmark's part."""
+    if not reference.startswith(datasets_.SCHEME):
+        path = _file(reference)
+        return plain(path.name), _lines(path), (), _words_of(path)
+    wanted = datasets_.parse(reference)
+    if wanted.column:
+        raise InputError(f"{reference}: questions have several columns; @COLUMN is for the texts of 'kvprofile score'")
+    table = datasets_.load(reference, wanted)
+    rows = ((f"{reference}: row {number}", row) for number, row in enumerate(table.rows))
+    return wanted.name, rows, table.columns, (wanted.config, table.name, *_words_of(Path(wanted.path)))
+
+
+def _words_of(path: Path) -> tuple[str, ...]:
+    return path.stem, path.parent.name
 
 
 def _file(reference: str) -> Path:
@@ -68,110 +115,33 @@ def _file(reference: str) -> Path:
     return path
 
 
-def _lines(path: Path) -> Iterator[Exercise]:
+def _lines(path: Path) -> Iterator[tuple[str, Any]]:
     try:
-        with open(path, encoding="utf-8-sig") as stream:
-            number = 0
-            while line := stream.readline(MAX_TEXT_BYTES):  # of what never ends no more than that
-                number += 1
-                if line.strip():
-                    yield _exercise(line, f"{path}: line {number}")
+        with open(path, encoding="utf-8") as stream:
+            lines = iter(lambda: stream.readline(MAX_TEXT_BYTES), "")  # of what never ends no more than that
+            for number, row in json_lines(lines, f"{path}:"):
+                yield f"{path}: line {number}", row
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 (byte {error.start})") from error
 
 
-def _exercise(line: str, where: str) -> Exercise:
-    try:
-        raw = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where} is not JSON") from error
-    if not isinstance(raw, dict) or not isinstance(raw.get("questions"), list) or not raw["questions"]:
-        raise InputError(f'{where} has no "questions"; give {{"context": "...", "questions": [{{...}}]}}')
-    context = _text(raw.get("context"), where, "context")
-    found = []
-    for entry in raw["questions"]:
-        if not isinstance(entry, dict):
-            raise InputError(f'{where}: a question is no object; give {{"text": "...", "answer": "..."}}')
-        answer = _text(entry.get("answer"), where, "answer")
-        expected = entry.get("expected", [answer])
-        expected = [expected] if isinstance(expected, str) else expected
-        if not isinstance(expected, list) or not expected:
-            raise InputError(f'{where}: "expected" is no list of strings')
-        found.append(
-            Question(
-                text=_text(entry.get("text"), where, "text"),
-                answer=answer,
-                expected=tuple(_text(each, where, "expected") for each in expected),
-                evidence=_spans(entry.get("evidence", []), len(context), where),
-                any_of=entry.get("any_of") is True,
-            )
-        )
-    return Exercise("", context, tuple(found), raw.get("conversation") is True)
+def _columns_of(row: Any, where: str) -> tuple[str, ...]:
+    if not isinstance(row, dict):
+        raise InputError(f'{where} is not an object; give {{"context": "...", "questions": [{{...}}]}}')
+    return tuple(row)
 
 
-def _spans(value: object, length: int, where: str) -> tuple[tuple[int, int], ...]:
-    spans: list[Any] = value if isinstance(value, list) else [None]
-    for span in spans:
-        fits = isinstance(span, list) and len(span) == 2 and all(type(place) is int for place in span)
-        if not fits or not 0 <= span[0] < span[1] <= length:
-            raise InputError(f'{where}: "evidence" is no list of [start, stop] within the context')
-    return tuple((start, stop) for start, stop in spans)
-
-
-def _from_datasets(reference: str) -> tuple[str, Iterator[Exercise]]:
-    wanted = datasets_.parse(reference)
-    if wanted.column:
-        raise InputError(f"{reference}: questions have several columns; @COLUMN is for the texts of 'kvprofile score'")
-    table = datasets_.load(reference, wanted)
-    read = _reader(list(table.columns))
-    if read is None:
-        raise InputError(
-            f"{reference}: columns {', '.join(table.columns)} are not those of LongBench (context, input, answers), "
-            "SCBench (context, multi_turns) or RULER (input, outputs)"
-        )
-    return wanted.name, _grouped(read(row, f"{reference}: row {number}") for number, row in enumerate(table.rows))
-
-
-def _reader(columns: list[str]) -> Any:
-    """What turns a row with these columns into an exercise; None where nothing does."""
-    question = next((column for column in _QUESTION_COLUMNS if column in columns), None)
-    answer = next((column for column in _ANSWER_COLUMNS if column in columns), None)
-    if "context" in columns and "multi_turns" in columns:
-        return _conversation
-    if question is None or answer is None:
-        return None
-
-    def read(row: Mapping[str, Any], where: str) -> Exercise:
-        if "context" in columns:
-            context, text = row["context"], row[question]
-        else:  # RULER writes context and question as one text, whose last line asks
-            context, _, text = _text(row[question], where, question).rstrip().rpartition("\n")
-        found = _question(text, row[answer], where, any_of=answer == "answers")
-        return Exercise("", _text(context, where, "context"), (found,))
-
-    return read
-
-
-def _conversation(row: Mapping[str, Any], where: str) -> Exercise:
-    turns = row["multi_turns"]
-    if isinstance(turns, dict):  # how older versions of datasets give a list of objects
-        turns = [dict(zip(turns, values, strict=False)) for values in zip(*turns.values(), strict=False)]
-    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
-        raise InputError(f"{where}: multi_turns is no list of turns")
-    found = tuple(_question(turn.get("input"), turn.get("answer"), where, any_of=True) for turn in turns)
-    return Exercise("", _text(row["context"], where, "context"), found, conversation=True)
-
-
-def _question(text: object, answers: object, where: str, *, any_of: bool) -> Question:
-    """A question whose answers are alternatives (``any_of``, the first is the reference) or all expected."""
-    listed = answers if isinstance(answers, list) else [answers]
-    expected = tuple(_text(answer, where, "answer") for answer in listed)
-    if not expected:
-        raise InputError(f"{where} has no answer")
-    reference = expected[0] if any_of else ", ".join(expected)
-    return Question(_text(text, where, "question"), reference, expected, (), any_of)
+def _read(
+    rows: Iterable[tuple[str, Any]], read: Callable[[Mapping[str, Any], Source], Exercise | None], source: Source
+) -> Iterator[Exercise]:
+    for where, row in rows:
+        source.where = where
+        _columns_of(row, where)
+        exercise = read(row, source)
+        if exercise is not None:
+            yield exercise
 
 
 def _grouped(exercises: Iterable[Exercise]) -> Iterator[Exercise]:
@@ -184,12 +154,42 @@ def _grouped(exercises: Iterable[Exercise]) -> Iterator[Exercise]:
             yield Exercise("", context, tuple(question for each in same for question in each.questions))
 
 
-def _text(value: object, where: str, what: str) -> str:
-    text = str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
-    if not isinstance(text, str) or not text.strip():
-        raise InputError(f"{where} has no {what}, or one that is no text")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(f"{where} holds half a surrogate pair in its {what}, which is no text") from error
-    return text
+def _and(source: Source) -> str:
+    return "".join(f"; {note}" for note in source.notes)
+
+
+def _own(row: Mapping[str, Any], source: Source) -> Exercise:
+    where, entries = source.where, row.get("questions")
+    if not isinstance(entries, list) or not entries:
+        raise InputError(f'{where} has no "questions"; give {{"context": "...", "questions": [{{...}}]}}')
+    context = context_of(row.get("context"), source)
+    questions = tuple(_own_question(entry, len(context), source) for entry in entries)
+    return Exercise("", context, questions, row.get("conversation") is True)
+
+
+def _own_question(entry: object, length: int, source: Source) -> Question:
+    where = source.where
+    if not isinstance(entry, dict):
+        raise InputError(f'{where}: a question is not an object; give {{"text": "...", "answer": "..."}}')
+    evidence = _spans(entry.get("evidence") or [], length, where)
+    text, answer = entry.get("text"), entry.get("answer")
+    if entry.get("choices"):
+        return replace(choice_question(text, entry["choices"], answer, source), evidence=evidence)
+    expected = answer if entry.get("expected") is None else entry["expected"]
+    if expected == [] or not (expected is answer or isinstance(expected, str | int | float | list)):
+        raise InputError(f'{where}: "expected" is not a list of strings')
+    measure = "words" if entry.get("measure") is None else entry["measure"]
+    if measure not in judge.WITHOUT_CHOICES:
+        raise InputError(f'{where}: "measure" is not one of {", ".join(judge.WITHOUT_CHOICES)}')
+    any_of = entry.get("any_of") is True
+    made = question_of(text, expected, source, any_of=any_of, measure=measure, evidence=evidence)
+    return replace(made, answer=text_of(answer, source, "answer"))
+
+
+def _spans(value: object, length: int, where: str) -> tuple[tuple[int, int], ...]:
+    spans: list[Any] = value if isinstance(value, list) else [None]
+    for span in spans:
+        fits = isinstance(span, list) and len(span) == 2 and all(type(place) is int for place in span)
+        if not fits or not 0 <= span[0] < span[1] <= length:
+            raise InputError(f'{where}: "evidence" is not a list of [start, stop] within the context')
+    return tuple((start, stop) for start, stop in spans)

@@ -1,4 +1,4 @@
-"""Whether an output holds what its question expects: strings as whole words, a regular expression, a JSON schema."""
+"""Whether an output is what its question expects: the references, a regular expression, a JSON schema."""
 
 from __future__ import annotations
 
@@ -8,25 +8,28 @@ from typing import Any
 
 from kvprofile.bench.verifiers.base import Case, Verifier
 from kvprofile.errors import InputError
-from kvprofile.questions.judge import holds
+from kvprofile.questions.judge import is_right, scores
 from kvprofile.records.record import Verdict
 
 
 class Expected(Verifier):
-    """The question's ``expected`` strings occur as whole words; the score is the share that does."""
+    """The output agrees with the question's ``expected`` strings as ``evaluate`` judges: the same measures, any or all.
+
+    The score is the best agreement with ``any_of``, else the mean.
+    """
 
     name = "expected"
 
     def judge(self, case: Case) -> Verdict | None:
-        """Pass where all (or with any_of one) are there."""
+        """Pass where ``is_right``."""
         wanted = case.question.expected
         if not wanted:
             return None
-        found = [holds(case.output, text) for text in wanted]
-        passed = any(found) if case.question.any_of else all(found)
-        missing = [text for text, there in zip(wanted, found, strict=True) if not there]
+        found = scores(case.question, case.output)
+        passed = is_right(case.question, case.output)
+        missing = [text for text, score in zip(wanted, found, strict=True) if score < 1]
         warnings = [] if passed else [f"missing: {', '.join(missing)}"]
-        return self.verdict(passed, float(passed) if case.question.any_of else sum(found) / len(found), warnings)
+        return self.verdict(passed, max(found) if case.question.any_of else sum(found) / len(found), warnings)
 
 
 class Pattern(Verifier):

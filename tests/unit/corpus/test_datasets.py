@@ -67,7 +67,7 @@ def test_one_split_needs_no_name_and_of_several_one_is_named(tmp_path):
     datasets.DatasetDict({"train": rows, "test": rows}).save_to_disk(several)
     assert load_corpus(f"datasets:{single}").texts[0].name == "validation/0"
     assert load_corpus(f"datasets:{several}:train").name == "datasets:several:train"
-    assert user_tasks.load(f"datasets:{single}", 1, 1)[0] == "datasets:single"
+    assert user_tasks.load(f"datasets:{single}", 1, 1).name == "datasets:single"
     for load in (load_corpus, lambda reference: user_tasks.load(reference, 1, 1)):
         with pytest.raises(InputError, match=r"choose one split of train, test: datasets:ID_OR_PATH\[:SPLIT"):
             load(f"datasets:{several}")

@@ -109,7 +109,7 @@ def test_a_byte_order_mark_is_never_text(tmp_path_factory, text):
     assert documents.load((str(folder / "a.md"),))[0].text == text
     asked = {"context": text, "questions": [{"text": "Where?", "answer": "here"}]}
     (folder / "q.jsonl").write_bytes(MARK + json.dumps(asked).encode())
-    assert user_tasks.load(str(folder / "q.jsonl"), 1, 1)[1][0].context == text
+    assert user_tasks.load(str(folder / "q.jsonl"), 1, 1).exercises[0].context == text
     assert documents.load((str(folder / "q.jsonl"),))[0].text == text
 
 

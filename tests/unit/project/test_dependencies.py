@@ -33,6 +33,7 @@ NEED_BENCH = (
     "kvprofile/bench/",
     "kvprofile/client.py",
     "kvprofile/instrumentation.py",
+    "kvprofile/questions/judge.py",  # ROUGE-L of summaries
     "kvprofile/records/provenance.py",  # without it GPUs stay unknown
     "kvprofile/runtime/metrics.py",  # in vLLM, which brings it
 )
