@@ -82,7 +82,7 @@ def _reader(
     if "questions" in columns:
         return _OWN, _own
     raise InputError(
-        f"{reference}: columns {', '.join(columns)} are of no known format; name what they hold with {USAGE} "
+        f"{reference}: columns {', '.join(columns)} are of no known format; 'kvprofile evaluate' takes {USAGE} "
         "(docs/texts-and-questions.md)"
     )
 

@@ -101,7 +101,7 @@ def test_a_row_that_lacks_a_column_is_never_read_as_that_format(name, data):
 def test_common_names_alone_are_no_format(tmp_path_factory, columns):
     """Rows of which it cannot be known whether all answers are expected ask for a mapping, in one line."""
     row = dict.fromkeys(columns, "a text\nwith two lines") | {"other": 1}
-    with pytest.raises(InputError, match=r"are of no known format; name what they hold with --columns context=NAME"):
+    with pytest.raises(InputError, match=r"are of no known format; 'kvprofile evaluate' takes --columns context=NAME"):
         bring(tmp_path_factory.mktemp("rows"), row)
 
 
