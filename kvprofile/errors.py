@@ -22,10 +22,14 @@ def plain(text: object) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """What a library says went wrong, short enough for one line."""
-    lines = (str(error).strip() or type(error).__name__).splitlines()
-    told = lines[0] if not lines[0].endswith(":") else " ".join(line.strip() for line in lines[:3])
-    return told[:300]
+    """What a library says went wrong: its first line or, where that only begins a sentence, its first paragraph.
+
+    Of more than 600 characters the beginning is kept, up to a word, and marked as cut.
+    """
+    paragraph = (str(error).strip() or type(error).__name__).partition("\n\n")[0].splitlines()
+    begins = paragraph[0].rstrip().endswith((":", ",", "(", "["))
+    told = " ".join(" ".join(paragraph if begins else paragraph[:1]).split())
+    return told if len(told) <= 600 else f"{told[:600].rpartition(' ')[0] or told[:600]} …"
 
 
 def _escape(character: str) -> str:

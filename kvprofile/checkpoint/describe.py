@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvprofile.budget.config_file import ConfigFile, quiet_transformers, read_json
 from kvprofile.budget.model_cache import ModelCache, cache_of
 from kvprofile.budget.profile import NO_CACHE, Geometry
+from kvprofile.checkpoint.quantisation import Quantisation, as_multiplied_out, quantisation_of
+from kvprofile.checkpoint.rehearsal import rehearse
 from kvprofile.checkpoint.source import Source, fetch_weights
-from kvprofile.checkpoint.weights import fingerprint, read_header, weight_files
+from kvprofile.checkpoint.weights import Tensor, fingerprint, read_header, weight_files
 from kvprofile.errors import InputError, first_line, plain
 
 if TYPE_CHECKING:
@@ -20,7 +23,10 @@ _OTHER_SENSES = ("vision_config", "audio_config", "encoder", "vision_encoder", "
 
 @dataclass(frozen=True)
 class Description:
-    """What the config and the tensor headers of a checkpoint tell without loading weights."""
+    """What the config and the tensor headers of a checkpoint tell without loading weights.
+
+    ``parameters`` counts values, ``weight_bytes`` is their size as stored. ``notes`` says what was left out on purpose.
+    """
 
     source: Source
     config: PretrainedConfig
@@ -30,8 +36,11 @@ class Description:
     position_reason: str
     vocabulary_rows: int
     weight_bytes: int
+    parameters: int
+    quantisation: Quantisation | None
     weights_sha256: str
     trust_remote_code: bool
+    notes: tuple[str, ...] = ()
 
 
 def describe(source: Source, trust_remote_code: bool = False) -> Description:
@@ -54,13 +63,16 @@ def describe(source: Source, trust_remote_code: bool = False) -> Description:
         if unsupported:
             raise refuse(unsupported)
         vocabulary_rows = int(config.vocab_size)
-    except (AttributeError, TypeError, ValueError, ArithmeticError) as error:
+    except (AttributeError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise InputError(f"{file}: not a decoder's config: {first_line(error)}") from error
     for name, value in (("hidden_size", getattr(config, "hidden_size", 1)), ("vocab_size", vocabulary_rows)):
         if value < 1:
             raise InputError(f"{file}: {name} is {value}")
     folder = fetch_weights(source, trust_remote_code)
     headers = {file: read_header(file) for file in weight_files(folder)}
+    tensors = [tensor for found in headers.values() for tensor in found]
+    quantisation = quantisation_of(folder, config)
+    notes = _rehearsed(folder, config, cache.geometry, tensors, quantisation, trust_remote_code)
     return Description(
         source=Source(source.name, folder, source.revision),
         config=config,
@@ -69,10 +81,31 @@ def describe(source: Source, trust_remote_code: bool = False) -> Description:
         max_positions=cache.valid_positions,
         position_reason=cache.position_reason,
         vocabulary_rows=vocabulary_rows,
-        weight_bytes=sum(tensor.end - tensor.first for tensors in headers.values() for tensor in tensors),
+        weight_bytes=sum(tensor.end - tensor.first for tensor in tensors),
+        parameters=sum(tensor.count for tensor in tensors),
+        quantisation=quantisation,
         weights_sha256=fingerprint(headers),
         trust_remote_code=trust_remote_code,
+        notes=notes,
     )
+
+
+def _rehearsed(
+    folder: Path,
+    config: PretrainedConfig,
+    geometry: Geometry,
+    tensors: list[Tensor],
+    quantisation: Quantisation | None,
+    trust_remote_code: bool,
+) -> tuple[str, ...]:
+    """Check tensors against the model. Quantised ones and those of foreign code are checked when they are loaded."""
+    if trust_remote_code and getattr(config, "auto_map", None):
+        return ()
+    if quantisation is None:
+        return rehearse(folder, config, geometry, tensors)
+    if quantisation.multiplied_out:
+        return rehearse(folder, config, geometry, as_multiplied_out(tensors))
+    return ()
 
 
 def _read_raw(source: Source) -> dict[str, Any]:
@@ -125,6 +158,8 @@ def _unsupported(config: PretrainedConfig, cache: ModelCache, trust_remote_code:
         return "some layers keep a state instead of a cache (linear attention)"
     if not cache.is_uniform:
         return "its layers differ in their heads, or keys and values in their size"
+    if config.model_type == "jetmoe":
+        return "each token chooses query heads of its own (mixture of attention heads)"
     if trust_remote_code and getattr(config, "auto_map", None):
         return None
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING

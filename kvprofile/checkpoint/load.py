@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import json
-import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from kvprofile.budget.config_file import quiet_transformers
 from kvprofile.budget.dtypes import MODEL_DTYPES
 from kvprofile.budget.profile import ModelIdentity
 from kvprofile.checkpoint.describe import Description
+from kvprofile.checkpoint.quantisation import multiplied_out
+from kvprofile.checkpoint.rehearsal import check_found
 from kvprofile.checkpoint.source import Source
+from kvprofile.checkpoint.weights import read_header, weight_files
 from kvprofile.errors import InputError, first_line
 from kvprofile.files import sha256_of
 
@@ -26,6 +30,7 @@ class Placement:
     """Where and how a model is loaded, each choice with its reason.
 
     ``gpu_weight_bytes`` of a device map: how many bytes of weights each GPU takes, so that the cache has room beside.
+    ``stored_as`` says how the weights were quantised before they were multiplied out.
     """
 
     device: str
@@ -33,6 +38,12 @@ class Placement:
     device_map: bool
     reasons: tuple[str, ...]
     gpu_weight_bytes: tuple[int, ...] = ()
+    stored_as: str | None = None
+
+    @property
+    def weights(self) -> str:
+        """The dtype of the weights and, where they were multiplied out, what from."""
+        return f"{self.dtype}, multiplied out from {self.stored_as}" if self.stored_as else self.dtype
 
 
 def load_tokenizer(source: Source, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -75,24 +86,35 @@ def identity(description: Description, tokenizer: PreTrainedTokenizerBase) -> Mo
 def place(description: Description, dtype: str, device: str, cache_tokens: int) -> Placement:
     """Choose device, dtype and device map. ``dtype`` and ``device`` may be 'auto'; anything else is obeyed.
 
-    ``cache_tokens`` is the longest cache the run will hold. Raises InputError for an unknown dtype or device.
+    ``cache_tokens`` is the longest cache the run will hold. Raises InputError for an unknown dtype or device, and for
+    weights quantised in a way that transformers does not read.
     """
     import psutil
     import torch
 
+    quantised = description.quantisation
+    if quantised and not (quantised.in_transformers or quantised.multiplied_out):
+        raise InputError(
+            f"{description.source.folder}: the weights are quantised by {quantised.method}, which transformers "
+            f"{version('transformers')} does not read; give the checkpoint as it was before, or use --engine vllm"
+        )
     free_cuda = []
     for index in range(torch.cuda.device_count()):
         free_cuda.append(torch.cuda.mem_get_info(index)[0])
     own_dtype = str(getattr(description.config, "dtype", None) or torch.float32).removeprefix("torch.")
-    return choose_placement(
+    placement = choose_placement(
         dtype=dtype,
         device=device,
         own_dtype=own_dtype,
-        parameters=_parameter_count(description, own_dtype),
+        parameters=_loaded_parameters(description, own_dtype),
         cache_values=description.geometry.values_per_token * cache_tokens,
         free_cuda_bytes=free_cuda,
         free_host_bytes=psutil.virtual_memory().available,
     )
+    if quantised is None or not quantised.multiplied_out:
+        return placement
+    reason = f"weights multiplied out from {quantised.method}; inputs, which serving may round too, are not rounded"
+    return replace(placement, reasons=(*placement.reasons, reason), stored_as=quantised.method)
 
 
 def choose_placement(
@@ -169,50 +191,71 @@ def load_model(description: Description, placement: Placement, *, needs_head: bo
     """
     import psutil
     import torch
-    from transformers import AutoModelForCausalLM
 
     quiet_transformers()
     source = description.source
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"dtype": getattr(torch, placement.dtype), "output_loading_info": True}
     if placement.device_map:
         room: dict[int | str, int] = dict(enumerate(placement.gpu_weight_bytes))
-        options = {"device_map": "auto"}
+        options["device_map"] = "auto"
         if room:
             options["max_memory"] = {**room, "cpu": psutil.virtual_memory().available}
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
-            source.folder,
-            config=description.config,
-            dtype=getattr(torch, placement.dtype),
-            use_safetensors=True,
-            trust_remote_code=description.trust_remote_code,
-            local_files_only=True,
-            output_loading_info=True,
-            **options,
-        )
+        model, found = _from_pretrained(description, options)
         if not placement.device_map:
             model.to(placement.device)
+    except InputError:
+        raise
     except Exception as error:  # loaders of quantised and sharded weights raise all kinds
         raise InputError(f"{source.folder}: cannot load the weights: {first_line(error)}") from error
-    absent = sorted(name for name in found["missing_keys"] if needs_head or not name.startswith("lm_head"))
-    if absent:
-        raise InputError(
-            f"{source.folder}: the weights lack {absent[0]} ({len(absent)} missing in all); download again"
-        )
+    check_found(source.folder, found, needs_head=needs_head)
     model.requires_grad_(False)
     return model.eval()
 
 
+def _from_pretrained(description: Description, options: dict[str, Any]) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model, and what transformers reports of loading it."""
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    folder, config = description.source.folder, description.config
+    if description.quantisation and description.quantisation.multiplied_out:
+        files = weight_files(folder)
+        tensors = [tensor for file in files for tensor in read_header(file)]
+        config = copy.deepcopy(config)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        loaded = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+            None, config=config, state_dict=multiplied_out(files, tensors), **options
+        )
+    else:
+        loaded = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            use_safetensors=True,
+            trust_remote_code=description.trust_remote_code,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,  # refused below, by name
+            **options,
+        )
+    model, found = loaded
+    return model, found
+
+
 def weight_bytes_in(description: Description, dtype: str) -> int:
-    """Bytes of the weights in a dtype. Weights that are quantised count as they are stored."""
-    if getattr(description.config, "quantization_config", None):
+    """Bytes of the weights in a dtype. Weights that stay quantised count as they are stored."""
+    quantised = description.quantisation
+    if quantised and not quantised.multiplied_out:
         return description.weight_bytes
-    own_dtype = str(getattr(description.config, "dtype", None) or "float32").removeprefix("torch.")
-    return _parameter_count(description, own_dtype) * MODEL_DTYPES[dtype]
+    return description.parameters * MODEL_DTYPES[dtype]
 
 
-def _parameter_count(description: Description, own_dtype: str) -> int:
-    return math.ceil(description.weight_bytes / MODEL_DTYPES.get(own_dtype, 2))
+def _loaded_parameters(description: Description, own_dtype: str) -> int:
+    """Values of the weights; weights that stay quantised count as the values that would take their bytes."""
+    quantised = description.quantisation
+    if quantised and not quantised.multiplied_out:
+        return description.weight_bytes // MODEL_DTYPES.get(own_dtype, 2)
+    return description.parameters
 
 
 def _gib(count: float) -> str:

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvprofile.checkpoint.weights import weight_names
 from kvprofile.errors import InputError, first_line, plain
 from kvprofile.files import bundled_model
 
@@ -51,14 +52,21 @@ def locate(model: str, revision: str | None = None, trust_remote_code: bool = Fa
 
 
 def fetch_weights(source: Source, trust_remote_code: bool) -> Path:
-    """The folder with the source's safetensors files; those of a hub id are fetched unless they are here already.
+    """The folder with the source's weights; of a hub id those that its index names are fetched, and no others.
 
-    Errors as in locate.
+    A repository may hold the same weights again under other names (original/, consolidated.safetensors). Errors as in
+    locate.
     """
     if not source.from_hub:
         return source.folder
     code = ["*.py"] if trust_remote_code else []
-    return _download(source.name, source.revision, [*_SMALL_FILES, "*.safetensors", *code])
+    weights = [_literal(name) for name in weight_names(source.folder)]
+    return _download(source.name, source.revision, [*_SMALL_FILES, *weights, *code])
+
+
+def _literal(name: str) -> str:
+    """A pattern of the hub's client that matches this name and no other."""
+    return re.sub(r"[*?\[]", r"[\g<0>]", name)
 
 
 def _source_of_folder(folder: Path) -> Source:

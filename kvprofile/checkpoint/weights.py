@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,28 +13,38 @@ from kvprofile.files import sha256_of
 
 _SAMPLE_BYTES = 4096
 _MAX_HEADER_BYTES = 100_000_000
+_SINGLE = "model.safetensors"
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor in a file: its name, dtype and shape as a label, and its bytes [first, end)."""
+    """One tensor in a file: its name, dtype as the file names it, shape, and its bytes [first, end)."""
 
-    label: str
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
     first: int
     end: int
 
+    @property
+    def label(self) -> str:
+        """Name, dtype and shape, as fingerprints hold them."""
+        return f"{self.name}|{self.dtype}|{list(self.shape)}"
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that make up a checkpoint. Raises InputError where they are missing or pickled."""
-    if not any(folder.glob("*.safetensors")):
-        pickled = sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
-        if pickled:
-            raise InputError(f"{folder} has only {pickled[0].name}; kvprofile reads safetensors only, convert it first")
-        raise InputError(f"{folder} has no *.safetensors; the download is incomplete or this is no checkpoint")
+    @property
+    def count(self) -> int:
+        """How many values it holds."""
+        return math.prod(self.shape)
+
+
+def weight_names(folder: Path) -> list[str]:
+    """Names of the files that hold a checkpoint's weights, there or not yet: those in its index, else the single one.
+
+    Raises InputError for an index that is none.
+    """
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
-        single = folder / "model.safetensors"
-        return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+        return [_SINGLE]
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
@@ -41,8 +52,23 @@ def weight_files(folder: Path) -> list[Path]:
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
             raise InputError(f"{index}: {name!r} is not a plain file name")
+    return names
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that make up a checkpoint. Raises InputError where they are missing or pickled."""
+    found = sorted(folder.glob("*.safetensors"))
+    if not found:
+        pickled = sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
+        if pickled:
+            raise InputError(f"{folder} has only {pickled[0].name}; kvprofile reads safetensors only, convert it first")
+        raise InputError(f"{folder} has no *.safetensors; the download is incomplete or this is no checkpoint")
+    names = weight_names(folder)
+    for name in names:
         if not (folder / name).is_file():
-            raise InputError(f"{folder} lacks {name}, which its index names; the download is incomplete")
+            told = f"has {found[0].name} but no {_SINGLE} and no index; rename it, or write its index"
+            indexed = f"lacks {name}, which its index names; the download is incomplete"
+            raise InputError(f"{folder} {told if names == [_SINGLE] else indexed}")
     return [folder / name for name in names]
 
 
@@ -58,7 +84,12 @@ def read_header(file: Path) -> list[Tensor]:
             header = json.loads(stream.read(length))
         data = 8 + length
         tensors = [
-            Tensor(f"{name}|{info['dtype']}|{info['shape']}", *(data + int(at) for at in info["data_offsets"]))
+            Tensor(
+                name,
+                str(info["dtype"]),
+                tuple(map(int, info["shape"])),
+                *(data + int(at) for at in info["data_offsets"]),
+            )
             for name, info in header.items()
             if name != "__metadata__"
         ]

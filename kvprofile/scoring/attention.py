@@ -18,6 +18,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from kvprofile.budget.profile import Geometry
+from kvprofile.checkpoint.rehearsal import refuse_other_heads
 from kvprofile.errors import InputError
 from kvprofile.scoring import kernels
 from kvprofile.scoring.effort import REST_STRIDE, sparse_rest
@@ -145,7 +146,7 @@ def _attention(
         part = kernels.merge([part], s_aux)
     else:
         part = _full_layer(recorder, layer, query, key, value, scale, softcap, s_aux)
-    return part.output.transpose(1, 2), None
+    return part.output.transpose(1, 2).contiguous(), None  # some models view it, as eager attention allows
 
 
 def _full_layer(
@@ -252,15 +253,7 @@ def check_shapes(recorder: Recorder, layer: int, query: torch.Tensor, key: torch
     query [1, H, n, D], key [1, G, m, D]; ``window`` in tokens.
     """
     geometry = recorder.geometry
-    if (query.shape[1], key.shape[1], key.shape[-1]) != (
-        geometry.attention_heads,
-        geometry.kv_heads,
-        geometry.head_size,
-    ):
-        raise InputError(
-            f"layer {layer} has {query.shape[1]} query heads and {key.shape[1]} KV heads of size {key.shape[-1]}, "
-            f"the config says {geometry.describe()}; kvprofile cannot profile layers of different shapes"
-        )
+    refuse_other_heads(geometry, layer, query.shape[1], key.shape[1], key.shape[-1])
     if layer in recorder.profiled and window and window < recorder.query_start + query.shape[2]:
         raise InputError(
             f"layer {layer} slides over {window} tokens, but the config calls it {geometry.layer_types[layer]}"

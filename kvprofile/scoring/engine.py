@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from typing import TYPE_CHECKING, Protocol
 
-from kvprofile.errors import InputError, plain
+from kvprofile.errors import InputError
 from kvprofile.scoring.methods import METHODS
 
 if TYPE_CHECKING:
@@ -56,7 +56,10 @@ def choose_engine(asked: str, description: Description, method: str) -> tuple[st
     check_engine(asked, method)
     if asked != "auto":
         return asked, f"engine {asked}: asked for"
-    quantisation = quantisation_of(description)
+    found = description.quantisation
+    quantisation = found.method if found else None
+    if found and found.multiplied_out:
+        return "hf", f"engine hf: multiplies out the weights ({quantisation}); --engine vllm runs them as served"
     if quantisation and METHODS[method].loss_aware:
         return "hf", f"engine hf: the weights are quantised ({quantisation}), but --method {method} needs gradients"
     if quantisation and not vllm_is_installed():
@@ -64,15 +67,6 @@ def choose_engine(asked: str, description: Description, method: str) -> tuple[st
     if quantisation:
         return "vllm", f"engine vllm: the weights are quantised ({quantisation}), and vLLM runs them as they are served"
     return "hf", "engine hf: exact on any machine, and has every method; --engine vllm profiles what vLLM serves"
-
-
-def quantisation_of(description: Description) -> str | None:
-    """How the checkpoint's weights are quantised, as its config says."""
-    found = getattr(description.config, "quantization_config", None)
-    if not found:
-        return None
-    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
-    return plain(getattr(method, "value", method) or "by a method it does not name")[:100]
 
 
 def vllm_is_installed() -> bool:

@@ -209,7 +209,8 @@ class GatedModel:
         if profiled and self._gates is not None:
             gates = self._gates[self.profiled.index(layer)].float()
             trimmed = replace(sight, sink_end=self.rule.sink_end, window=self.rule.recent_tokens)
-        return mixed(query, fresh, full, trimmed, gates.to(query.device), self.recorder).transpose(1, 2), None
+        output = mixed(query, fresh, full, trimmed, gates.to(query.device), self.recorder)
+        return output.transpose(1, 2).contiguous(), None
 
 
 @contextmanager

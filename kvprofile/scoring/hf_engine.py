@@ -33,8 +33,8 @@ class HfEngine:
 
     @property
     def dtype(self) -> str:
-        """Of weights and activations."""
-        return self.placement.dtype
+        """Of weights and activations, and what they were multiplied out from."""
+        return self.placement.weights
 
     @property
     def device(self) -> str:

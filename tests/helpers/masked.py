@@ -32,7 +32,7 @@ def logits(model, ids, context_tokens, heads, sinks, recent, block):
     trimmed = torch.tensor([[visible(i, j, sinks, recent, block) for j in range(count)] for i in range(count)])
     trimmed[:context_tokens] = causal[:context_tokens]
 
-    def attend(module, query, key, value, _mask, scaling=None, softcap=None, sliding_window=None, s_aux=None, **_):
+    def attend(module, query, key, value, _mask=None, scaling=None, softcap=None, sliding_window=None, s_aux=None, **_):
         group = query.shape[1] // key.shape[1]
         budget = heads[module.layer_idx]
         key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
@@ -50,7 +50,7 @@ def logits(model, ids, context_tokens, heads, sinks, recent, block):
             weights = torch.cat([weights, column], -1).softmax(-1)[..., :-1]
         else:
             weights = weights.softmax(-1)
-        return (weights.to(value.dtype) @ value).transpose(1, 2), None
+        return (weights.to(value.dtype) @ value).transpose(1, 2).contiguous(), None
 
     AttentionInterface.register("naive_masked", attend)
     AttentionMaskInterface.register("naive_masked", lambda *_, **__: None)

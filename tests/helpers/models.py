@@ -38,6 +38,17 @@ FAMILIES = {
         "Qwen3MoeConfig",
         {"head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
     ),
+    "afmoe": (
+        "AfmoeConfig",
+        {
+            "head_dim": 32,
+            "num_hidden_layers": 4,
+            "sliding_window": 24,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+        },
+    ),
     "gpt_oss": (
         "GptOssConfig",
         {

@@ -25,7 +25,7 @@ from tests.helpers.models import random_model
 
 RULE = TrimRule(sink_tokens=5, recent_tokens=11, block_tokens=1)
 CONTEXT, CHUNK = 70, 45
-FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "phi3", "gemma2", "gemma3", "qwen3_moe", "gpt_oss"]
+FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "phi3", "gemma2", "gemma3", "qwen3_moe", "afmoe", "gpt_oss"]
 KERNEL_CASES = ["llama", "gemma2", "gemma3", "gpt_oss"]
 """All that attention itself can meet: plain, a capped logit and sliding layers, sliding layers alone, learned sinks."""
 
@@ -67,7 +67,7 @@ class Naive:
         first = len(self.prefill)
         return torch.tensor([[i < first or self.rule.sees(i, j) for j in range(n)] for i in range(n)])
 
-    def attention(self, module, query, key, value, _mask, scaling=None, **options):
+    def attention(self, module, query, key, value, _mask=None, scaling=None, **options):
         _, heads, n, _ = query.shape
         group = heads // key.shape[1]
         key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
@@ -85,10 +85,11 @@ class Naive:
 
         profiled = self.geometry.profiled_layers
         if module.layer_idx not in profiled:
-            return output(seen & seen.T.tril(options["sliding_window"] - 1).T).transpose(1, 2).to(query.dtype), None
+            slides = output(seen & seen.T.tril(options["sliding_window"] - 1).T)
+            return slides.transpose(1, 2).to(query.dtype).contiguous(), None
         gates = self.gates[profiled.index(module.layer_idx)].repeat_interleave(group)[None, :, None, None]
         mixed = gates * output(seen) + (1 - gates) * output(seen & self.kept(n))
-        return mixed.transpose(1, 2).to(query.dtype), None
+        return mixed.transpose(1, 2).to(query.dtype).contiguous(), None
 
     def loss(self, chunk, gates):
         with torch.no_grad():

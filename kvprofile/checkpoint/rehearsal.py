@@ -1,0 +1,170 @@
+"""Loading rehearsed on torch's meta device: every tensor finds its place, every layer its heads, and nothing is read.
+
+transformers only warns about tensors that it does not find, does not know or cannot cast, and fills gaps with random
+numbers. Here each of these is an error, or a decision that is said.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvprofile.budget.profile import Geometry
+from kvprofile.checkpoint.weights import Tensor
+from kvprofile.errors import InputError, first_line
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel
+
+_VALUES = {"F64", "F32", "F16", "BF16"}
+_STATES = {"BOOL", "I16", "I32", "I64"}
+"""Dtypes, as safetensors names them, of weights and of buffers; all others are somebody's quantisation."""
+
+_LEFT_OUT = {
+    "layers for speculative decoding": r"(^|\.)mtp(_\w+)?\.",
+    "an encoder of images or sound": r"(^|\.)(vision|visual|audio|image|multi_modal|multimodal|mm_)\w*\.",
+    "scales of a quantised cache, which scores are not taken with": r"\.(self_attn|attn|attention|k_proj|v_proj)"
+    r"\.(k|v|q|prob)_scale$",
+}
+"""Tensors that a text model does without, by what they are."""
+
+_PROBE = "kvprofile_rehearsal"
+
+
+def rehearse(
+    folder: Path, config: PretrainedConfig, geometry: Geometry, tensors: Iterable[Tensor], *, needs_head: bool = False
+) -> tuple[str, ...]:
+    """What a checkpoint's tensors hold beside the model, in words, each left out on purpose.
+
+    Raises InputError where a tensor is missing, is of another shape, is quantised in a way that nothing tells, or is
+    not part of the model; and where layers are not of the shape that the config states.
+    """
+    import torch
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    known = [tensor for tensor in tensors if not _ignored_by(model_class, tensor.name)]
+    quantised = [tensor for tensor in known if tensor.dtype not in _VALUES | _STATES and not left_out(tensor.name)]
+    if quantised:
+        raise InputError(
+            f"{folder}: {quantised[0].name} is stored as {quantised[0].dtype}, and nothing says how it was quantised; "
+            "give the checkpoint as it was before, or one whose config.json has a quantization_config"
+        )
+    try:
+        meta = {tensor.name: torch.empty(tensor.shape, dtype=torch.bfloat16, device="meta") for tensor in known}
+        model, found = model_class.from_pretrained(
+            None,
+            config=config,
+            state_dict=meta,
+            dtype=torch.bfloat16,
+            device_map={"": "meta"},
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except Exception as error:  # model classes and conversions raise all kinds
+        raise InputError(f"{folder}: {_refusal(error)}") from error
+    _check_heads(folder, model, geometry)
+    return check_found(folder, found, needs_head=needs_head)
+
+
+def check_found(folder: Path, found: Mapping[str, Any], *, needs_head: bool) -> tuple[str, ...]:
+    """What transformers reports of loading, as errors; returns what was left out on purpose, in words.
+
+    Without ``needs_head`` weights may lack the LM head, which reconstruction scores do not use.
+    """
+    absent = sorted(name for name in found["missing_keys"] if needs_head or not name.startswith("lm_head"))
+    if absent:
+        raise InputError(
+            f"{folder}: the weights lack {absent[0]} ({len(absent)} missing in all); download again, or correct "
+            "config.json"
+        )
+    shapes = sorted((name, *map(list, shape)) for name, *shape in found["mismatched_keys"])
+    if shapes:
+        name, theirs, ours = shapes[0]
+        raise InputError(
+            f"{folder}: {name} has shape {theirs}, the model that config.json describes has {ours} "
+            f"({len(shapes)} such tensors); config and weights belong to different models"
+        )
+    foreign = sorted(name for name in found["unexpected_keys"] if not left_out(name))
+    if foreign:
+        scales = [name for name in foreign if "scale" in name.rpartition(".")[2]]
+        why = (
+            "weights with scales are quantised, and config.json has no quantization_config that says how"
+            if scales
+            else "the model that config.json describes has no place for it"
+        )
+        raise InputError(f"{folder}: the weights hold {(scales or foreign)[0]} ({len(foreign)} such in all): {why}")
+    counts = Counter(filter(None, map(left_out, found["unexpected_keys"])))
+    return tuple(f"{count} tensors are left out: {what}" for what, count in sorted(counts.items()))
+
+
+def left_out(name: str) -> str | None:
+    """What a tensor is that a text model does without; None for all others."""
+    return next((what for what, pattern in _LEFT_OUT.items() if re.search(pattern, name)), None)
+
+
+def refuse_other_heads(geometry: Geometry, layer: int, attention_heads: int, kv_heads: int, head_size: int) -> None:
+    """Raise InputError where a layer has other heads than the config states."""
+    if (attention_heads, kv_heads, head_size) != (geometry.attention_heads, geometry.kv_heads, geometry.head_size):
+        raise InputError(
+            f"layer {layer} has {attention_heads} query heads and {kv_heads} KV heads of size {head_size}, "
+            f"the config says {geometry.describe()}; kvprofile cannot profile layers of different shapes"
+        )
+
+
+def _ignored_by(model_class: type[PreTrainedModel], name: str) -> bool:
+    """Whether the model's class says itself that its checkpoints may hold such a tensor for nothing."""
+    patterns = getattr(model_class, "_keys_to_ignore_on_load_unexpected", None) or ()
+    return any(re.search(pattern, name) for pattern in (*patterns, r"rotary_emb\.inv_freq$"))
+
+
+def _refusal(error: Exception) -> str:
+    if "conversion of the weights" in str(error):
+        return "tensors that belong together, such as those of one layer's experts, are missing or of different shapes"
+    return f"config.json describes a model that cannot be built: {first_line(error)}"
+
+
+def _check_heads(folder: Path, model: PreTrainedModel, geometry: Geometry) -> None:
+    """Read two tokens on the meta device, and compare the heads of each layer that gets to its attention."""
+    import torch
+
+    seen: dict[int, tuple[int, int, int]] = {}
+
+    def attend(
+        module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, None]:
+        seen[int(module.layer_idx)] = (query.shape[1], key.shape[1], key.shape[-1])  # type: ignore[arg-type]
+        return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
+
+    ids = torch.zeros(1, 2, dtype=torch.long, device="meta")
+    try:
+        with _attention(model, attend), torch.inference_mode():
+            model.base_model(input_ids=ids, position_ids=ids, use_cache=True)
+    except Exception:  # noqa: S110 - what depends on values cannot run here; scoring checks each layer as it comes
+        pass
+    for layer, heads in sorted(seen.items()):
+        try:
+            refuse_other_heads(geometry, layer, *heads)
+        except InputError as error:
+            raise InputError(f"{folder} cannot be profiled: {error}") from error
+
+
+@contextmanager
+def _attention(model: PreTrainedModel, attend: Any) -> Iterator[None]:
+    """Route attention through a function without masks, until the end of the block."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface.register(_PROBE, attend)
+    AttentionMaskInterface.register(_PROBE, lambda *_, **__: None)
+    try:
+        model.set_attn_implementation(_PROBE)
+        yield
+    finally:
+        AttentionInterface._global_mapping.pop(_PROBE, None)
+        AttentionMaskInterface._global_mapping.pop(_PROBE, None)
