@@ -140,6 +140,17 @@ class CorpusRecord(_Part):
     sha256: Sha256
     documents: int = Field(ge=1)
     tokens: int = Field(ge=1, description="context tokens scored, all documents together")
+    cut_to_tokens: int | None = Field(
+        default=None, ge=1, description="what documents too long for the model were cut to; absent: none was"
+    )
+
+    @model_serializer(mode="wrap")
+    def _without_absent_cut(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Files of whole documents do not mention cuts, so theirs and older ones are byte for byte the same."""
+        found: dict[str, Any] = dump(self)
+        if self.cut_to_tokens is None:
+            found.pop("cut_to_tokens", None)
+        return found
 
 
 class ImportedFrom(_Part):
@@ -177,7 +188,9 @@ class Scoring(_Part):
     method: Printable = Field(min_length=1)
     statistic: Printable = Field(description="the statistic that ranks heads for the budgets")
     chunk_tokens: int | None = Field(ge=1)
-    context_tokens: int | None = Field(ge=1, description="tokens of a document used, null for whole documents")
+    context_tokens: int | None = Field(
+        ge=1, description="tokens of a document used, null for whole documents, or what fits"
+    )
     prompts_version: int | None
     prefix: str | None = Field(description="text before the context: chat template and system prompt")
     suffix: str | None = Field(description="text between a request and the answer")

@@ -198,7 +198,11 @@ def _scoring_facts(profile: Profile) -> dict[str, object]:
 def _corpora(profile: Profile) -> str:
     """Every corpus by name, hash and tokens scored, in an order that does not depend on the command line."""
     corpora = sorted(profile.scoring.corpora, key=lambda corpus: (corpus.name, corpus.sha256, corpus.tokens))
-    return ", ".join(f"{corpus.name} ({corpus.sha256[:12]}, {corpus.tokens:,} tokens)" for corpus in corpora)
+    cuts = {id(corpus): f" cut to {corpus.cut_to_tokens:,}" for corpus in corpora if corpus.cut_to_tokens}
+    return ", ".join(
+        f"{corpus.name} ({corpus.sha256[:12]}, {corpus.tokens:,} tokens{cuts.get(id(corpus), '')})"
+        for corpus in corpora
+    )
 
 
 def _profiled(scores: Matrix) -> list[float]:

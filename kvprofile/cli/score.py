@@ -35,7 +35,7 @@ def score(
         ),
     ] = None,
     context_tokens: Annotated[
-        int | None, typer.Option(help="Use the first N tokens of each document; whole documents unless given.")
+        int | None, typer.Option(help="Use the first N tokens of each document; what the model can take unless given.")
     ] = None,
     chunk_tokens: Annotated[int, typer.Option(help="Tokens repeated at a time.")] = 2000,
     documents: Annotated[int | None, typer.Option(min=1, help="Use the first N documents of each corpus.")] = None,
@@ -126,6 +126,8 @@ def _announce(planned: ScoringPlan, reasons: tuple[str, ...]) -> None:
         say(f"  {skipped} layers slide over a window or have no cache, and are not scored")
     tokens = sum(record.tokens for record in planned.corpora)
     say(f"  {len(planned.documents)} documents of {len(planned.corpora)} corpora, {tokens:,} tokens of context")
+    for note in planned.notes:
+        say(f"  {note}")
     if not planned.options.effort.exact:
         say("  fast: sparse rows, half of the chunks, and an end once budgets settle; scores are not exact")
 

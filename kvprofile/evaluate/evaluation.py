@@ -27,6 +27,7 @@ from kvprofile.files import sha256_of
 from kvprofile.progress import Progress, Silent
 from kvprofile.questions import judge, user_tasks
 from kvprofile.questions.tasks import TASKS, Question
+from kvprofile.scoring.prompts import OPEN_THOUGHT_NOTE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -89,7 +90,9 @@ def plan(
         seed=options.seed,
     )
     words = wording(tokenizer, description.config, description.source.folder)
-    warnings = list(_profile_warnings(description, contenders))
+    warnings = [*description.notes, *_profile_warnings(description, contenders)]
+    if words.frame.leaves_thought_open:
+        warnings.append(OPEN_THOUGHT_NOTE)
     asked: list[Asked] = []
     told: list[str] = []
     user_tasks.require([task for task in options.tasks if task not in TASKS])

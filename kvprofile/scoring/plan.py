@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from kvprofile.budget.profile import DEFAULT_RECENT_TOKENS, DEFAULT_SINK_TOKENS, CorpusRecord
@@ -13,7 +13,16 @@ from kvprofile.corpus.sources import Corpus, cut
 from kvprofile.errors import InputError, plain
 from kvprofile.scoring.effort import EXACT, Effort
 from kvprofile.scoring.methods import METHODS
-from kvprofile.scoring.prompts import Frame, FramedDocument, chat_frame, encode, frame_document, required_positions
+from kvprofile.scoring.prompts import (
+    OPEN_THOUGHT_NOTE,
+    Frame,
+    FramedDocument,
+    chat_frame,
+    encode,
+    frame_document,
+    most_context_tokens,
+    required_positions,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -51,7 +60,7 @@ class ScoringOptions:
 
 @dataclass(frozen=True)
 class ScoringPlan:
-    """A run that has passed every check that needs no weights."""
+    """A run that has passed every check that needs no weights. ``notes`` are what its user should know of it."""
 
     description: Description
     tokenizer: PreTrainedTokenizerBase
@@ -59,6 +68,7 @@ class ScoringPlan:
     documents: tuple[FramedDocument, ...]
     corpora: tuple[CorpusRecord, ...]
     options: ScoringOptions
+    notes: tuple[str, ...] = ()
 
     @property
     def document_tokens(self) -> int:
@@ -82,27 +92,59 @@ class ScoringPlan:
 def plan(
     description: Description, tokenizer: PreTrainedTokenizerBase, corpora: Iterable[Corpus], options: ScoringOptions
 ) -> ScoringPlan:
-    """Tokenise and check. Raises InputError for short corpora, a foreign tokenizer, or contexts that do not fit."""
+    """Tokenise and check. Documents too long for the model are cut, unless the user asked for a length.
+
+    Raises InputError for short corpora, a foreign tokenizer, or contexts of the length asked for that do not fit.
+    """
     frame = chat_frame(tokenizer)
     documents: list[FramedDocument] = []
     records: list[CorpusRecord] = []
+    cut_documents: list[FramedDocument] = []
     for corpus in corpora:
-        found = [
+        whole = [
             frame_document(f"{corpus.name}/{name}", ids, frame)
             for name, ids in cut(corpus, lambda text: encode(tokenizer, text), options.context_tokens)
         ]
-        short = [document.name for document in found if not document.context_ids]
+        short = [document.name for document in whole if not document.context_ids]
         if short:
             raise InputError(f"{short[0]} has no token left after the prefix; give a longer document")
-        tokens = sum(len(document.context_ids) for document in found)
+        found = whole
+        if options.context_tokens is None:
+            found = [_fitting(document, frame, options.chunk_tokens, description.max_positions) for document in whole]
+        shortened = [after for before, after in zip(whole, found, strict=True) if after is not before]
         records.append(
-            CorpusRecord(name=plain(corpus.name), sha256=corpus.sha256(), documents=len(found), tokens=tokens)
+            CorpusRecord(
+                name=plain(corpus.name),
+                sha256=corpus.sha256(),
+                documents=len(found),
+                tokens=sum(len(document.context_ids) for document in found),
+                cut_to_tokens=len(shortened[0].context_ids) if shortened else None,
+            )
         )
         documents += found
-    made = ScoringPlan(description, tokenizer, frame, tuple(documents), tuple(records), options)
+        cut_documents += shortened
+    notes = [*description.notes, *([OPEN_THOUGHT_NOTE] if frame.leaves_thought_open else [])]
+    if cut_documents:
+        notes.append(_cut_note(cut_documents, description.position_reason))
+    made = ScoringPlan(description, tokenizer, frame, tuple(documents), tuple(records), options, tuple(notes))
     _check_ids(made)
     _check_positions(made)
     return made
+
+
+def _fitting(document: FramedDocument, frame: Frame, chunk_tokens: int, positions: int) -> FramedDocument:
+    """The document itself where it fits with its repeats, else its beginning; one position stays free, for vLLM."""
+    if required_positions(document, frame, chunk_tokens) <= positions:
+        return document
+    most = most_context_tokens(frame, len(document.prefix_ids), chunk_tokens, positions - 1)
+    return replace(document, context_ids=document.context_ids[:most]) if most >= 1 else document
+
+
+def _cut_note(cut_documents: list[FramedDocument], reason: str) -> str:
+    names = ", ".join(document.name for document in cut_documents[:3])
+    more = f" and {len(cut_documents) - 3} more" if len(cut_documents) > 3 else ""
+    tokens = len(cut_documents[0].context_ids)
+    return f"cut to the first {tokens:,} tokens, because {reason}: {names}{more}"
 
 
 def _check_ids(plan: ScoringPlan) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import re
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -33,6 +34,15 @@ MOST_TEMPLATE_CHARACTERS = 1_000_000
 """What a template may take. Its sandbox keeps it from files and code, not from loops."""
 
 _MARK = "kvprofile-context-goes-here"
+_THOUGHT_MARK = "kvprofile-thought-goes-here"
+_ANSWER_MARK = "kvprofile-answer-goes-here"
+_THOUGHT_KEYS = ("reasoning_content", "reasoning", "thinking")
+"""How templates name the thought of an assistant message."""
+
+_OPEN_THOUGHT = re.compile(
+    r"([<\[]\|?(\w+:)?(think|thought|reason)\w*\|?[>\]]|<\|channel\|?>(analysis|thought)(<\|message\|>)?)\s*$",
+    re.IGNORECASE,
+)
 _FIXED_DATE = datetime.datetime(2025, 1, 1, tzinfo=datetime.UTC)
 
 
@@ -46,6 +56,16 @@ class Frame:
     suffix_ids: tuple[int, ...]
     repeat_all_ids: tuple[int, ...]
     repeat_from_ids: tuple[int, ...]
+
+    @property
+    def leaves_thought_open(self) -> bool:
+        """Whether answers stand inside a thought, because the template opens one and shows no way to end it."""
+        return _OPEN_THOUGHT.search(self.suffix) is not None
+
+
+OPEN_THOUGHT_NOTE = (
+    "the chat template opens a thought and does not show how one ends: repeats and answers stand inside it"
+)
 
 
 @dataclass(frozen=True)
@@ -70,8 +90,10 @@ class Chunk:
 def chat_frame(tokenizer: PreTrainedTokenizerBase) -> Frame:
     """The frame that a tokenizer's chat template gives, rendered with a fixed date and without thinking.
 
-    Without a template the prefix is the BOS token, if there is one, and the suffix a newline. Raises InputError where
-    the template fails or changes the user's text.
+    What a template always opens before an answer, a thought or a message header, is closed as the template itself
+    does in a finished message; where it does not show how, ``leaves_thought_open`` is true. Without a template the
+    prefix is the BOS token, if there is one, and the suffix a newline. Raises InputError where the template fails or
+    changes the user's text.
     """
     if tokenizer.chat_template:
         prefix, suffix = _render(tokenizer)
@@ -124,6 +146,13 @@ def required_positions(document: FramedDocument, frame: Frame, chunk_tokens: int
     return length + longest_repeat(frame, min(chunk_tokens, len(document.context_ids)))
 
 
+def most_context_tokens(frame: Frame, prefix_tokens: int, chunk_tokens: int, positions: int) -> int:
+    """Most context tokens that fit into ``positions`` with prefix and longest repeat; below 1 where none does."""
+    left = positions - prefix_tokens - longest_repeat(frame, 0)
+    whole_chunk = left - chunk_tokens
+    return whole_chunk if whole_chunk >= chunk_tokens else left // 2  # a shorter context is a single chunk
+
+
 @contextlib.contextmanager
 def _at_most(seconds: float) -> Iterator[None]:
     """Raise TimeoutError in a block that takes longer; only where signals work: the main thread, not on Windows."""
@@ -144,16 +173,9 @@ def _at_most(seconds: float) -> Iterator[None]:
 
 
 def _render(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    options: dict[str, Any] = {
-        "add_generation_prompt": True,
-        "tokenize": False,
-        "enable_thinking": False,
-        "date_string": _FIXED_DATE.strftime("%d %b %Y"),
-        "strftime_now": _FIXED_DATE.strftime,
-    }
+    user = {"role": "user", "content": _MARK}
     try:
-        with _at_most(TEMPLATE_TIMEOUT_S):
-            text = tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], **options)
+        text = _rendered(tokenizer, [user], add_generation_prompt=True)
     except Exception as error:  # a template is a program and fails in its own ways
         raise InputError(f"{tokenizer.name_or_path}: the chat template fails: {first_line(error)}") from error
     if isinstance(text, str) and len(text) > MOST_TEMPLATE_CHARACTERS:
@@ -161,4 +183,55 @@ def _render(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     if not isinstance(text, str) or text.count(_MARK) != 1:
         raise InputError(f"{tokenizer.name_or_path}: the chat template does not hold the user's text exactly once")
     prefix, suffix = text.split(_MARK)
-    return prefix, suffix
+    return prefix, _closed(tokenizer, user, suffix)
+
+
+def _rendered(
+    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], *, add_generation_prompt: bool
+) -> Any:
+    """A conversation as the template writes it. Raises whatever the template does, and TimeoutError."""
+    options: dict[str, Any] = {
+        "add_generation_prompt": add_generation_prompt,
+        "tokenize": False,
+        "enable_thinking": False,
+        "date_string": _FIXED_DATE.strftime("%d %b %Y"),
+        "strftime_now": _FIXED_DATE.strftime,
+    }
+    with _at_most(TEMPLATE_TIMEOUT_S):
+        return tokenizer.apply_chat_template(messages, **options)
+
+
+def _closed(tokenizer: PreTrainedTokenizerBase, user: dict[str, str], suffix: str) -> str:
+    """``suffix``, which asks for an answer, up to where the answer itself begins in a finished message.
+
+    Qwen3-Thinking and MiniMax-M2 end ``suffix`` with an open thought, and show in a finished message how it ends;
+    R1-Distill leaves thoughts out of finished messages; gpt-oss continues with the header of the final channel.
+    """
+    answer = {"role": "assistant", "content": _ANSWER_MARK}
+    # a finished message with a thought that begins where suffix ends: what follows the thought closes it
+    thought = _between(tokenizer, [user, {**answer, **dict.fromkeys(_THOUGHT_KEYS, _THOUGHT_MARK)}])
+    if thought is not None and thought.count(_THOUGHT_MARK) == 1:
+        opened, closing = thought.split(_THOUGHT_MARK)
+        if opened == suffix:
+            return suffix + closing
+    # one without: its header may be longer than suffix, or shorter by the thought that suffix opens
+    header = _between(tokenizer, [user, answer])
+    if header is None:
+        return suffix
+    if header.startswith(suffix) and header[len(suffix) :].strip():
+        return header
+    if suffix.startswith(header) and _OPEN_THOUGHT.search(suffix[len(header) :]):
+        return header
+    return suffix
+
+
+def _between(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str | None:
+    """What a template writes between a user's text and the answer; None where it fails or hides one of them."""
+    try:
+        text = _rendered(tokenizer, messages, add_generation_prompt=False)
+    except Exception:  # a template that takes a user's message alone is enough
+        return None
+    if not isinstance(text, str) or len(text) > MOST_TEMPLATE_CHARACTERS:
+        return None
+    found: list[str] = re.findall(f"{_MARK}(.*?){_ANSWER_MARK}", text, re.DOTALL)
+    return found[0] if len(found) == 1 and text.count(_ANSWER_MARK) == 1 else None
