@@ -136,11 +136,15 @@ def _class_config(file: Path, raw: Mapping[str, Any]) -> PretrainedConfig | None
 
 
 def quiet_transformers() -> None:
-    """Keep transformers' own log and bars out of the output."""
+    """Keep the logs, warnings and bars of transformers and of what it loads with out of the output."""
+    import huggingface_hub
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    huggingface_hub.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    for library in ("transformers", "torch", "accelerate", "huggingface_hub"):
+        warnings.filterwarnings("ignore", module=rf"{library}(\.|$)")
 
 
 def number(get: Callable[[str], Any], what: str, index: int = 0) -> int | None:

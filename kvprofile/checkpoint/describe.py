@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from kvprofile.budget.config_file import ConfigFile, quiet_transformers, read_json
 from kvprofile.budget.model_cache import ModelCache, cache_of
 from kvprofile.budget.profile import NO_CACHE, Geometry
+from kvprofile.checkpoint.gguf import gguf_config, read_gguf
 from kvprofile.checkpoint.quantisation import Quantisation, as_multiplied_out, quantisation_of
-from kvprofile.checkpoint.rehearsal import rehearse
+from kvprofile.checkpoint.rehearsal import rehearse, rehearse_gguf
 from kvprofile.checkpoint.source import Source, fetch_weights
 from kvprofile.checkpoint.weights import Tensor, fingerprint, read_header, weight_files
 from kvprofile.errors import InputError, first_line, plain
@@ -45,9 +46,15 @@ class Description:
 
 def describe(source: Source, trust_remote_code: bool = False) -> Description:
     """Read config and tensor headers. Raises InputError for what cannot be profiled, by name."""
-    file = source.folder / "config.json"
-    raw = _read_raw(source)
-    config = _read_config(source, raw, trust_remote_code)
+    quiet_transformers()
+    packed = read_gguf(source.path) if source.gguf else None
+    file = source.path if packed else source.folder / "config.json"
+    if packed:
+        config = gguf_config(packed)
+        raw = config.to_dict()
+    else:
+        raw = _read_raw(source)
+        config = _read_config(source, raw, trust_remote_code)
     named = getattr(config, "architectures", None)
     first = named[0] if isinstance(named, list) and named else type(config).__name__.replace("Config", "ForCausalLM")
     architecture = plain(first)[:200] or "unnamed"
@@ -68,13 +75,20 @@ def describe(source: Source, trust_remote_code: bool = False) -> Description:
     for name, value in (("hidden_size", getattr(config, "hidden_size", 1)), ("vocab_size", vocabulary_rows)):
         if value < 1:
             raise InputError(f"{file}: {name} is {value}")
-    folder = fetch_weights(source, trust_remote_code)
-    headers = {file: read_header(file) for file in weight_files(folder)}
+    if packed:
+        headers = {packed.path: list(packed.tensors)}
+        quantisation: Quantisation | None = Quantisation(packed.stored_as(), in_transformers=True, multiplied_out=True)
+        notes: tuple[str, ...] = ()
+        rehearse_gguf(packed, config, cache.geometry)
+    else:
+        folder = fetch_weights(source, trust_remote_code)
+        source = Source(source.name, folder, source.revision)
+        headers = {found: read_header(found) for found in weight_files(folder)}
+        quantisation = quantisation_of(folder, config)
+        notes = _rehearsed(folder, config, cache.geometry, headers, quantisation, trust_remote_code)
     tensors = [tensor for found in headers.values() for tensor in found]
-    quantisation = quantisation_of(folder, config)
-    notes = _rehearsed(folder, config, cache.geometry, tensors, quantisation, trust_remote_code)
     return Description(
-        source=Source(source.name, folder, source.revision),
+        source=source,
         config=config,
         geometry=cache.geometry,
         architecture=architecture,
@@ -94,13 +108,14 @@ def _rehearsed(
     folder: Path,
     config: PretrainedConfig,
     geometry: Geometry,
-    tensors: list[Tensor],
+    headers: dict[Path, list[Tensor]],
     quantisation: Quantisation | None,
     trust_remote_code: bool,
 ) -> tuple[str, ...]:
     """Check tensors against the model. Quantised ones and those of foreign code are checked when they are loaded."""
     if trust_remote_code and getattr(config, "auto_map", None):
         return ()
+    tensors = [tensor for found in headers.values() for tensor in found]
     if quantisation is None:
         return rehearse(folder, config, geometry, tensors)
     if quantisation.multiplied_out:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import json
 import re
 from collections.abc import Sequence
@@ -14,6 +16,7 @@ from kvprofile.budget.config_file import quiet_transformers
 from kvprofile.budget.dtypes import MODEL_DTYPES
 from kvprofile.budget.profile import ModelIdentity
 from kvprofile.checkpoint.describe import Description
+from kvprofile.checkpoint.gguf import by_itself
 from kvprofile.checkpoint.quantisation import multiplied_out
 from kvprofile.checkpoint.rehearsal import check_found
 from kvprofile.checkpoint.source import Source
@@ -52,11 +55,19 @@ def load_tokenizer(source: Source, trust_remote_code: bool = False) -> PreTraine
 
     quiet_transformers()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            source.folder, trust_remote_code=trust_remote_code, local_files_only=True
-        )
+        if source.gguf:
+            with by_itself(source.path) as folder:
+                unless_stated = {"bos_token": None, "eos_token": None}  # else transformers makes up <s> and </s>
+                tokenizer = AutoTokenizer.from_pretrained(
+                    folder, gguf_file=source.gguf, local_files_only=True, **unless_stated
+                )
+            tokenizer.name_or_path = str(source.path)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(
+                source.folder, trust_remote_code=trust_remote_code, local_files_only=True
+            )
     except Exception as error:  # transformers and tokenizers raise whatever their parsers raise
-        raise InputError(f"{source.folder}: cannot load the tokenizer: {first_line(error)}") from error
+        raise InputError(f"{source.path}: cannot load the tokenizer: {first_line(error)}") from error
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise InputError(f"{source.folder}: no tokenizer files; copy the model's tokenizer.json there")
     if not isinstance(tokenizer.model_max_length, int | float):  # every text would be compared with it
@@ -207,8 +218,8 @@ def load_model(description: Description, placement: Placement, *, needs_head: bo
     except InputError:
         raise
     except Exception as error:  # loaders of quantised and sharded weights raise all kinds
-        raise InputError(f"{source.folder}: cannot load the weights: {first_line(error)}") from error
-    check_found(source.folder, found, needs_head=needs_head)
+        raise InputError(f"{source.path}: cannot load the weights: {first_line(error)}") from error
+    check_found(source.path, found, needs_head=needs_head)
     model.requires_grad_(False)
     return model.eval()
 
@@ -219,7 +230,11 @@ def _from_pretrained(description: Description, options: dict[str, Any]) -> tuple
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     folder, config = description.source.folder, description.config
-    if description.quantisation and description.quantisation.multiplied_out:
+    if description.source.gguf:
+        options |= {"gguf_file": description.source.gguf, "local_files_only": True}
+        with contextlib.redirect_stderr(io.StringIO()):  # a bar of its own
+            loaded = AutoModelForCausalLM.from_pretrained(folder, config=config, **options)
+    elif description.quantisation and description.quantisation.multiplied_out:
         files = weight_files(folder)
         tensors = [tensor for file in files for tensor in read_header(file)]
         config = copy.deepcopy(config)

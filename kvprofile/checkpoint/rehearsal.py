@@ -6,6 +6,7 @@ numbers. Here each of these is an error, or a decision that is said.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvprofile.budget.profile import Geometry
+from kvprofile.checkpoint.gguf import GgufFile, check_values
 from kvprofile.checkpoint.weights import Tensor
 from kvprofile.errors import InputError, first_line
 
@@ -70,6 +72,22 @@ def rehearse(
         raise InputError(f"{folder}: {_refusal(error)}") from error
     _check_heads(folder, model, geometry)
     return check_found(folder, found, needs_head=needs_head)
+
+
+def rehearse_gguf(file: GgufFile, config: PretrainedConfig, geometry: Geometry) -> None:
+    """Raise InputError where a GGUF file holds more or fewer values than its model, or layers of other heads."""
+    import torch
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    try:
+        with torch.device("meta"):
+            model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._from_config(copy.deepcopy(config), dtype=torch.bfloat16)
+    except Exception as error:  # model classes raise all kinds
+        raise InputError(f"{file.path} describes a model that cannot be built: {first_line(error)}") from error
+    _check_heads(file.path, model, geometry)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or ()) if config.tie_word_embeddings else set()
+    own = {name: values for name, values in model.state_dict().items() if name not in tied}
+    check_values(file, list(own), sum(values.numel() for values in own.values()))
 
 
 def check_found(folder: Path, found: Mapping[str, Any], *, needs_head: bool) -> tuple[str, ...]:

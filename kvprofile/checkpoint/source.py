@@ -17,16 +17,25 @@ _SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 
 @dataclass(frozen=True)
 class Source:
-    """Where a checkpoint lies, what it is called, its commit if it has one, and whether the hub may be asked for it."""
+    """Where a checkpoint lies, what it is called, its commit if it has one, and whether the hub may be asked for it.
+
+    ``gguf`` is the name of a GGUF file in the folder, where the checkpoint is that file.
+    """
 
     name: str
     folder: Path
     revision: str | None
     from_hub: bool = False
+    gguf: str | None = None
+
+    @property
+    def path(self) -> Path:
+        """The folder or, of a GGUF file, the file."""
+        return self.folder / self.gguf if self.gguf else self.folder
 
 
 def locate(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Source:
-    """Find a checkpoint folder, or fetch the small files of a hub id.
+    """Find a checkpoint folder or a GGUF file, or fetch the small files of a hub id.
 
     A folder never touches the network; nor does "pocket", the bundled checkpoint. Raises InputError where there is no
     such folder or repository.
@@ -36,12 +45,14 @@ def locate(model: str, revision: str | None = None, trust_remote_code: bool = Fa
         is_folder, exists = folder.is_dir(), folder.exists()
     except (OSError, RuntimeError, ValueError) as error:
         raise InputError(f"cannot look for {model[:100]}: {first_line(error)}") from error
-    if is_folder and revision is not None:
-        raise InputError(f"{model} is a folder and has no revisions; leave out --revision")
+    if exists and revision is not None:
+        raise InputError(f"{model} is a {'folder' if is_folder else 'file'} and has no revisions; leave out --revision")
     if is_folder:
         return _source_of_folder(folder)
+    if exists and folder.suffix.lower() == ".gguf":
+        return Source(plain(folder.name)[:200], folder.parent, None, gguf=folder.name)
     if exists:
-        raise InputError(f"{model} is a file; give the checkpoint's folder or a hub id")
+        raise InputError(f"{model} is a file; give the checkpoint's folder, a .gguf file or a hub id")
     first = Path(model).parts[0] if Path(model).parts else ""
     looks_local = model.startswith((".", "/", "~")) or Path(first).is_dir()
     if looks_local or not _HUB_ID.fullmatch(model):

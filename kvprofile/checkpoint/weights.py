@@ -62,6 +62,9 @@ def weight_files(folder: Path) -> list[Path]:
         pickled = sorted([*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")])
         if pickled:
             raise InputError(f"{folder} has only {pickled[0].name}; kvprofile reads safetensors only, convert it first")
+        packed = sorted(folder.glob("*.gguf"))
+        if packed:
+            raise InputError(f"{folder} has no *.safetensors; to profile a GGUF file give the file itself: {packed[0]}")
         raise InputError(f"{folder} has no *.safetensors; the download is incomplete or this is no checkpoint")
     names = weight_names(folder)
     for name in names:

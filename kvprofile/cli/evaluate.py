@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="A checkpoint folder or a hub id.")],
+    model: Annotated[str, typer.Argument(help="A checkpoint folder, a .gguf file or a hub id.")],
     profile: Annotated[
         list[str] | None,
         typer.Option(help=f"Budget file under test; repeatable; {BUDGET_DIR}/<model>.json unless given."),

@@ -11,9 +11,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from kvprofile import checkpoint
 from kvprofile.budget import capacity
 from kvprofile.budget.capacity import Capacity
-from kvprofile.budget.model_shape import find_shape
+from kvprofile.budget.model_shape import Decision, ModelShape, find_shape
 from kvprofile.cli.output import print_json, stdout_console
 from kvprofile.errors import InputError
 from kvprofile.sizes import MAX_BYTES
@@ -22,7 +23,9 @@ from kvprofile.sizes import MAX_BYTES
 def plan(
     model: Annotated[
         str,
-        typer.Argument(metavar="MODEL", help="A checkpoint's folder, a budget file, or a model name known here."),
+        typer.Argument(
+            metavar="MODEL", help="A checkpoint's folder, a .gguf file, a budget file, or a model name known here."
+        ),
     ],
     gpu_memory: Annotated[str, typer.Option(help="Memory of one GPU with its unit (24GiB, 80GB), or a GPU's name.")],
     context: Annotated[int, typer.Option(help="Tokens of one request, prompt and answer.", min=1)],
@@ -46,7 +49,7 @@ def plan(
     if weights_gib is not None and not weights_gib * 2**30 <= MAX_BYTES:
         raise InputError(f"--weights-gib {weights_gib} is not a size")
     found = capacity.plan(
-        find_shape(model),
+        _shape_of_gguf(model) if model.lower().endswith(".gguf") else find_shape(model),
         capacity.parse_gpu_memory(gpu_memory),
         context,
         retentions=tuple(retention or ()),
@@ -61,6 +64,21 @@ def plan(
         print_json(document)
     else:
         render(found, stdout_console())
+
+
+def _shape_of_gguf(model: str) -> ModelShape:
+    """The shape of a GGUF file, whose weights take the bytes that they have in it."""
+    found = checkpoint.describe(checkpoint.locate(model))
+    return ModelShape(
+        name=found.source.name,
+        geometry=found.geometry,
+        window_tokens=None,
+        dtype=None,
+        max_positions=found.max_positions,
+        weight_bytes=found.weight_bytes,
+        weight_reason="size of the file's tensors",
+        decisions=(Decision("model", found.source.name, "the GGUF file's own config"),),
+    )
 
 
 def render(plan: Capacity, console: Console) -> None:

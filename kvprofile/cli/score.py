@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def score(
-    model: Annotated[str, typer.Argument(help="A checkpoint folder or a hub id.")],
+    model: Annotated[str, typer.Argument(help="A checkpoint folder, a .gguf file or a hub id.")],
     corpus: Annotated[
         list[str] | None,
         typer.Option(

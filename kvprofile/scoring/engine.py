@@ -54,12 +54,14 @@ def check_engine(asked: str, method: str) -> None:
 def choose_engine(asked: str, description: Description, method: str) -> tuple[str, str]:
     """'hf' or 'vllm', and why. Raises InputError as ``check_engine``."""
     check_engine(asked, method)
+    if asked == "vllm" and description.source.gguf:
+        raise InputError(f"--engine vllm does not run {description.source.gguf}; leave it out, or give the checkpoint")
     if asked != "auto":
         return asked, f"engine {asked}: asked for"
     found = description.quantisation
     quantisation = found.method if found else None
     if found and found.multiplied_out:
-        return "hf", f"engine hf: multiplies out the weights ({quantisation}); --engine vllm runs them as served"
+        return "hf", f"engine hf: multiplies out the weights ({quantisation})"
     if quantisation and METHODS[method].loss_aware:
         return "hf", f"engine hf: the weights are quantised ({quantisation}), but --method {method} needs gradients"
     if quantisation and not vllm_is_installed():

@@ -153,7 +153,7 @@ def _check_ids(plan: ScoringPlan) -> None:
     highest = max(max((*d.prefix_ids, *d.context_ids, *frame)) for d in plan.documents)
     if highest >= rows:
         raise InputError(
-            f"{plan.description.source.folder}: the tokenizer gives id {highest}, the model has {rows} embeddings; "
+            f"{plan.description.source.path}: the tokenizer gives id {highest}, the model has {rows} embeddings; "
             "it belongs to another model"
         )
 

