@@ -313,7 +313,7 @@ def test_refusals(llama):
     broken.model.norm.weight.data.fill_(torch.nan)
     with llama.gating(model=broken) as gated:
         gated.prefill(llama.document)
-        with pytest.raises(InputError, match="no number"):
+        with pytest.raises(InputError, match="not a number"):
             gated.loss(llama.chunks[0], gated.gates())
 
 
