@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 MAX_LAYERS, MAX_VALUE = 4096, 2**40
+NO_LIMIT = 2**31
+"""Positions of a model that states no limit."""
 
 NAMES = {
     "layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
@@ -145,6 +147,31 @@ def quiet_transformers() -> None:
     huggingface_hub.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     for library in ("transformers", "torch", "accelerate", "huggingface_hub"):
         warnings.filterwarnings("ignore", module=rf"{library}(\.|$)")
+
+
+def positions(file: ConfigFile) -> tuple[int, str, int | None]:
+    """The longest sequence whose cached keys stay valid, why, and the longest that the config states.
+
+    Dynamic-NTK and longrope change every rotary frequency once a sequence is longer than the original length, which
+    would leave keys cached before out of date.
+    """
+    get = file.get
+    found = [value for value in (integer(get(name)) for name in NAMES["positions"]) if value]
+    # vLLM takes the least, but Cohere's model_max_length goes before all others
+    stated = integer(get("model_max_length")) or min(found, default=None)
+    limit = stated or NO_LIMIT
+    reason = f"max_position_embeddings is {limit}"
+    rope = get("rope_parameters") or get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        return limit, reason, stated
+    for parameters in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
+        kind = parameters.get("rope_type") or parameters.get("type")
+        if kind in ("dynamic", "longrope", "su"):
+            original = parameters.get("original_max_position_embeddings") or get("original_max_position_embeddings")
+            original = integer(original)
+            if original and original < limit:
+                limit, reason = original, f"{kind} RoPE changes its factors beyond {original} positions"
+    return limit, reason, stated
 
 
 def number(get: Callable[[str], Any], what: str, index: int = 0) -> int | None:

@@ -13,12 +13,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from kvprofile.budget.config_file import MAX_LAYERS, NAMES, ConfigFile, entry, integer, number
+from kvprofile.budget.config_file import MAX_LAYERS, NAMES, ConfigFile, entry, integer, number, positions
 from kvprofile.budget.profile import FULL_ATTENTION, NO_CACHE, SLIDING_ATTENTION, Geometry, cached_values
 from kvprofile.errors import InputError, plain
-
-NO_LIMIT = 2**31
-"""Positions of a model that states no limit."""
 
 _KINDS = {
     **dict.fromkeys(("full_attention", "attention", "global", "hybrid"), FULL_ATTENTION),
@@ -115,7 +112,7 @@ def cache_of(file: ConfigFile, name: str, verb: str) -> ModelCache:
 
 def _cache_of(file: ConfigFile) -> ModelCache:
     _refuse_other_kinds(file)
-    valid, position_reason, stated = _positions(file)
+    valid, position_reason, stated = positions(file)
     layers = _layers(file)
     notes = [*_left_out(file)]
 
@@ -371,9 +368,9 @@ def _plain_type(file: ConfigFile) -> str:
     if file.get("attention_chunk_size"):
         return "chunked_attention"
     window = _window(file.get)
-    if window is None or window >= _positions(file)[0]:
+    if window is None:
         return "full_attention"
-    if file.config is None:
+    if file.config is None and window < positions(file)[0]:
         raise _UnsupportedError(
             "config.json states a sliding window but not which layers slide (layer_types), and transformers does not "
             "know the model type"
@@ -383,31 +380,6 @@ def _plain_type(file: ConfigFile) -> str:
 
 def _window(get: Callable[[str], Any]) -> int | None:
     return number(get, "window") if get("use_sliding_window") is not False else None
-
-
-def _positions(file: ConfigFile) -> tuple[int, str, int | None]:
-    """The longest sequence whose cached keys stay valid, why, and the longest that the config states.
-
-    Dynamic-NTK and longrope change every rotary frequency once a sequence is longer than the original length, which
-    would leave keys cached before out of date.
-    """
-    get = file.get
-    found = [value for value in (integer(get(name)) for name in NAMES["positions"]) if value]
-    # vLLM takes the least, but Cohere's model_max_length goes before all others
-    stated = integer(get("model_max_length")) or min(found, default=None)
-    limit = stated or NO_LIMIT
-    reason = f"max_position_embeddings is {limit}"
-    rope = get("rope_parameters") or get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        return limit, reason, stated
-    for parameters in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
-        kind = parameters.get("rope_type") or parameters.get("type")
-        if kind in ("dynamic", "longrope", "su"):
-            original = parameters.get("original_max_position_embeddings") or get("original_max_position_embeddings")
-            original = integer(original)
-            if original and original < limit:
-                limit, reason = original, f"{kind} RoPE changes its factors beyond {original} positions"
-    return limit, reason, stated
 
 
 def _left_out(file: ConfigFile) -> Iterable[tuple[str, str, str]]:
