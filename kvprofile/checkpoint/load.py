@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import io
 import json
 import re
@@ -17,7 +18,7 @@ from kvprofile.budget.dtypes import MODEL_DTYPES
 from kvprofile.budget.profile import ModelIdentity
 from kvprofile.checkpoint.describe import Description
 from kvprofile.checkpoint.gguf import by_itself
-from kvprofile.checkpoint.quantisation import multiplied_out
+from kvprofile.checkpoint.quantisation import Quantisation, multiplied_out
 from kvprofile.checkpoint.rehearsal import check_found
 from kvprofile.checkpoint.source import Source
 from kvprofile.checkpoint.weights import read_header, weight_files
@@ -122,7 +123,7 @@ def place(description: Description, dtype: str, device: str, cache_tokens: int) 
         free_cuda_bytes=free_cuda,
         free_host_bytes=psutil.virtual_memory().available,
     )
-    if quantised is None or not quantised.multiplied_out:
+    if quantised is None or not (quantised.multiplied_out or _unpacking(quantised, placement.device)):
         return placement
     reason = f"weights multiplied out from {quantised.method}; inputs, which serving may round too, are not rounded"
     return replace(placement, reasons=(*placement.reasons, reason), stored_as=quantised.method)
@@ -211,8 +212,12 @@ def load_model(description: Description, placement: Placement, *, needs_head: bo
         options["device_map"] = "auto"
         if room:
             options["max_memory"] = {**room, "cpu": psutil.virtual_memory().available}
+    unpacking = _unpacking(description.quantisation, placement.device)
+    if unpacking is not None:
+        options["quantization_config"] = unpacking
     try:
-        model, found = _from_pretrained(description, options)
+        with contextlib.redirect_stderr(io.StringIO()):  # bars of what quantisers call
+            model, found = _from_pretrained(description, options)
         if not placement.device_map:
             model.to(placement.device)
     except InputError:
@@ -232,8 +237,7 @@ def _from_pretrained(description: Description, options: dict[str, Any]) -> tuple
     folder, config = description.source.folder, description.config
     if description.source.gguf:
         options |= {"gguf_file": description.source.gguf, "local_files_only": True}
-        with contextlib.redirect_stderr(io.StringIO()):  # a bar of its own
-            loaded = AutoModelForCausalLM.from_pretrained(folder, config=config, **options)
+        loaded = AutoModelForCausalLM.from_pretrained(folder, config=config, **options)
     elif description.quantisation and description.quantisation.multiplied_out:
         files = weight_files(folder)
         tensors = [tensor for file in files for tensor in read_header(file)]
@@ -255,6 +259,20 @@ def _from_pretrained(description: Description, options: dict[str, Any]) -> tuple
         )
     model, found = loaded
     return model, found
+
+
+def _unpacking(quantised: Quantisation | None, device: str) -> Any:
+    """A config that makes transformers multiply quantised weights out while it loads them; None where it need not.
+
+    It would unpack compressed-tensors when the whole model's forward is called, which scoring does not do; and its
+    kernels for FP8 and MXFP4 need a GPU.
+    """
+    from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+    kind = AUTO_QUANTIZATION_CONFIG_MAPPING.get(quantised.method) if quantised else None
+    if quantised is None or kind is None or "dequantize" not in inspect.signature(kind.__init__).parameters:
+        return None
+    return kind(dequantize=True) if quantised.method == "compressed-tensors" or device == "cpu" else None
 
 
 def weight_bytes_in(description: Description, dtype: str) -> int:

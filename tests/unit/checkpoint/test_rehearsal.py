@@ -16,7 +16,8 @@ from kvprofile.checkpoint.rehearsal import rehearse
 from kvprofile.checkpoint.weights import read_header
 from kvprofile.errors import InputError
 from kvprofile.scoring.engine import choose_engine
-from tests.helpers.models import _SHAPE, FAMILIES, random_model, save_checkpoint
+from tests.helpers.models import _SHAPE, FAMILIES, POCKET, random_model, save_checkpoint
+from tests.helpers.quantised import quantise
 
 
 def describe(folder):
@@ -74,6 +75,45 @@ def test_modelopt_fp8_equals_its_multiplied_out_twin(checkpoint, side_file):
     assert choose_engine("auto", descriptions[0], "kvzip")[0] == "hf"
     assert checkpoints.weight_bytes_in(descriptions[0], "bfloat16") == pytest.approx(
         checkpoints.weight_bytes_in(descriptions[1], "bfloat16"), rel=0.01
+    )
+
+
+def test_weights_that_transformers_unpacks_are_unpacked_when_they_are_loaded(tmp_path):
+    """compressed-tensors would wait for a forward pass of the whole model, which scoring does not do."""
+    folder = quantise(POCKET, tmp_path / "int8")
+    description = describe(folder)
+    placement = checkpoints.place(description, "float32", "cpu", 100)
+    assert placement.weights == "float32, multiplied out from compressed-tensors"
+    model = checkpoints.load_model(description, placement)
+    stored = load_file(folder / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj"
+    torch.testing.assert_close(
+        model.get_parameter(f"{name}.weight").data, stored[f"{name}.weight"].float() * stored[f"{name}.weight_scale"]
+    )
+    assert model.model(torch.tensor([[5, 6, 7]])).last_hidden_state.isfinite().all()
+
+
+def test_blocks_of_float8_are_unpacked_on_a_cpu(tmp_path, tokenizer):
+    """As Qwen's and DeepSeek's FP8 releases, whose kernels need a GPU."""
+    shape = {"hidden_size": 128, "intermediate_size": 128, "num_key_value_heads": 4, "num_hidden_layers": 2}
+    folder = save_checkpoint(random_model("llama", **shape), tmp_path / "fp8", tokenizer)
+
+    def pack(weights):
+        for name in [name for name in weights if name.endswith("proj.weight")]:
+            scale = weights[name].abs().max() / 448
+            weights[name] = (weights[name] / scale).to(torch.float8_e4m3fn)
+            weights[f"{name}_scale_inv"] = scale.reshape(1, 1)
+
+    change_weights(folder, pack)
+    config = json.loads((folder / "config.json").read_text())
+    told = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": told}))
+    description = describe(folder)
+    model = checkpoints.load_model(description, checkpoints.place(description, "float32", "cpu", 100))
+    stored = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    torch.testing.assert_close(
+        model.get_parameter(name).data, stored[name].float() * stored[f"{name}_scale_inv"], rtol=1e-2, atol=1e-3
     )
 
 
