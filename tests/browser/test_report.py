@@ -252,7 +252,7 @@ def test_keys_open_questions_and_skip_to_the_content(opened, seed_page):
     assert chart.locator("table").is_visible()
 
 
-def test_axe_finds_no_barrier(opened, written):
+def test_axe_does_not_find_barriers(opened, written):
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="needs axe, of the extra 'dev'").Axe()
     path, _ = written(make_record(2, legs=("baseline", "0.5", "remote"), looks=4))
     page = opened(path, bypass_csp=True).page  # axe is a script, which the page's policy forbids

@@ -184,7 +184,7 @@ def test_equal_budgets_are_computed_once(tiny_checkpoint, tmp_path):
 
 
 @pytest.mark.usefixtures("profile_file")
-def test_numbers_that_are_none_are_refused(capsys, workplace, checkpoint):
+def test_values_that_are_not_numbers_are_refused(capsys, workplace, checkpoint):
     from safetensors.torch import load_file, save_file
 
     weights = load_file(checkpoint / "model.safetensors")

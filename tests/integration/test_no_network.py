@@ -45,7 +45,7 @@ for words in json.load(sys.stdin):
 
 
 @pytest.mark.usefixtures("workplace")
-def test_commands_about_what_is_here_ask_for_no_network():
+def test_commands_about_local_files_do_not_ask_for_the_network():
     """All in one process, online as far as it knows: imports take longer than work."""
     words = [[str(word) for word in command] for command in COMMANDS]
     done = in_a_process(["-c", RUN], json.dumps(words))

@@ -115,7 +115,7 @@ def test_weights_of_another_shape(capsys, workplace, checkpoint):
     assert "model.norm.weight has shape [7], the model that config.json describes has [64]" in line
 
 
-def test_weights_that_are_no_numbers(capsys, workplace, checkpoint):
+def test_weights_that_are_not_numbers(capsys, workplace, checkpoint):
     weights = load_file(checkpoint / "model.safetensors")
     weights["model.layers.1.self_attn.k_proj.weight"][0, 0] = torch.nan
     save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
@@ -147,7 +147,7 @@ def test_configs_that_make_no_sense(capsys, workplace, checkpoint, changes):
 
 
 @pytest.mark.parametrize("named", [["x\x1b[31m" * 60], [["x"]], {"x": 1}, 7, True, [], ""], ids=str)
-def test_an_architecture_that_is_no_name_harms_nothing(checkpoint, workplace, named):
+def test_an_architecture_that_is_not_a_name_does_no_harm(checkpoint, workplace, named):
     change_config(checkpoint, architectures=named)
     assert run(["score", str(checkpoint), *FAST, "--output", str(workplace / "out.json")]) == 0
     assert "\\u001b" not in (workplace / "out.json").read_text()
@@ -170,7 +170,7 @@ def test_broken_tokenizer(capsys, workplace, checkpoint):
 
 
 @pytest.mark.parametrize("value", ["", "many", [], {}])
-def test_tokenizer_whose_longest_text_is_no_number(capsys, workplace, checkpoint, value):
+def test_a_tokenizer_whose_longest_text_is_not_a_number(capsys, workplace, checkpoint, value):
     config = checkpoint / "tokenizer_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "model_max_length": value}))
     assert "model_max_length in tokenizer_config.json is no number" in refused(capsys, workplace, [checkpoint, *FAST])
@@ -235,18 +235,18 @@ def test_code_in_the_tokenizer_is_not_run(workplace, checkpoint):
 @pytest.mark.parametrize(
     "content", ["[" * 100_000, '{"weight_map": {"x": ["y"]}}', '{"weight_map": {"x": 1, "y": "z"}}']
 )
-def test_indices_that_are_none(capsys, workplace, checkpoint, content):
+def test_indices_that_are_not_indices(capsys, workplace, checkpoint, content):
     (checkpoint / "model.safetensors.index.json").write_text(content)
     assert "not a safetensors index" in refused(capsys, workplace, [checkpoint, *FAST])
 
 
-def test_a_model_type_that_is_no_text(capsys, workplace, checkpoint):
+def test_a_model_type_that_is_not_text(capsys, workplace, checkpoint):
     change_config(checkpoint, model_type=["llama"], auto_map={"AutoConfig": "evil.Config"})
     assert "model_type is no text" in refused(capsys, workplace, [checkpoint, *FAST])
 
 
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
-def test_a_config_chooses_no_kernel_of_the_hub(checkpoint, workplace, key):
+def test_a_config_cannot_choose_a_kernel_of_the_hub(checkpoint, workplace, key):
     """transformers would fetch it and run it."""
     change_config(checkpoint, **{key: "kernels-community/evil"})
     description = checkpoints.describe(checkpoints.locate(str(checkpoint)))
@@ -280,13 +280,13 @@ def test_weights_whose_header_lies(capsys, workplace, checkpoint, lie):
 
 
 @pytest.mark.parametrize("length", [0, 1, 2**63, 2**64 - 1])
-def test_weights_whose_header_has_no_sensible_length(capsys, workplace, checkpoint, length):
+def test_weights_whose_header_has_an_impossible_length(capsys, workplace, checkpoint, length):
     file = checkpoint / "model.safetensors"
     file.write_bytes(length.to_bytes(8, "little") + file.read_bytes()[8:])
     assert "safetensors" in refused(capsys, workplace, [checkpoint, *FAST])
 
 
-def test_pickles_beside_the_weights_are_never_opened(checkpoint, workplace):
+def test_pickles_next_to_the_weights_are_never_opened(checkpoint, workplace):
     target = workplace / "attacked"
     for name in ("pytorch_model.bin", "model.pt", "training_args.bin", "adapter_model.bin"):
         torch.save(Attack(target), checkpoint / name)
@@ -334,7 +334,7 @@ def test_code_in_the_checkpoint(capsys, workplace, checkpoint):
     assert "pass --trust-remote-code" in refused(capsys, workplace, [checkpoint, *FAST])
 
 
-def test_code_beside_a_model_that_transformers_knows_is_left_alone(checkpoint, workplace):
+def test_code_next_to_a_model_that_transformers_knows_is_left_alone(checkpoint, workplace):
     change_config(checkpoint, auto_map={"AutoModelForCausalLM": "evil.Model"})
     (checkpoint / "evil.py").write_text("raise SystemExit('ran')")
     assert run(["score", str(checkpoint), *FAST, "--output", str(workplace / "out.json")]) == 0
@@ -446,7 +446,7 @@ def test_a_folder_that_only_looks_like_a_run(capsys, workplace, checkpoint, tmp_
     assert (folder / "notes").read_text() == "precious"
 
 
-def test_output_is_no_regular_file(capsys, workplace, checkpoint, tmp_path):
+def test_output_is_not_a_regular_file(capsys, workplace, checkpoint, tmp_path):
     os.mkfifo(tmp_path / "pipe.json")
     assert "it is not a regular file" in refused(
         capsys, workplace, [checkpoint, *FAST, "--output", tmp_path / "pipe.json", "--force"]

@@ -129,6 +129,6 @@ def test_vllm_would_find_the_plugin(installed):
 @pytest.mark.parametrize(
     "module", ["kvprofile.runtime.gate", "kvprofile.budget.store", "kvprofile.budget.runtime_file"]
 )
-def test_the_slim_parts_need_no_torch(installed, module):
+def test_the_slim_parts_do_not_need_torch(installed, module):
     code = f"import sys; sys.modules.update(torch=None, transformers=None); import kvprofile.runtime, {module}"
     installed("python", "-c", code)

@@ -98,7 +98,7 @@ def test_the_same_again_and_in_any_order():
     assert (second.mean(values * 3), second.difference(values, values**2), second.share(values)) == tuple(one[::-1])
 
 
-def test_all_right_is_no_certainty():
+def test_all_answers_right_is_not_certainty():
     found = Bootstrap(questions(5, 2)).share([1.0] * 10)
     assert found == Estimate(1.0, pytest.approx(wilson(10, 10).low), 1.0)
     ratio = Bootstrap(questions(5, 2)).ratio([1.0] * 10, [1.0] * 10)

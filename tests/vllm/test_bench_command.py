@@ -48,7 +48,7 @@ def test_killed_and_run_again(tmp_path):
     assert record.legs[0] == kept.legs[0]
 
 
-def test_budgets_beside_the_baseline(tmp_path):
+def test_budgets_next_to_the_baseline(tmp_path):
     """Two local legs with an attention pass, and the page made of them."""
     folder = tmp_path / "run"
     run = command("bench", *OPTIONS, "--retention", "0.5", "--output", str(folder))

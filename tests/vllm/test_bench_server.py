@@ -352,7 +352,7 @@ def test_a_leg_that_is_interrupted_keeps_its_rows_and_runs_again(server, tmp_pat
     assert whole.legs[0] == kept.legs[0]
 
 
-def test_steps_of_the_clock_change_no_times(server, tmp_path, monkeypatch):
+def test_steps_of_the_clock_do_not_change_times(server, tmp_path, monkeypatch):
     url, stats = server
     plan = plan_of((LegPlan("0.5", 0.5),), profile=str(BUDGET))
     parts = LegStore(tmp_path / "run", plan)

@@ -18,6 +18,6 @@ from kvprofile.errors import InputError
         ({"max_output_tokens": 0}, "--max-output-tokens"),
     ],
 )
-def test_loads_that_make_no_sense(changes, said):
+def test_loads_that_make_no_sense_are_refused(changes, said):
     with pytest.raises(InputError, match=said):
         LoadPlan(**changes)

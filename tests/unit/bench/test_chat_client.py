@@ -21,7 +21,7 @@ def test_requests_hold_what_the_provider_takes():
     assert "stream" not in whole
 
 
-def test_keys_are_in_no_representation():
+def test_keys_are_never_part_of_a_repr():
     point = chat_client.Endpoint("http://x/v1", "m", "sk-secret")
     assert "sk-secret" not in repr(point)
     assert point.without_key("bad key sk-secret\nand more") == "bad key *** and more"

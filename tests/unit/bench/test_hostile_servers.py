@@ -135,7 +135,7 @@ def test_an_answer_without_end_is_cut_off(monkeypatch, stream, piece):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_text_that_no_model_writes_is_refused(stream):
+def test_a_text_that_models_do_not_write_is_refused(stream):
     text = "x" * (chat_client.MOST_CHARACTERS + 1)
     body = events(*streamed(text)) if stream else json.dumps(whole(text)).encode()
     with server(lambda handler: send(handler, body, "text/event-stream" if stream else "application/json")) as (to, _):
@@ -164,7 +164,7 @@ def test_an_answer_that_unpacks_to_more_is_refused():
     assert got[0][1]["accept-encoding"] == "identity"
 
 
-def test_an_application_s_client_follows_no_redirect_either():
+def test_an_applications_client_does_not_follow_redirects_either():
     with (
         server(lambda handler: send(handler, whole())) as (elsewhere, got),
         server(lambda h: send(h, b"", status=307, Location=f"{elsewhere}/completions")) as (address, _),
@@ -180,7 +180,7 @@ STRANGE = [float("nan"), float("inf"), -1, 1e300, 10**30, "many", None, [], {}]
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("value", STRANGE, ids=str)
-def test_counts_that_are_none_are_unknown(stream, value):
+def test_counts_that_are_not_counts_are_unknown(stream, value):
     usage = {"prompt_tokens": value, "completion_tokens": value, "prompt_tokens_details": {"cached_tokens": value}}
     body = events(*streamed(usage=usage)) if stream else json.dumps(whole(usage=usage)).encode()
     with server(lambda handler: send(handler, body, "text/event-stream" if stream else "application/json")) as (to, _):
@@ -201,7 +201,7 @@ NO_ANSWERS = [
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("body", NO_ANSWERS, ids=lambda body: body[:40].decode("ascii", "replace"))
-def test_what_is_no_answer_is_an_error_in_one_line_or_an_empty_text(stream, body):
+def test_what_is_not_an_answer_is_an_error_in_one_line_or_an_empty_text(stream, body):
     sent = b"data: " + body + b"\n\n" if stream else body
     with server(lambda handler: send(handler, sent, "text/event-stream" if stream else "application/json")) as (to, _):
         answer = ask(to, stream=stream)

@@ -158,7 +158,7 @@ def test_unknown_weights_make_unknown_requests(tmp_path):
     assert plan(shape(tmp_path, num_local_experts=8), GIB_24, 9000, weight_bytes=2**30).at[0].requests == 18
 
 
-def test_weights_beside_the_config_are_counted(tmp_path):
+def test_weights_next_to_the_config_are_counted(tmp_path):
     folder = write_config(tmp_path / "m", LLAMA_8B)
     header = b'{"__metadata__":{}}'
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(5000))

@@ -110,7 +110,7 @@ def test_a_budget_that_the_file_states_goes_before_the_choice_by_score(tmp_path)
 
 
 @pytest.mark.parametrize("retention", [0.0, -0.0, 1.0001, 7.0, float("nan"), float("inf"), float("-inf")])
-def test_no_export_takes_what_is_no_retention(retention):
+def test_exports_refuse_what_is_not_a_retention(retention):
     with pytest.raises(InputError, match="outside"):
         full_head_count(retention, 24)
     with pytest.raises(InputError, match="outside"):

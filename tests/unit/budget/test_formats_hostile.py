@@ -115,7 +115,7 @@ def test_files_larger_than_any_of_their_kind_are_refused_unread(name, tmp_path):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.5, 1.5])
-def test_numbers_that_are_no_scores_are_refused(value, tmp_path):
+def test_numbers_that_are_not_scores_are_refused(value, tmp_path):
     profile = make_profile(2, 2)
     torch.save(torch.tensor([[0.5, value], [0.1, 0.2]]), tmp_path / "x.pt")
     assert "outside [0, 1]" in refusal("kvzip", profile, tmp_path / "x.pt")

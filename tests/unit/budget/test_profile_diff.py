@@ -119,7 +119,7 @@ def test_all_verifiers_must_pass_and_each_has_its_row():
     assert rows["warnings"].values["0.5"].value == pytest.approx(warned / len(requests))
 
 
-def test_agreeing_questions_claim_no_certainty():
+def test_questions_that_agree_do_not_claim_certainty():
     legs = [leg(name, documents=[], requests=answers(True, True, True)) for name in ("baseline", "0.5")]
     rows = {row.key: row for row in summarise(records_of(*legs)).against_baseline.rows}
     assert rows["warnings"].differences["0.5"].low is None
@@ -129,7 +129,7 @@ def test_agreeing_questions_claim_no_certainty():
     assert found.high > 0.2
 
 
-def test_the_bound_stands_beside_what_was_reached():
+def test_the_bound_stands_next_to_what_was_reached():
     bound = Bound(speedup=1.6)
     legs = [leg("baseline", i, 100.0) for i in range(2)]
     legs += [leg("0.5", 0, 140.0, bound=bound), leg("0.5", 1, 144.0, bound=bound)]
@@ -189,14 +189,14 @@ def test_what_legs_do_not_share_is_told(change, message):
     assert any(warning.startswith(message) for warning in warnings), warnings
 
 
-def test_legs_that_share_everything_raise_no_doubt():
+def test_legs_that_share_everything_are_not_doubted():
     record = make_record(2, legs=tuple(LEGS), made_up=False)
     assert summarise([record]).warnings == ()
     seeded = [each.model_copy(update={"seeds": [each.repetition]}) for each in record.legs]
     assert summarise([record.model_copy(update={"legs": seeded})]).warnings == ()
 
 
-def test_pools_of_whole_blocks_and_unknown_caching_elsewhere_raise_no_doubt():
+def test_pools_of_whole_blocks_and_unknown_caching_elsewhere_are_not_doubted():
     pool = 2**33
     legs = [
         make_leg(name, i, pool_bytes=size, load=Load(mode="closed", prefix_caching=False))
@@ -211,7 +211,7 @@ def test_pools_of_whole_blocks_and_unknown_caching_elsewhere_raise_no_doubt():
     assert any(warning.startswith("cache settings differ") for warning in summarise([record]).warnings)
 
 
-def test_what_no_leg_records_is_told_in_one_line():
+def test_what_was_not_recorded_is_told_in_one_line():
     legs = [make_leg(name, dtype=None, engine=None) for name in ("baseline", "0.5")]
     warnings = summarise(records_of(*legs)).warnings
     assert "not recorded, so perhaps not the same for all legs: dtypes, engines" in warnings
@@ -234,7 +234,7 @@ def test_runs_on_other_machines_are_told_apart():
     assert any("source differed from its commit" in warning for warning in warnings)
 
 
-def test_nothing_finished_is_no_error():
+def test_nothing_finished_is_not_an_error():
     failed = [make_leg(name, status="failed", reason="no memory") for name in ("baseline", "0.5")]
     summary = summarise(records_of(*failed))
     assert summary.against_baseline.rows == ()

@@ -63,7 +63,7 @@ def test_layouts_are_found_by_asking(dtype):
 
 
 @pytest.mark.parametrize(("backend", "reason"), [(Forgetful, "a place of its own"), (Inside, "inside its kernel")])
-def test_layouts_that_cannot_be_followed(backend, reason):
+def test_layouts_that_cannot_be_followed_are_refused(backend, reason):
     with pytest.raises(ValueError, match=reason):
         layout.probe(toy_layer(backend), torch.zeros(5, 2, 4, 6))
 

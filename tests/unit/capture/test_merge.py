@@ -54,6 +54,6 @@ def test_ranks_that_disagree_are_a_problem():
         ([], True),
     ],
 )
-def test_rows_that_were_never_computed(covered, missing):
+def test_rows_that_were_never_computed_are_missing(covered, missing):
     found = merge([part(0, {}, covered=covered)])
     assert found.missing(4, 9) is missing

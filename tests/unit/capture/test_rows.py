@@ -48,13 +48,13 @@ def test_rows_do_not_see_later_keys():
     torch.testing.assert_close(rows.largest_weights(query, keys, slice(0, 3), 5, 1.0), first)
 
 
-def test_numbers_that_are_none_stay_visible():
+def test_values_that_are_not_numbers_stay_visible():
     query, keys = torch.ones(2, 1, 4), torch.ones(1, 6, 4)
     keys[0, 1] = torch.nan
     assert rows.largest_weights(query, keys, slice(0, 3), 5, 1.0).isnan().any()
 
 
-def test_summaries():
+def test_summaries_of_states_are_means_and_norms():
     states = torch.tensor([[[3.0, 4.0], [0.0, 1.0]]])
     found = rows.summarise(states.to(torch.bfloat16))
     assert found["mean"].tolist() == [[1.5, 2.5]]

@@ -158,7 +158,7 @@ def test_a_table_of_fractions_is_reported_as_it_is_written(capsys):
 @pytest.mark.parametrize("name", ["kvzip", "duo-attention"])
 @pytest.mark.parametrize("retention", ["nan", "inf", "-inf", "7", "0"])
 @pytest.mark.usefixtures("place")
-def test_formats_of_scores_refuse_what_is_no_retention(name, retention, capsys):
+def test_formats_of_scores_refuse_what_is_not_a_retention(name, retention, capsys):
     call = ("export", "example/model", "--format", name, "--retention", retention, "--output", "x")
     assert "is outside (0, 1]" in refused(capsys, *call)
     assert "is outside (0, 1]" in refused(capsys, *call, "--json")
@@ -181,7 +181,7 @@ def test_names_that_are_too_long_are_refused(capsys):
 
 
 @pytest.mark.usefixtures("place")
-def test_kvzips_rule_is_set_beside_ours(capsys):
+def test_kvzips_rule_is_set_next_to_ours(capsys):
     code, out, _ = run(capsys, "export", "example/model", "--format", "kvzip", "--retention", "0.2", "--output", "x.pt")
     assert code == 0
     assert "at ratio 0.2 KVzip's own rule keeps 0 of 24 heads, kvprofile 5" in out

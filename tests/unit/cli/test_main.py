@@ -95,7 +95,7 @@ def test_a_bug_is_one_line_unless_debugging(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("options", [[], ["--json"]])
-def test_a_reader_that_leaves_is_no_error(tmp_path, options):
+def test_a_reader_that_leaves_is_not_an_error(tmp_path, options):
     store.save(make_profile(60, 8), tmp_path / "file.json")
     command = subprocess.Popen(
         [*KVPROFILE, "show", str(tmp_path / "file.json"), *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE

@@ -67,7 +67,7 @@ def test_show_says_where_equal_scores_are_cut(capsys):
 
 
 @pytest.mark.parametrize("retention", ["0", "1.5", "-0.1", "nan", "half"])
-def test_show_refuses_what_is_no_retention(capsys, retention):
+def test_show_refuses_what_is_not_a_retention(capsys, retention):
     save("a.json")
     refused(capsys, "show", "a.json", "--retention", retention)
 

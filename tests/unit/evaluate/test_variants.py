@@ -65,7 +65,7 @@ def test_uniform_heads_are_even_and_the_best_of_their_layer(seed, layers, kv_hea
         assert set(best) == {place for place in full_places(uniform) if place[0] == layer}
 
 
-def test_labels():
+def test_contenders_get_labels_that_tell_them_apart():
     kvzip, duo = make_profile(), make_profile(method="duo-attention")
     assert [c.label for c in contenders([(Path("a.json"), kvzip), (Path("b.json"), duo)])] == ["kvzip", "duo-attention"]
     assert [c.label for c in contenders([(Path("a.json"), kvzip), (Path("b.json"), kvzip)])] == ["a", "b"]
@@ -74,7 +74,7 @@ def test_labels():
     assert [c.label for c in contenders([(Path("full.json"), named)])] == ["full 1"]
 
 
-def test_profiles_that_cannot_be_compared():
+def test_profiles_that_cannot_be_compared_are_refused():
     profile = make_profile()
     with pytest.raises(InputError, match="the profile a belongs to example/model, 6 layers x 4 KV heads"):
         build([Contender("a", profile)], make_geometry(6, 2), [0.5])

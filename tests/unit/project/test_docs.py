@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,7 @@ FOREIGN = {
 }  # fmt: skip
 
 
+@cache
 def options_of(name: str) -> set[str]:
     return {flag for parameter in load(name).params for flag in (*parameter.opts, *parameter.secondary_opts)}
 

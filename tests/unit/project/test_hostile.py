@@ -54,7 +54,7 @@ def trap(request, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("read", [store.load, runtime_file.load, run_files.load], ids=["budget", "runtime", "record"])
-def test_what_is_no_file_is_refused_unread(trap, read):
+def test_what_is_not_a_regular_file_is_refused_unread(trap, read):
     with pytest.raises(InputError, match=r"not a regular file|cannot read|no run record"):
         read(trap)
 
@@ -64,7 +64,7 @@ def test_json_is_read_from_files_alone(trap):
         read_json(trap, 1000, "test file")
 
 
-def test_a_server_starts_beside_a_trap_and_not_with_one(trap):
+def test_a_server_starts_next_to_a_trap_and_not_from_one(trap):
     with pytest.raises(InputError, match=r"not a regular file|cannot read"):
         find(from_environment({"LLM_KVZIP_BUDGET": str(trap), "LLM_KVZIP_RETENTION": "0.5"}), SERVED)
     profile = make_profile()
@@ -84,7 +84,7 @@ def test_commands_do_not_wait_for_traps(trap, command, capsys, tmp_path):
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
-def test_corpora_and_documents_pass_traps_over(trap):
+def test_corpora_and_documents_skip_traps(trap):
     (trap.parent / "good.txt").write_text("a text")
     assert [text.name for text in load_corpus(str(trap.parent)).texts] == ["good.txt"]
     os.mkfifo(trap.parent / "trap.md")
@@ -95,7 +95,7 @@ def test_corpora_and_documents_pass_traps_over(trap):
 
 @pytest.mark.parametrize("name", CLIMBING)
 @pytest.mark.parametrize("command", ["show", "plot", "plan", "evaluate", "score"])
-def test_model_names_lead_nowhere_else(command, name, workplace, capsys):
+def test_model_names_do_not_lead_out_of_the_folder(command, name, workplace, capsys):
     outside = workplace.parent / "outside.json"
     outside.write_text("{}")
     more = {"plot": ["--output", "x.svg"], "plan": ["--gpu-memory", "24GiB", "--context", "100"]}
@@ -117,7 +117,7 @@ def test_an_imported_model_stays_in_the_folder_whatever_it_is_called(workplace):
     assert not list(workplace.parent.glob("outside*"))
 
 
-def test_a_result_through_a_link_replaces_what_the_link_names_and_nothing_beside_it(workplace):
+def test_a_result_written_through_a_link_replaces_its_target_and_nothing_else(workplace):
     target = workplace / "elsewhere"
     target.mkdir()
     (workplace / "link.json").symlink_to(target / "real.json")
@@ -158,11 +158,10 @@ def replaced(document, path, value):
 
 
 def small(record):
-    """The record with one question to a document and few heads: as many places, and pages of a fraction of the size."""
+    """The record with two questions and few heads: of a list only the first entry is changed, and pages are small."""
     for leg in record["legs"]:
-        asked = {request["document"]: request for request in leg["requests"]}
-        leg["requests"] = list(asked.values())
-        leg["load"]["requests"] = leg["metrics"]["completed"] = len(asked)
+        leg["documents"], leg["requests"] = leg["documents"][:1], leg["requests"][:2]
+        leg["load"]["requests"] = leg["metrics"]["completed"] = 2
         if leg["heads"]:
             leg["heads"]["budgets"] = leg["heads"]["budgets"][:2]
     return record
@@ -208,7 +207,7 @@ def test_whatever_stands_in_the_place_of_a_value_is_shown_or_refused_in_a_line(g
 
 @pytest.mark.parametrize("linked", ["folder", "file"])
 @pytest.mark.parametrize("kind", ["bench", "evaluate", "score"])
-def test_links_in_a_folder_of_results_lead_nothing_out_of_it(kind, linked, tmp_path):
+def test_links_in_a_folder_of_results_do_not_lead_out_of_it(kind, linked, tmp_path):
     """A folder from somebody else is no way to write over what is ours."""
     outside = tmp_path / "outside"
     outside.mkdir()
@@ -231,7 +230,7 @@ def test_links_in_a_folder_of_results_lead_nothing_out_of_it(kind, linked, tmp_p
     assert [path.read_text() for path in outside.iterdir()] == ["mine"]
 
 
-def test_nesting_without_end_in_a_folder_of_results_is_not_continued(tmp_path):
+def test_endless_nesting_in_a_folder_of_results_is_not_continued(tmp_path):
     (tmp_path / "run").mkdir()
     for name in ("run.json", "items.jsonl"):
         (tmp_path / "run" / name).write_text("[" * 100_000 + "\n")

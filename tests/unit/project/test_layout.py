@@ -45,7 +45,7 @@ def test_every_folder_of_tests_is_a_package():
     }
 
 
-def test_no_test_imports_another():
+def test_tests_do_not_import_each_other():
     """What several need is in tests/helpers, in a conftest, or in tests/vllm next to the tests that drive engines."""
     others = {
         str(file.relative_to(TESTS)): names

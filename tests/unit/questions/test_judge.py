@@ -168,7 +168,7 @@ def test_summaries_need_the_extra(monkeypatch):
         (("a.c",), "abc", False),
     ],
 )
-def test_right_answers(expected, answer, right):
+def test_which_answers_are_right(expected, answer, right):
     assert is_right(Question("?", expected[0], expected, ()), answer) == right
     if len(expected) == 2:
         assert is_right(Question("?", expected[0], expected, (), any_of=True), answer)

@@ -107,7 +107,7 @@ def test_the_same_seed_gives_the_same_bytes(task, seed, length, questions):
 
 @given(st.sampled_from(FACT_TASKS), SEEDS)
 @settings(max_examples=60)
-def test_purposes_share_no_fact(task, seed):
+def test_purposes_do_not_share_facts(task, seed):
     train, evaluate = facts(task, "train", seed), facts(task, "evaluate", seed)
     if task == "counting":  # "How many times does Kuvi ring?" has one of five answers
         train, evaluate = ({text for text, _ in found} for found in (train, evaluate))
@@ -118,7 +118,7 @@ def test_purposes_share_no_fact(task, seed):
 
 @given(st.sampled_from(VERBATIM), SEEDS)
 @settings(max_examples=30)
-def test_purposes_share_no_text(task, seed):
+def test_purposes_do_not_share_texts(task, seed):
     assert exercise(task, "train", seed, 600, 1).context != exercise(task, "evaluate", seed, 600, 1).context
 
 

@@ -57,13 +57,13 @@ def test_a_file_of_exercises(tmp_path):
         ('{"context": "a", "questions": [{"text": "b", "answer": "c", "evidence": 1}]}', "within the context"),
     ],
 )
-def test_files_that_are_none(tmp_path, content, message):
+def test_files_that_are_not_exercises(tmp_path, content, message):
     (tmp_path / "bad.jsonl").write_text(content)
     with pytest.raises(InputError, match=message):
         user_tasks.load(str(tmp_path / "bad.jsonl"), 5, 5)
 
 
-def test_references_that_lead_nowhere(tmp_path):
+def test_references_that_lead_nowhere_are_refused(tmp_path):
     (tmp_path / "latin.jsonl").write_bytes(b'{"context": "\xe4"}')
     for reference, message in [
         ("nothing", r"no task 'nothing'; give a \.jsonl file"),

@@ -104,7 +104,7 @@ def test_what_contradicts_itself_is_refused(tmp_path, place, value, message):
         (b"[" * 100_000, "nested too deep"),
     ],
 )
-def test_files_that_are_none_are_refused_in_one_line(tmp_path, content, message):
+def test_files_of_another_kind_are_refused_in_one_line(tmp_path, content, message):
     path = tmp_path / "run.json"
     path.write_bytes(content)
     with pytest.raises(InputError, match=message):
@@ -135,7 +135,7 @@ def test_a_broken_record_in_a_folder_is_not_passed_over(tmp_path):
     assert path.exists()
 
 
-def test_provenance_names_no_place(monkeypatch):
+def test_provenance_does_not_name_folders(monkeypatch):
     monkeypatch.setattr(socket, "gethostname", lambda: "host-of-mine")
     monkeypatch.setattr(platform, "node", lambda: "host-of-mine")
     monkeypatch.setattr(platform, "release", lambda: "6.1.0-host-of-mine")

@@ -101,7 +101,7 @@ def test_pictures_too_large_for_a_png_are_refused():
         plots.render([make_profile()] * 12, "png", dpi=600)
 
 
-def test_importing_loads_no_matplotlib():
+def test_importing_does_not_load_matplotlib():
     heavy = "('matplotlib', 'numpy')"
     code = f"import sys, kvprofile.report.plots; print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -47,7 +47,7 @@ def test_the_engine_is_chosen_with_a_reason(asked, config, method, installed, ex
         ("vllm", "kvzip", False, "not installed here"),
     ],
 )
-def test_engines_that_cannot_be(asked, method, installed, words, monkeypatch):
+def test_engines_that_cannot_score_are_refused(asked, method, installed, words, monkeypatch):
     monkeypatch.setattr(engine, "vllm_is_installed", lambda: installed)
     with pytest.raises(InputError, match=words):
         engine.choose_engine(asked, description(), method)

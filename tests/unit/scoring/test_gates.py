@@ -26,8 +26,8 @@ from tests.helpers.models import random_model
 RULE = TrimRule(sink_tokens=5, recent_tokens=11, block_tokens=1)
 CONTEXT, CHUNK = 70, 45
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "phi3", "gemma2", "gemma3", "qwen3_moe", "afmoe", "gpt_oss"]
-KERNEL_CASES = ["llama", "gemma2", "gemma3", "gpt_oss"]
-"""All that attention itself can meet: plain, a capped logit and sliding layers, sliding layers alone, learned sinks."""
+KERNEL_CASES = ["llama", "gemma2", "gpt_oss"]
+"""All that attention itself can meet: plain; a capped logit and sliding layers; learned sinks and sliding layers."""
 
 
 class Case:
@@ -167,7 +167,7 @@ def test_open_gates_are_the_plain_model(case):
         assert again == pytest.approx(loss, abs=1e-6)
 
 
-def test_checkpointing_changes_no_gradient(case):
+def test_checkpointing_does_not_change_gradients(case):
     found = []
     for checkpointing in (True, False):
         with case.gating(checkpointing=checkpointing) as gated:
@@ -203,7 +203,7 @@ def test_a_document_leaves_nothing_to_the_next(family, tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("case", KERNEL_CASES, indirect=True)
-def test_sizes_of_slices_and_blocks_change_no_loss(case, monkeypatch):
+def test_sizes_of_slices_and_blocks_do_not_change_the_loss(case, monkeypatch):
     naive, gates = case.naive(), case.gates()
     expected = [(naive.loss(chunk, gates), naive.gradient(chunk, gates)) for chunk in case.chunks]
     monkeypatch.setattr(kernels, "ROW_BLOCK", 7)
@@ -221,7 +221,7 @@ def test_sizes_of_slices_and_blocks_change_no_loss(case, monkeypatch):
 
 
 @pytest.mark.parametrize("rule", [TrimRule(0, 1, 1), TrimRule(90, 20, 1), TrimRule(400, 5, 1), TrimRule(3, 400, 1)])
-def test_any_rule(llama, rule):
+def test_any_rule_equals_the_naive_model(llama, rule):
     """No sinks, sinks longer than the document, sinks longer than everything, a window longer than everything."""
     naive, gates = llama.naive(rule), llama.gates()
     with llama.gating(rule) as gated:
@@ -297,7 +297,7 @@ def test_one_model_at_a_time(llama):
         pass
 
 
-def test_refusals(llama):
+def test_what_cannot_be_gated_is_refused(llama):
     with pytest.raises(ValueError, match="block_tokens=1"), llama.gating(TrimRule(16, 64, 16)):
         pass
     training = copy.deepcopy(llama.model).train()

@@ -18,7 +18,7 @@ from kvprofile.scoring.vllm_engine import _argument
         ("enforce_eager=false", ("enforce_eager", False)),
     ],
 )
-def test_arguments_of_vllm(text, expected):
+def test_arguments_of_vllm_are_read_as_json_or_text(text, expected):
     assert _argument(text) == expected
 
 
@@ -26,6 +26,6 @@ def test_arguments_of_vllm(text, expected):
     ("text", "words"),
     [("block_size", "NAME=VALUE"), ("=3", "NAME=VALUE"), ("a b=3", "NAME=VALUE"), ("dtype=float16", "sets it itself")],
 )
-def test_arguments_that_are_none(text, words):
+def test_arguments_that_are_refused(text, words):
     with pytest.raises(InputError, match=words):
         _argument(text)
