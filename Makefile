@@ -38,8 +38,9 @@ demo: install
 	$(BIN)/kvprofile score $(DEMO)
 
 # What to run while you work: tests/unit needs neither vLLM nor a browser, and a test of the layout keeps it so.
+# Two processes, each with whole files, so that what a file prepares is prepared once.
 test-fast: install
-	$(BIN)/python -m pytest tests/unit
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit
 
 test: install-vllm browser
 	$(BIN)/python -m pytest

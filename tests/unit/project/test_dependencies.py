@@ -27,6 +27,7 @@ NOT_IMPORTED = {
     "mkdocs-material": "the theme",
     "mypy": "a command",
     "pre-commit": "a command",
+    "pytest-xdist": "make test-fast",
     "ruff": "a command",
 }
 NEED_BENCH = (
