@@ -376,7 +376,7 @@ def test_corpus_too_short(capsys, workplace, checkpoint):
 
 
 def test_context_longer_than_positions(capsys, workplace, checkpoint):
-    asked = ["--corpus", "generate:prose:1:20000", "--context-tokens", "4000"]
+    asked = ["--corpus", "generate:prose:1:20000", "--context-tokens", "3000"]
     line = refused(capsys, workplace, [checkpoint, *asked])
     assert "max_position_embeddings is 4096" in line
     assert "--context-tokens" in line
