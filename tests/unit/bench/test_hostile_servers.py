@@ -22,6 +22,7 @@ from kvprofile.bench.scenario import LoadPlan, remote_legs
 from kvprofile.client import VLLMClient
 from kvprofile.records import run_files
 from tests.helpers.bench_plans import make_plan
+from tests.helpers.faulty import POLL_S
 
 pytestmark = pytest.mark.loopback
 
@@ -50,7 +51,7 @@ def server(respond):
 
     found = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     found.daemon_threads = True
-    threading.Thread(target=found.serve_forever, daemon=True).start()
+    threading.Thread(target=found.serve_forever, args=(POLL_S,), daemon=True).start()
     try:
         yield f"http://127.0.0.1:{found.server_port}/v1", got
     finally:
