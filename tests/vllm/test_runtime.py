@@ -155,6 +155,7 @@ def test_off_and_retention_one_are_stock(subject, tmp_path):
         "BaseModelLoader.create_model",
         "EngineArgs.create_engine_config",
         "InputProcessor.process_inputs",
+        "MultiProcessCollector.collect",
         "vllm.v1.core.kv_cache_utils.get_kv_cache_groups",
     ]
 
