@@ -34,7 +34,7 @@ Message = Mapping[str, str]
 _OPENAI_NAMES = frozenset(
     {"frequency_penalty", "logit_bias", "max_tokens", "presence_penalty", "seed", "stop", "temperature", "top_p"}
 )
-"""Sampling parameters that OpenAI's protocol knows; vLLM takes the others beside them."""
+"""Sampling parameters that OpenAI's protocol knows; vLLM takes the others as well."""
 
 
 class BudgetsNotAppliedError(InputError):
@@ -204,7 +204,7 @@ class _Server:
         self.name = url
         self.root = url.rstrip("/").removesuffix("/v1")
         if not self.root.startswith(("http://", "https://")):
-            raise InputError(f"{url} is no http address")
+            raise InputError(f"{url} is not an http address")
         http = openai.DefaultHttpxClient(follow_redirects=False)  # prompts and the key go to this address alone
         key = api_key or os.environ.get("OPENAI_API_KEY") or "none"
         self.client = openai.OpenAI(base_url=f"{self.root}/v1", api_key=key, timeout=timeout_s, http_client=http)

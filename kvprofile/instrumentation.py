@@ -123,7 +123,7 @@ class RequestLog:
 
 
 def is_request(engine_id: str, request_id: str) -> bool:
-    """Whether the engine's id is that of a request: vLLM puts an endpoint before it and eight characters behind."""
+    """Whether the engine's id is that of a request: vLLM puts an endpoint before it and eight characters after it."""
     head, dash, tail = engine_id.rpartition("-")
     core = head if dash and len(tail) == 8 else engine_id
     for prefix in ("chatcmpl-", "cmpl-"):
@@ -151,7 +151,7 @@ class GPUMemoryManager:
         stats: Path | None = None,
     ) -> None:
         if isinstance(source, str) and not source.startswith(("http://", "https://")):
-            raise ValueError(f"{source} is no http address")
+            raise ValueError(f"{source} is not an http address")
         self.source, self.interval_s, self.lines = source, interval_s, lines
         self.cache_bytes_per_token = cache_bytes_per_token
         self.looks: list[Look] = []

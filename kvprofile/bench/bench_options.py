@@ -23,7 +23,7 @@ LoadMode = Literal["closed", "open", "fill"]
 
 def _load_mode(text: str) -> str:
     if text not in get_args(LoadMode):
-        raise InputError(f"--load {text!r} is none of {', '.join(get_args(LoadMode))}")
+        raise InputError(f"--load {text!r} is not one of {', '.join(get_args(LoadMode))}")
     return text
 
 
@@ -119,7 +119,7 @@ class BenchOptions:
     documents: Annotated[
         tuple[str, ...],
         typer.Option(
-            help="bundled, pocket[:SEED], a folder of .md with .json beside, or a .jsonl of exercises; repeatable."
+            help="bundled, pocket[:SEED], a folder of .md with .json next to it, or a .jsonl of exercises; repeatable."
         ),
     ] = ()
     providers: Annotated[

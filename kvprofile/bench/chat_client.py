@@ -171,7 +171,7 @@ def _body(endpoint: Endpoint, messages: Sequence[Mapping[str, str]], sampling: S
 
 
 async def _once(client: AsyncOpenAI, endpoint: Endpoint, body: dict[str, Any], request_id: str) -> Answer:
-    """One try. Raises what the client raises, and _BrokenAnswerError for an answer that is none."""
+    """One try. Raises what the client raises, and _BrokenAnswerError for an answer that cannot be read."""
     headers = {"X-Request-Id": request_id}
     sent = time.perf_counter()
     found = await client.chat.completions.create(**body, extra_headers=headers)
@@ -231,7 +231,7 @@ def _choices(found: Any) -> list[Any]:
 def _text(part: Any, name: str) -> str:
     value = getattr(part, name, None) or ""
     if not isinstance(value, str):
-        raise _BrokenAnswerError(f"an answer whose {name} is no text")
+        raise _BrokenAnswerError(f"an answer whose {name} is not text")
     return value
 
 
@@ -258,7 +258,7 @@ def _usage(usage: Any) -> dict[str, Any]:
 
 
 def _count(value: Any) -> int | None:
-    """A number of tokens; None for what is none, like -1, NaN or text."""
+    """A number of tokens; None for anything else, like -1, NaN or text."""
     return value if type(value) is int and 0 <= value < 2**40 else None
 
 

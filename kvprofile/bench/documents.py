@@ -1,6 +1,6 @@
 """Documents of a benchmark: a text, questions about it with what answers must hold, and samples of a voice.
 
-Where a model reads anything, documents are Markdown files with a ``.json`` of the same name beside them; the bundled
+Where a model reads anything, documents are Markdown files with a ``.json`` of the same name next to them; the bundled
 three have about 9,000 tokens each. models/pocket reads only what ``kvprofile.questions.tasks`` generates, so its
 documents are made from a seed.
 """
@@ -94,7 +94,7 @@ def load(references: tuple[str, ...]) -> list[BenchDocument]:
 
 
 def documents_folder() -> Path:
-    """The folder of bundled documents: inside the package when installed, beside it in a checkout."""
+    """The folder of bundled documents: inside the package when installed, next to it in a checkout."""
     inside = Path(str(files("kvprofile"))) / "data" / "documents"
     return inside if inside.is_dir() else Path(__file__).resolve().parents[2] / "benchmarks" / "documents"
 
@@ -176,7 +176,7 @@ def _from_file(path: Path) -> BenchDocument:
         raise InputError(f"{beside}: {error}") from error
     text = read_text(path, MAX_FILE_BYTES).replace("\r\n", "\n")
     if not isinstance(raw, dict):
-        raise InputError(f'{beside} is no object; write {{"questions": [...]}}')
+        raise InputError(f'{beside} is not an object; write {{"questions": [...]}}')
     try:
         return BenchDocument(name=plain(path.stem)[:200], text=text, **raw)
     except (ValidationError, TypeError) as error:

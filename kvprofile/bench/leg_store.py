@@ -79,7 +79,7 @@ class LegStore:
         return Rows(self.path(leg, repetition, "rows"))
 
     def interrupted(self, leg: LegPlan, repetition: int) -> list[Request]:
-        """Rows that a leg left behind whose benchmark was killed."""
+        """Rows left by a leg whose benchmark was killed."""
         found = []
         with contextlib.suppress(OSError):
             for line in self.path(leg, repetition, "rows").read_bytes().splitlines():

@@ -101,13 +101,13 @@ def _parse(content: bytes, where: str) -> dict[str, Provider]:
     try:
         raw = tomllib.loads(content.decode("utf-8"))
     except ValueError as error:
-        raise InputError(f"{where} is no TOML: {error}") from error
+        raise InputError(f"{where} is not TOML: {error}") from error
     return {name: _provider(name, table, where) for name, table in raw.items()}
 
 
 def _provider(name: str, table: object, where: str) -> Provider:
     if not isinstance(table, dict):
-        raise InputError(f"{where}: {name} is no table; write [{name}]")
+        raise InputError(f"{where}: {name} is not a table; write [{name}]")
     if {"key", "api_key", "token"} & {key.lower() for key in table}:
         raise InputError(f"{where}: {name} holds a key; keep it in the environment and name the variable in key_env")
     try:

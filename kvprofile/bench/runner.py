@@ -239,7 +239,7 @@ def _heads(plan: BenchPlan, budget: ServableBudget | None) -> record.Heads | Non
 
 
 def with_bounds(legs: Sequence[record.Leg]) -> list[record.Leg]:
-    """The legs with budgets beside what they could gain at most over the baseline of the same repetition."""
+    """The legs with budgets, each with what they could gain at most over the baseline of the same repetition."""
     # tokens per second of the baseline, by repetition
     throughput = {
         leg.repetition: leg.metrics.output_throughput for leg in legs if leg.name == BASELINE and leg.status == "ok"

@@ -69,7 +69,7 @@ class ConfigFile:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object. Raises InputError for what is none, or holds numbers that no model has."""
+    """A JSON object. Raises InputError for anything else, and for numbers that no model has."""
     try:
         content = json.loads(file.read_bytes().decode("utf-8"), object_hook=_special_float)
     except OSError as error:

@@ -132,7 +132,7 @@ def _read_raw(source: Source) -> dict[str, Any]:
     if "model_type" not in raw:
         raise InputError(f"{file}: no model_type; not the config of a Hugging Face checkpoint")
     if not isinstance(raw["model_type"], str):
-        raise InputError(f"{file}: model_type is no text; not the config of a Hugging Face checkpoint")
+        raise InputError(f"{file}: model_type is not text; not the config of a Hugging Face checkpoint")
     return raw
 
 

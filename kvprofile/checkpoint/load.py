@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 class Placement:
     """Where and how a model is loaded, each choice with its reason.
 
-    ``gpu_weight_bytes`` of a device map: how many bytes of weights each GPU takes, so that the cache has room beside.
+    ``gpu_weight_bytes`` of a device map: how many bytes of weights each GPU takes, so that the cache has room.
     ``stored_as`` says how the weights were quantised before they were multiplied out.
     """
 
@@ -72,7 +72,7 @@ def load_tokenizer(source: Source, trust_remote_code: bool = False) -> PreTraine
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise InputError(f"{source.folder}: no tokenizer files; copy the model's tokenizer.json there")
     if not isinstance(tokenizer.model_max_length, int | float):  # every text would be compared with it
-        raise InputError(f"{source.folder}: model_max_length in tokenizer_config.json is no number")
+        raise InputError(f"{source.folder}: model_max_length in tokenizer_config.json is not a number")
     return tokenizer
 
 
@@ -182,7 +182,7 @@ def choose_placement(
 
 
 def weight_room(free_cuda_bytes: Sequence[int], cache_bytes: int) -> tuple[int, ...]:
-    """Bytes of weights for each GPU beside its share of the cache, with a tenth left for activations.
+    """Bytes of weights for each GPU next to its share of the cache, with a tenth left for activations.
 
     The whole cache lies on GPUs, also that of layers whose weights wait in CPU memory, because they run on a GPU.
     Raises InputError where the cache alone does not fit.

@@ -41,7 +41,7 @@ _PROBE = "kvprofile_rehearsal"
 def rehearse(
     folder: Path, config: PretrainedConfig, geometry: Geometry, tensors: Iterable[Tensor], *, needs_head: bool = False
 ) -> tuple[str, ...]:
-    """What a checkpoint's tensors hold beside the model, in words, each left out on purpose.
+    """What a checkpoint's tensors hold besides the model, in words, each left out on purpose.
 
     Raises InputError where a tensor is missing, is of another shape, is quantised in a way that nothing tells, or is
     not part of the model; and where layers are not of the shape that the config states.

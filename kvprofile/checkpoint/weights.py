@@ -40,7 +40,7 @@ class Tensor:
 def weight_names(folder: Path) -> list[str]:
     """Names of the files that hold a checkpoint's weights, there or not yet: those in its index, else the single one.
 
-    Raises InputError for an index that is none.
+    Raises InputError for an index that cannot be read.
     """
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
@@ -65,7 +65,7 @@ def weight_files(folder: Path) -> list[Path]:
         packed = sorted(folder.glob("*.gguf"))
         if packed:
             raise InputError(f"{folder} has no *.safetensors; to profile a GGUF file give the file itself: {packed[0]}")
-        raise InputError(f"{folder} has no *.safetensors; the download is incomplete or this is no checkpoint")
+        raise InputError(f"{folder} has no *.safetensors; the download is incomplete or this is not a checkpoint")
     names = weight_names(folder)
     for name in names:
         if not (folder / name).is_file():

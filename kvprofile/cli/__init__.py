@@ -60,7 +60,7 @@ def load(name: str) -> Any:
 
 app = typer.Typer(
     name="kvprofile",
-    help="Profile once which KV heads of a language model need the whole context, and keep the file beside your code.",
+    help="Profile once which KV heads of a language model need the whole context, and keep the file next to your code.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -96,7 +96,7 @@ def _render_plan(described: dict[str, Any]) -> None:
 
 
 def _render(found: RunRecord) -> None:
-    """One row for each leg, best read beside the page that ``report`` makes; fits 80 columns."""
+    """One row for each leg, best read next to the page that ``report`` makes; fits 80 columns."""
     table = Table(box=None, pad_edge=False)
     for name in ("leg", "done", "tokens/s", "TTFT ms", "TPOT ms", "pass %", "evicted", "bound", "reached"):
         table.add_column(name, justify="left" if name == "leg" else "right")

@@ -28,7 +28,7 @@ def doctor(
         ok = all(check.good is not False for check in found)
     else:
         found = [checks.server(url)]
-        ok = found[0].good is True  # what cannot be told is no proof
+        ok = found[0].good is True  # what cannot be told is not proof
     if as_json:
         listed = [{"name": check.name, "good": check.good, "detail": check.detail} for check in found]
         print_json({"checks": listed, "ok": ok})

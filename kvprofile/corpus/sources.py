@@ -47,9 +47,9 @@ class Corpus:
 
 
 def corpora_folder() -> Path:
-    """The folder of bundled corpora: inside the package when installed, beside it in a checkout.
+    """The folder of bundled corpora: inside the package when installed, next to it in a checkout.
 
-    Inside comes first: beside an installed package lie the packages of others.
+    Inside comes first: next to an installed package lie the packages of others.
     """
     inside = Path(str(files("kvprofile"))) / "data" / "corpora"
     return inside if inside.is_dir() else Path(__file__).resolve().parents[2] / "corpora"

@@ -32,7 +32,7 @@ class Item:
     - ``context_tokens``: tokens prefilled, prefix and context; ``depth``, ``outside``: as in ``asking.Asked``.
     - ``retention_realised``: bytes of keys and values held after the trim, as a share of the full cache's.
     - ``reference_tokens``: tokens of the reference answer and its end; ``tokens_right``: how many of them are the first
-      choice behind the ones before; ``exact``: all are, so greedy decoding writes the reference.
+      choice after the ones before; ``exact``: all are, so greedy decoding writes the reference.
     - ``right``: the greedy answer is what is expected, null where the context is asked back; ``accuracy``: how far it
       is, by the question's measure, 0 to 1; the share of tokens right where the context is asked back.
     - ``nll``: mean negative log likelihood of the reference tokens, nats; ``agreement``: share of them where the first
@@ -84,7 +84,7 @@ def read_items(path: Path) -> list[Item]:
     found = [_parse(line) for line in lines]
     items = [item for item in found if item is not None]
     if len(items) < len(found):
-        raise InputError(f"{path}: line {found.index(None) + 1} is no item of an evaluation")
+        raise InputError(f"{path}: line {found.index(None) + 1} is not an item of an evaluation")
     return items
 
 

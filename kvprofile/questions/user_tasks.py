@@ -64,7 +64,7 @@ def load(reference: str, contexts: int, questions: int, columns: Columns | None 
 
 
 def require(references: Iterable[str]) -> None:
-    """Raise InputError now for a reference that is no file and no data set: before others are read."""
+    """Raise InputError now for a reference that is neither a file nor a data set: before others are read."""
     for reference in references:
         if not reference.startswith(datasets_.SCHEME):
             _file(reference)

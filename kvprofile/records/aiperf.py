@@ -162,7 +162,7 @@ def _of(raw: Mapping[str, Any], key: str, statistic: str = "avg") -> Any:
 
 
 def _in_ms(raw: Mapping[str, Any], key: str, statistic: str) -> Any:
-    """A duration in milliseconds. Raises ValueError for a unit that is no duration's."""
+    """A duration in milliseconds. Raises ValueError for a unit that is not one of durations."""
     value, unit = at(raw, key, statistic), at(raw, key, "unit")
     if value is None:
         return None

@@ -213,7 +213,7 @@ class Cost(_Part):
 
 
 class Bound(_Part):
-    """The most that trimming can gain, printed beside what it gained: 1 / (r + (1 - r) * (S + W) / n)."""
+    """The most that trimming can gain, printed next to what it gained: 1 / (r + (1 - r) * (S + W) / n)."""
 
     speedup: Annotated[float, Field(ge=1)] = Field(description="the bound, over a leg that keeps everything")
     reached: Amount | None = Field(default=None, description="output throughput over the baseline's")
@@ -243,7 +243,7 @@ class Heads(_Part):
     @model_validator(mode="after")
     def _even(self) -> Self:
         if not self.budgets or len({len(row) for row in self.budgets}) != 1 or not self.budgets[0]:
-            raise ValueError("budgets is no matrix")
+            raise ValueError("budgets is not a matrix")
         if any(value is not None and not 0 <= value <= 1 for row in self.budgets for value in row):
             raise ValueError("budgets has a value outside [0, 1]")
         return self
@@ -303,7 +303,7 @@ class Leg(_Part):
             yield "two documents have one name"
         unknown = {request.document for request in self.requests} - {None, *names}
         if unknown and names:
-            yield f"a request is about {min(map(str, unknown))!r}, which is none of the documents"
+            yield f"a request is about {min(map(str, unknown))!r}, which is not one of the documents"
 
 
 class RunRecord(_Part):

@@ -11,7 +11,7 @@ FORMATS: tuple[ResultFormat, ...] = (vllm_serve.FORMAT, sglang_serving.FORMAT, g
 
 
 def format_of(raw: Any) -> ResultFormat | None:
-    """The format of parsed JSON; None where it is no tool's."""
+    """The format of parsed JSON; None where it is not a known tool's."""
     return next((each for each in FORMATS if each.recognises(raw)), None)
 
 

@@ -58,7 +58,7 @@ def load(path: Path) -> RunRecord:
 def collect(places: Iterable[Path]) -> Collected:
     """What files and folders hold, folders searched deeply.
 
-    Raises InputError where a given file is no record, a record is broken or of another version, or there is none.
+    Raises InputError where a given file is not a record, a record is broken or of another version, or there is none.
     """
     places = list(places)
     found: dict[Path, Any] = {}

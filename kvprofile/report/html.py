@@ -2,7 +2,7 @@
 
 Everything that is shown passes jinja2's escaping, and a content security policy forbids all but the page's own style,
 so not even text that got through could act. Numbers are those of the summary and the records; ``<data value>`` holds
-them in full beside what people read.
+them in full next to what people read.
 """
 
 from __future__ import annotations

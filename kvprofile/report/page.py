@@ -159,7 +159,7 @@ def _count(found: dict[Any, dict[str, Any]], leg: str, source: str, text: str, r
 
 
 def document_groups(summary: Summary) -> dict[str, Any]:
-    """Questions by document, each with the answers of all legs beside each other."""
+    """Questions by document, each with the answers of all legs next to each other."""
     questions: dict[tuple[str | None, str | None], dict[str, list[Request]]] = {}
     for group in summary.groups:
         for request in group.requests:

@@ -1,4 +1,4 @@
-"""An evaluation as a picture: accuracy against the share of the cache that is kept, profiles beside their controls.
+"""An evaluation as a picture: accuracy against the share of the cache that is kept, profiles next to their controls.
 
 It draws what ``summary.json`` of an evaluation holds and computes nothing.
 """

@@ -173,7 +173,9 @@ def test_broken_tokenizer(capsys, workplace, checkpoint):
 def test_a_tokenizer_whose_longest_text_is_not_a_number(capsys, workplace, checkpoint, value):
     config = checkpoint / "tokenizer_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "model_max_length": value}))
-    assert "model_max_length in tokenizer_config.json is no number" in refused(capsys, workplace, [checkpoint, *FAST])
+    assert "model_max_length in tokenizer_config.json is not a number" in refused(
+        capsys, workplace, [checkpoint, *FAST]
+    )
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "tokenizer.json", "generation_config.json"])
@@ -242,7 +244,7 @@ def test_indices_that_are_not_indices(capsys, workplace, checkpoint, content):
 
 def test_a_model_type_that_is_not_text(capsys, workplace, checkpoint):
     change_config(checkpoint, model_type=["llama"], auto_map={"AutoConfig": "evil.Config"})
-    assert "model_type is no text" in refused(capsys, workplace, [checkpoint, *FAST])
+    assert "model_type is not text" in refused(capsys, workplace, [checkpoint, *FAST])
 
 
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])

@@ -38,13 +38,13 @@ class Pattern(Verifier):
     name = "pattern"
 
     def judge(self, case: Case) -> Verdict | None:
-        """Pass where it is found. Raises InputError where the pattern is none."""
+        """Pass where it is found. Raises InputError for a pattern that does not compile."""
         if case.question.pattern is None:
             return None
         try:
             found = re.search(case.question.pattern, case.output, re.MULTILINE) is not None
         except re.error as error:
-            raise InputError(f"{case.document.name}: {case.question.pattern!r} is no pattern: {error}") from error
+            raise InputError(f"{case.document.name}: {case.question.pattern!r} is not a pattern: {error}") from error
         return self.verdict(found, float(found))
 
 
@@ -54,7 +54,7 @@ class JsonSchema(Verifier):
     name = "json-schema"
 
     def judge(self, case: Case) -> Verdict | None:
-        """Pass where it fits; warnings name the first problems. Raises InputError where the schema is none."""
+        """Pass where it fits; warnings name the first problems. Raises InputError for a schema that is not valid."""
         if case.question.json_schema is None:
             return None
         import jsonschema
@@ -66,7 +66,7 @@ class JsonSchema(Verifier):
             kind = jsonschema.validators.validator_for(schema)
             kind.check_schema(schema)
         except jsonschema.SchemaError as error:
-            raise InputError(f"{case.document.name}: json_schema is none: {error.message}") from error
+            raise InputError(f"{case.document.name}: json_schema is not a schema: {error.message}") from error
         checker = kind(schema, registry=Registry())  # else jsonschema fetches a $ref from wherever it points
         try:
             value = _json_in(case.output)

@@ -30,7 +30,7 @@ class Function(Verifier):
         except (ImportError, AttributeError, ValueError) as error:
             raise InputError(f"no verifier {reference}: {error}; give package.module:function") from error
         if not callable(found):
-            raise InputError(f"verifier {reference} is no function")
+            raise InputError(f"verifier {reference} is not a function")
         self.name, self._call = reference, found
 
     def judge(self, case: Case) -> Verdict | None:

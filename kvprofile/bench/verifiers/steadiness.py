@@ -12,7 +12,7 @@ MOST_COMPARED = 8000
 
 
 class Agreement(Verifier):
-    """chrF (Popovic 2015) against the baseline's output, ROUGE-L (Lin 2004) beside it in the warnings.
+    """chrF (Popovic 2015) against the baseline's output, ROUGE-L (Lin 2004) next to it in the warnings.
 
     Two right answers may be worded differently, so a failure is a place to look, not a proof. Of long outputs the first
     8,000 characters are compared.

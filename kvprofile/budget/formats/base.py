@@ -84,7 +84,7 @@ class Origin:
 class Export:
     """A profile on its way out: its scores and, where the form holds budgets, the choice of heads.
 
-    Raises InputError where ``retention`` is none in (0, 1].
+    Raises InputError where ``retention`` is not in (0, 1].
     """
 
     profile: Profile

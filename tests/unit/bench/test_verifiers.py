@@ -34,7 +34,7 @@ def test_expected_strings_are_whole_words():
 def test_patterns():
     assert judge("pattern", "a\nRef: AB-12\nb", pattern=r"^Ref: [A-Z]{2}-\d+$").passed
     assert not judge("pattern", "Ref: ab-12", pattern=r"^Ref: [A-Z]{2}-\d+$").passed
-    with pytest.raises(InputError, match="is no pattern"):
+    with pytest.raises(InputError, match="is not a pattern"):
         judge("pattern", "x", pattern="(")
 
 
@@ -62,7 +62,7 @@ def test_json_schemas(output, passed, said):
 
 
 def test_broken_schemas_are_refused():
-    with pytest.raises(InputError, match="json_schema is none"):
+    with pytest.raises(InputError, match="json_schema is not a schema"):
         judge("json-schema", "{}", json_schema={"type": "thing"})
 
 

@@ -56,7 +56,7 @@ def test_costs_are_estimated_from_the_users_prices(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--load", "steady"], "--load 'steady' is none of closed, open, fill"),
+        (["--load", "steady"], "--load 'steady' is not one of closed, open, fill"),
         (["--load", "open"], "--request-rate"),
         (["--provider", "nobody"], "no provider 'nobody'"),
         (["--retention", "1.5"], "retention 1.5 is outside"),
