@@ -24,7 +24,7 @@ def test_items_survive_the_file(tmp_path):
     assert store.items() == [replace(ITEM, nll=0.123457), replace(odd, nll=0.123457)]
     assert ITEM.length_inflation == 1.0
     (tmp_path / "bad.jsonl").write_text(ITEM.to_line() + "{}\n")
-    with pytest.raises(InputError, match="line 2 is no item"):
+    with pytest.raises(InputError, match="line 2 is not an item"):
         read_items(tmp_path / "bad.jsonl")
 
 
