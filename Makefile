@@ -10,7 +10,7 @@ DEMO := models/pocket --context-tokens 480 --chunk-tokens 480 --sink-tokens 16 -
 BENCH := --preset seed --model models/pocket --provider loopback --dtype float32 --max-model-len 4096 --block-tokens 32 \
 	--pool-memory 64MiB --enforce-eager --concurrency 8 --requests 30 --max-output-tokens 32
 
-.PHONY: install install-vllm browser demo test-fast test test-slow test-vllm-matrix lint format audit docs bench bench-runtime bench-profile \
+.PHONY: install install-vllm browser demo test-fast test test-slow test-matrix test-vllm-matrix lint format audit docs bench bench-runtime bench-profile \
 	bench-train clean
 
 install: $(VENV)/installed
@@ -47,6 +47,9 @@ test: install-vllm browser
 
 test-slow: install-vllm
 	$(BIN)/python -m pytest -m slow
+
+test-matrix: install
+	$(BIN)/python scripts/matrix.py
 
 test-vllm-matrix: install-vllm
 	$(BIN)/python scripts/vllm_matrix.py
@@ -96,4 +99,4 @@ bench-train: install
 	$(BIN)/python scripts/evaluate_pocket.py
 
 clean:
-	rm -rf $(VENV) .audit .vllm-matrix .peers .mypy_cache .ruff_cache .pytest_cache .hypothesis dist site
+	rm -rf $(VENV) .audit .matrix .vllm-matrix .peers .mypy_cache .ruff_cache .pytest_cache .hypothesis dist site
