@@ -124,3 +124,11 @@ def test_classes_that_cannot_work_are_refused_with_the_reason(config, own, words
     model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config)(**own))
     with pytest.raises(InputError, match=words):
         describe(save_checkpoint(model, tmp_path / "refused", tokenizer))
+
+
+def test_layers_that_look_at_images_keep_no_state(tmp_path):
+    transformers.MllamaTextConfig(**{**_SHAPE, "num_hidden_layers": 4, "cross_attention_layers": [2]}).save_pretrained(
+        tmp_path
+    )
+    with pytest.raises(InputError, match="some layers keep neither a cache of the text nor a state"):
+        describe(tmp_path)
