@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from transformers import AttentionInterface, PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvprofile.budget.profile import Geometry, Matrix
 from kvprofile.budget.trim import TrimRule
+from kvprofile.checkpoint.states import states_of
 from kvprofile.errors import InputError
+from kvprofile.evaluate.collecting import CollectingCache
 from kvprofile.evaluate.held import Growing, Span, joined
 from kvprofile.scoring import kernels
 from kvprofile.scoring.attention import routed
@@ -42,45 +43,14 @@ class HeldHeads:
     context: list[Span]
 
 
-class _Collecting(CacheLayerMixin):  # type: ignore[misc]
-    """Hands new keys and values to the attention function unchanged; what is kept is the simulation's business."""
-
-    is_sliding = False
-    is_croppable = False
-
-    def __init__(self, owner: Simulation) -> None:
-        super().__init__()
-        self.owner = owner
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Nothing is allocated here."""
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *_args: Any, **_kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The new keys and values."""
-        return key_states, value_states
-
-    def get_seq_length(self) -> int:
-        """Tokens before the current ones."""
-        return self.owner.length
-
-    def get_max_length(self) -> int:
-        """No bound of its own."""
-        return -1
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(number of keys, position of the first); masks are never built from it."""
-        return self.owner.length + query_length, 0
-
-
 _current: list[Simulation] = []
 
 
 class Simulation:
     """A model whose KV heads keep what a budget gives them. Use inside :func:`simulating`.
 
-    ``heads`` is a budget [L][G]: 1.0 keeps the whole context, 0.0 sinks and window, None a layer that slides anyway.
+    ``heads`` is a budget [L][G]: 1.0 keeps the whole context, 0.0 sinks and window, None a layer without a budget: one
+    that slides anyway, or has no cache.
     """
 
     def __init__(self, model: PreTrainedModel, geometry: Geometry, heads: Matrix, rule: TrimRule) -> None:
@@ -88,7 +58,7 @@ class Simulation:
         self.window = getattr(model.config, "sliding_window", None)
         self.device = model.get_input_embeddings().weight.device
         self.plain_attention = AttentionInterface()["sdpa"]
-        self.cache = Cache(layers=[_Collecting(self) for _ in range(geometry.layers)])
+        self.cache = CollectingCache(geometry.layer_types, states_of(model.config), lambda: self.length)
         self.cache_argument = cache_argument(model)
         self.length = 0
         self.branch: Branch | None = None
@@ -121,12 +91,14 @@ class Simulation:
         self.length, self.branch = 0, None
         self.prefilled = [[] for _ in range(self.geometry.layers)]
         self.layers = []
+        self.cache.forget_states()
         logits = torch.empty(0)
         for start in range(0, len(ids), PREFILL_SLICE_TOKENS):
             piece = torch.tensor([ids[start : start + PREFILL_SLICE_TOKENS]])
             positions = torch.arange(start, start + piece.shape[1])[None]
             logits = self._forward(piece, positions, logits_to_keep=1)
             self.length += piece.shape[1]
+        self.cache.keep_states()
         return logits[0, -1].float()
 
     def trim(self, heads: Matrix | None = None) -> None:
@@ -148,6 +120,8 @@ class Simulation:
     def _trimmed(self, layer: int) -> list[HeldHeads]:
         spans = self.prefilled[layer]
         row = self.heads[layer]
+        if not spans:  # the layer has no cache
+            return []
         # layers that slide keep their own window in every head
         if row[0] is None or self._slides(layer):
             every = torch.arange(self.geometry.kv_heads)
@@ -180,6 +154,7 @@ class Simulation:
         if not self.layers:
             self.trim()
         self.branch = Branch(self, count)
+        self.cache.start(count)
         return self.branch
 
     def _slides(self, layer: int) -> bool:
@@ -196,6 +171,7 @@ class Simulation:
     def _forward(self, ids: torch.Tensor, positions: torch.Tensor, logits_to_keep: int = 0) -> torch.Tensor:
         self.positions = positions.to(self.device)
         self.lowest, self.stop = int(positions.min()), int(positions.max()) + 1
+        self.cache.past_tokens = self.lowest
         result = self.model(
             input_ids=ids.to(self.device),
             position_ids=self.positions,
@@ -309,7 +285,9 @@ class Branch:
         for row, tokens in enumerate(ids):
             padded[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.long)
         positions = self.lengths[:, None] + torch.arange(padded.shape[1])
-        logits = simulation._forward(padded, positions)
+        steps = simulation.cache.steps(counts)
+        pieces = [simulation._forward(padded[:, step], positions[:, step]) for step in steps]
+        logits = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
         self.lengths = self.lengths + torch.tensor(counts)
         self._free()
         return [logits[row, :count].float() for row, count in enumerate(counts)]

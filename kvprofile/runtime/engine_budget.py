@@ -24,7 +24,8 @@ class RankHeads:
 
 @dataclass(frozen=True)
 class EngineBudget:
-    """Full KV heads by layer, in the model's own numbering; None for layers that slide and stay as they are.
+    """Full KV heads by layer, in the model's own numbering; None for layers that stay as they are: they
+    slide, or keep a state.
 
     ``permute_weights``: projections may load their heads half by half, which spares gathering them at every step.
     """

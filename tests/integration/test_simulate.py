@@ -8,15 +8,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from kvprofile.budget.profile import SLIDING_ATTENTION
+from kvprofile.budget.profile import FULL_ATTENTION
 from kvprofile.budget.trim import TrimRule
 from kvprofile.checkpoint import Source, describe
 from kvprofile.errors import InputError
 from kvprofile.evaluate.simulate import simulating
 from tests.helpers import masked
-from tests.helpers.models import FAMILIES, POCKET, random_model
+from tests.helpers.models import FAMILIES, HYBRIDS, POCKET, random_model
 
-MODELS = ["pocket", *FAMILIES]
+MODELS = ["pocket", *FAMILIES, *HYBRIDS]
 
 
 def near(found, expected, model):
@@ -51,7 +51,7 @@ def draw_heads(rng, geometry):
     share = rng.choice((0.0, 0.3, 0.7, 1.0, None))
     return [
         [None] * geometry.kv_heads
-        if kind == SLIDING_ATTENTION
+        if kind != FULL_ATTENTION
         else [float(rng.random() < (rng.random() if share is None else share)) for _ in range(geometry.kv_heads)]
         for kind in geometry.layer_types
     ]
