@@ -55,6 +55,15 @@ class Growing:
         self.keys[rows, :, slots] = keys.transpose(1, 2)
         self.values[rows, :, slots] = values.transpose(1, 2)
 
+    def taken(self, rows: torch.Tensor) -> Growing:
+        """A copy of some rows."""
+        other = Growing(self.first)
+        other.dropped = self.dropped
+        if self.keys is not None and self.values is not None:
+            picked = rows.to(self.keys.device)
+            other.keys, other.values = self.keys[picked], self.values[picked]
+        return other
+
     def spans(self, start: int, stop: int) -> list[Span]:
         """Views of what is held below position ``start``, if anything is, and from there to ``stop``.
 

@@ -3,11 +3,13 @@
 This is the oracle for the vLLM runtime and the engine of ``kvprofile evaluate``. Trimmed heads really drop their keys
 and values; no mask stands in for memory. A prefilled context is kept once and shared: every branch (a question, or
 several asked side by side) adds its own tokens after it, so the next question starts from the same trimmed context
-without reading it again.
+without reading it again. Branches of several budgets run side by side too: what heads keep of a context is the same for
+all budgets that treat them alike, so the model's large products are made once for all rows.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,17 +31,22 @@ from kvprofile.scoring.reconstruction_cache import cache_argument
 NAME = "kvprofile_budgeted"
 PREFILL_SLICE_TOKENS = 1024
 
+_DENSE = 0.8
+"""Rows that have ended are dropped where no more than this share of the rows still writes."""
+
 
 @dataclass
 class HeldHeads:
     """KV heads of one layer that live under one rule, and what they hold of the context: spans shared by all branches.
 
-    ``sees`` None stands for plain causal attention.
+    ``sees`` None stands for plain causal attention. ``budgets`` are the numbers of those, of several side by side,
+    under which the heads live so; None for all.
     """
 
     index: torch.Tensor
     sees: Visible | None
     context: list[Span]
+    budgets: tuple[int, ...] | None = None
 
 
 class _Collecting(CacheLayerMixin):  # type: ignore[misc]
@@ -95,6 +102,7 @@ class Simulation:
         self.fused: dict[tuple[torch.device, torch.dtype, int, int], kernels.Fused | None] = {}
         self.prefilled: list[list[Span]] = []
         self.layers: list[list[HeldHeads]] = []
+        self.budgets = 1
         self.set_heads(heads)
 
     def set_heads(self, heads: Matrix) -> None:
@@ -102,13 +110,16 @@ class Simulation:
 
         Raises ValueError for another shape, InputError for budgets other than 0, 1 and None.
         """
+        self._check(heads)
+        self.heads = heads
+
+    def _check(self, heads: Matrix) -> None:
         geometry = self.geometry
         if len(heads) != geometry.layers or any(len(row) != geometry.kv_heads for row in heads):
             raise ValueError(f"the budget is not {geometry.layers} x {geometry.kv_heads}")
         graded = [value for row in heads for value in row if value not in (0.0, 1.0, None)]
         if graded:
             raise InputError(f"a head has budget {graded[0]:g}; the runtime knows 1 (full) and 0 (sinks and window)")
-        self.heads = heads
 
     @torch.inference_mode()
     def prefill(self, ids: Sequence[int]) -> torch.Tensor:
@@ -137,49 +148,85 @@ class Simulation:
         """
         if heads is not None:
             self.set_heads(heads)
+        self.trim_each([self.heads])
+
+    def trim_each(self, budgets: Sequence[Matrix]) -> None:
+        """Keep what each of several budgets gives every head, for branches that run under all of them side by side.
+
+        Raises ValueError where no context is held, and as :meth:`set_heads`.
+        """
+        for heads in budgets:
+            self._check(heads)
         if not self.prefilled:
             raise ValueError("nothing is prefilled")
-        self.layers = [self._trimmed(layer) for layer in range(self.geometry.layers)]
+        self.budgets = len(budgets)
+        self.layers = [
+            self._trimmed(layer, [heads[layer] for heads in budgets]) for layer in range(self.geometry.layers)
+        ]
 
     def forget_context(self) -> None:
         """Free the untrimmed context: from here on only what the budget keeps is held."""
         self.prefilled = []
 
-    def _trimmed(self, layer: int) -> list[HeldHeads]:
-        spans = self.prefilled[layer]
-        row = self.heads[layer]
+    def _trimmed(self, layer: int, rows: Sequence[Sequence[float | None]]) -> list[HeldHeads]:
+        """What a layer's heads keep, ``rows`` being what each budget gives them."""
+        whole = joined(self.prefilled[layer])
         # layers that slide keep their own window in every head
-        if row[0] is None or self._slides(layer):
+        if rows[0][0] is None or self._slides(layer):
             every = torch.arange(self.geometry.kv_heads)
             first = max(0, self.length - (self.window or self.length) + 1)
-            return [HeldHeads(every, self._sliding, [joined(spans).cut(first, self.length)])]
-        # the other layers split into full heads, which keep every token, and trimmed ones: sinks and window are copied
+            return [HeldHeads(every, self._sliding, [whole.cut(first, self.length)])]
+        # in the others, heads that are full under the same budgets stay together: first as full heads, then as trimmed
+        alike: dict[tuple[bool, ...], list[int]] = {}
+        for head in range(self.geometry.kv_heads):
+            alike.setdefault(tuple(row[head] == 1.0 for row in rows), []).append(head)
         groups = []
-        full = torch.tensor([head for head, value in enumerate(row) if value == 1.0], dtype=torch.long)
-        trimmed = torch.tensor([head for head, value in enumerate(row) if value == 0.0], dtype=torch.long)
-        whole = joined(spans)
-        if len(full):
-            keys, values = whole.keys, whole.values
-            if len(trimmed):
-                keys, values = keys[:, full], values[:, full]
-            groups.append(HeldHeads(full, None, [Span(keys, values, 0)]))
-        if len(trimmed):
-            mine = Span(whole.keys[:, trimmed], whole.values[:, trimmed], 0)
-            sink_end = min(self.rule.sink_end, self.length)
-            start = max(sink_end, min(self.rule.window_start(self.length), self.length))
-            kept = [mine.cut(0, sink_end), mine.cut(start, self.length)]
-            groups.append(HeldHeads(trimmed, self._trim_rule, [span for span in kept if span.count]))
+        for full in (True, False):
+            for pattern, heads in alike.items():
+                budgets = tuple(number for number, is_full in enumerate(pattern) if is_full == full)
+                if budgets:
+                    index = torch.tensor(heads, dtype=torch.long)
+                    held = self._kept(whole, index, full)
+                    groups.append(
+                        HeldHeads(
+                            index,
+                            None if full else self._trim_rule,
+                            held,
+                            None if len(budgets) == len(rows) else budgets,
+                        )
+                    )
         return groups
 
-    def nbytes(self) -> int:
-        """Bytes of keys and values that the trimmed context holds."""
-        return sum(span.nbytes() for layer in self.layers for heads in layer for span in heads.context)
+    def _kept(self, whole: Span, heads: torch.Tensor, full: bool) -> list[Span]:
+        """What heads keep of a context: every token or, copied, sinks and window."""
+        if full and len(heads) == self.geometry.kv_heads:
+            return [whole]
+        mine = Span(whole.keys[:, heads], whole.values[:, heads], 0)
+        if full:
+            return [mine]
+        sink_end = min(self.rule.sink_end, self.length)
+        start = max(sink_end, min(self.rule.window_start(self.length), self.length))
+        return [span for span in (mine.cut(0, sink_end), mine.cut(start, self.length)) if span.count]
 
-    def start(self, count: int = 1) -> Branch:
-        """``count`` conversations side by side after the trimmed context; earlier branches end."""
+    def nbytes(self, budget: int = 0) -> int:
+        """Bytes of keys and values that the trimmed context holds under a budget, by its number."""
+        return sum(
+            span.nbytes()
+            for layer in self.layers
+            for heads in layer
+            if heads.budgets is None or budget in heads.budgets
+            for span in heads.context
+        )
+
+    def start(self, count: int = 1, whole: bool = False) -> Branch:
+        """``count`` conversations side by side after the trimmed context; earlier branches end.
+
+        Of several budgets each has ``count`` rows, the first budget's first. ``whole`` branches keep tokens that no
+        window holds any more, so that :meth:`Branch.fork` can go back.
+        """
         if not self.layers:
             self.trim()
-        self.branch = Branch(self, count)
+        self.branch = Branch(self, torch.arange(self.budgets).repeat_interleave(count), whole)
         return self.branch
 
     def _slides(self, layer: int) -> bool:
@@ -217,27 +264,36 @@ class Simulation:
             sees = self._sliding if self._slides(layer) and self.window else None
             if _is_plain(sees, options):
                 return self._attend_plainly(module, query, joined(spans), options.scale)
-            return self._merged(query, spans, sees, options, options.sinks)
-        # decoding: each group of heads sees what it kept of the context and its branch's own tokens
-        output: torch.Tensor | None = None
+            return self._merged(query, spans, sees, options, options.sinks, self.positions)
+        # decoding: each group of heads sees what it kept of the context and its rows' own tokens
+        if not self.layers[layer]:
+            raise ValueError(f"layer {layer} has no heads")
+        output = torch.empty(0)
         group = query.shape[1] // key.shape[1]
         for heads, own in zip(self.layers[layer], self.branch.own[layer], strict=True):
-            every = len(heads.index) == key.shape[1]
-            mine = heads.index[:, None] * group + torch.arange(group)
-            rows = slice(None) if every else mine.flatten().to(query.device)
-            picked = slice(None) if every else heads.index.to(query.device)
-            own.write(key[:, picked], value[:, picked], self.positions, self.stop)
+            rows = self.branch.rows(heads.budgets)
+            every = rows is None and len(heads.index) == key.shape[1]
+            if rows is not None and not len(rows):
+                continue
+            # of new keys, values and queries those of the group's rows and heads
+            index = heads.index.to(query.device)
+            mine = (heads.index[:, None] * group + torch.arange(group)).flatten().to(query.device)
+            new_keys, new_values = (key, value) if every else (_picked(key, rows, index), _picked(value, rows, index))
+            asking = query if every else _picked(query, rows, mine)
+            positions = self.positions if rows is None else self.positions[rows]
+            own.write(new_keys, new_values, positions, self.stop)
             spans = [*heads.context, *own.spans(self.lowest, self.stop)]
             if every and self.branch.count == 1 and _is_plain(heads.sees, options):
                 return self._attend_plainly(module, query, joined(spans), options.scale)
-            sinks = options.sinks[rows] if options.sinks is not None else None
-            found = self._merged(query[:, rows], spans, heads.sees, options, sinks)
+            sinks = options.sinks[mine] if options.sinks is not None else None
+            found = self._merged(asking, spans, heads.sees, options, sinks, positions)
             if every:
                 return found
-            output = torch.empty_like(query) if output is None else output
-            output[:, rows] = found
-        if output is None:
-            raise ValueError(f"layer {layer} has no heads")
+            output = output if output.numel() else torch.empty_like(query)
+            if rows is None:
+                output[:, mine] = found
+            else:
+                output[rows[:, None], mine] = found
         return output
 
     def _merged(
@@ -247,8 +303,9 @@ class Simulation:
         sees: Visible | None,
         options: _Options,
         sinks: torch.Tensor | None,
+        positions: torch.Tensor,
     ) -> torch.Tensor:
-        """Attention of query [B, H, n, D] to spans of keys, merged by log-sum-exp, -> [B, H, n, D].
+        """Attention of query [B, H, n, D] at positions [B, n] to spans of keys, merged by log-sum-exp, -> [B, H, n, D].
 
         Shared spans that every row sees whole go through torch's fused kernel where there is one.
         """
@@ -260,7 +317,7 @@ class Simulation:
                 parts.append(_side_by_side(fused, query, span, options.scale))
                 continue
             parts += kernels.over_keys(
-                query, span.keys, span.values, options.scale, self.positions, span.first, self.lowest, sees,
+                query, span.keys, span.values, options.scale, positions, span.first, self.lowest, sees,
                 options.softcap,
             )  # fmt: skip
         return kernels.merge(parts, sinks).output
@@ -286,18 +343,66 @@ class Simulation:
 
 
 class Branch:
-    """Conversations after a trimmed context, each row with its own tokens."""
+    """Conversations after a trimmed context, each row with its own tokens, under the budget of that number."""
 
-    def __init__(self, simulation: Simulation, count: int) -> None:
-        self.simulation, self.count = simulation, count
-        self.lengths = torch.full((count,), simulation.length)
+    def __init__(self, simulation: Simulation, budget_of: torch.Tensor, whole: bool = False) -> None:
+        self.simulation, self.budget_of, self.whole = simulation, budget_of, whole
+        self.lengths = torch.full((len(budget_of),), simulation.length)
         self.own = [[Growing(simulation.length) for _ in layer] for layer in simulation.layers]
+        self._rows: dict[tuple[int, ...], torch.Tensor] = {}
+
+    @property
+    def count(self) -> int:
+        """Rows."""
+        return len(self.budget_of)
+
+    def rows(self, budgets: tuple[int, ...] | None) -> torch.Tensor | None:
+        """The rows under one of the budgets; None for all."""
+        if budgets is None:
+            return None
+        if budgets not in self._rows:
+            found = torch.isin(self.budget_of, torch.tensor(budgets)).nonzero().flatten()
+            self._rows[budgets] = found.to(self.simulation.device)
+        return self._rows[budgets]
+
+    def fork(self, rows: Sequence[int], lengths: Sequence[int]) -> Branch:
+        """A branch that goes on from some rows, each as it was at a length; this one ends, and can be forked again.
+
+        Raises ValueError unless the branch is ``whole``.
+        """
+        if not self.whole:
+            raise ValueError("a branch that frees tokens cannot go back")
+        other = copy.copy(self)
+        other.whole = False
+        other._keep(rows)
+        other.lengths = torch.tensor(lengths)
+        self.simulation.branch = other
+        return other
+
+    def _keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows alone, in this order; a row may be there several times."""
+        picked = torch.tensor(rows)
+        held = []
+        for layer, groups in zip(self.simulation.layers, self.own, strict=True):
+            mine = []
+            for heads, own in zip(layer, groups, strict=True):
+                old = self.rows(heads.budgets)
+                place = torch.arange(self.count)
+                chosen = picked
+                if old is not None:  # a group holds the rows of its budgets alone
+                    place[old.cpu()] = torch.arange(len(old))
+                    chosen = picked[torch.isin(picked, old.cpu())]
+                mine.append(own.taken(place[chosen]))
+            held.append(mine)
+        self.own, self._rows = held, {}
+        self.budget_of, self.lengths = self.budget_of[picked], self.lengths[picked]
 
     @torch.inference_mode()
-    def read(self, ids: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    def read(self, ids: Sequence[Sequence[int]], logits: bool = True) -> list[torch.Tensor]:
         """Read tokens as decoding steps, ``ids[b]`` of any length for row b; gives logits [len(ids[b]), V] for each.
 
-        An empty row reads nothing. Raises ValueError where all rows are empty, or another branch was started since.
+        An empty row reads nothing. Without ``logits`` none are given, and hardly any computed. Raises ValueError where
+        all rows are empty, or another branch was started since.
         """
         simulation = self.simulation
         if simulation.branch is not self:
@@ -309,27 +414,36 @@ class Branch:
         for row, tokens in enumerate(ids):
             padded[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.long)
         positions = self.lengths[:, None] + torch.arange(padded.shape[1])
-        logits = simulation._forward(padded, positions)
+        found = simulation._forward(padded, positions, logits_to_keep=0 if logits else 1)
         self.lengths = self.lengths + torch.tensor(counts)
         self._free()
-        return [logits[row, :count].float() for row, count in enumerate(counts)]
+        return [found[row, :count].float() for row, count in enumerate(counts)] if logits else []
 
-    def generate(self, ids: Sequence[Sequence[int]], most: int, stop: frozenset[int]) -> list[list[int]]:
-        """Greedy answers to ``ids``, at most ``most`` tokens each, ending before an id of ``stop``."""
+    def generate(
+        self, ids: Sequence[Sequence[int]], most: int | Sequence[int], stop: frozenset[int]
+    ) -> list[list[int]]:
+        """Greedy answers to ``ids``, at most ``most`` tokens each, ending before an id of ``stop``.
+
+        ``most`` may be a number for each. Rows that have ended are dropped on the way, so the branch ends too.
+        """
         answers: list[list[int]] = [[] for _ in ids]
-        done = [False] * self.count
-        pending: list[Sequence[int]] = list(ids)
-        for _ in range(most):
-            for row, logits in enumerate(self.read(pending)):
-                if done[row]:
+        limits = [most] * len(ids) if isinstance(most, int) else most
+        pending: list[Sequence[int]] = [row if limit > 0 else () for row, limit in zip(ids, limits, strict=True)]
+        going = list(range(len(ids)))  # the answer that each row writes
+        while any(pending):
+            found = self.read(pending)
+            for row, number in enumerate(going):
+                if not pending[row]:
                     continue
-                token = int(logits[-1].argmax())
-                done[row] = token in stop
-                pending[row] = () if done[row] else (token,)
-                if not done[row]:
-                    answers[row].append(token)
-            if all(done):
-                break
+                token = int(found[row][-1].argmax())
+                pending[row] = ()
+                if token not in stop:
+                    answers[number].append(token)
+                    pending[row] = (token,) if len(answers[number]) < limits[number] else ()
+            alive = [row for row, tokens in enumerate(pending) if tokens]
+            if alive and len(alive) <= _DENSE * len(going):
+                self._keep(alive)
+                pending, going = [pending[row] for row in alive], [going[row] for row in alive]
         return answers
 
     def nbytes(self) -> int:
@@ -339,7 +453,7 @@ class Branch:
     def _free(self) -> None:
         """Drop own tokens that have left every row's window; where the context is shorter than the sinks, keep them."""
         simulation = self.simulation
-        if simulation.length < simulation.rule.sink_end:
+        if self.whole or simulation.length < simulation.rule.sink_end:
             return
         lowest = int(self.lengths.min())
         for layer, groups in zip(simulation.layers, self.own, strict=True):
@@ -393,6 +507,11 @@ def _attention(
     options = _Options(scaling if scaling is not None else query.shape[-1] ** -0.5, softcap, s_aux)
     output = _current[0].attend(module, query, key, value, options)
     return output.transpose(1, 2).contiguous(), None
+
+
+def _picked(tensor: torch.Tensor, rows: torch.Tensor | None, heads: torch.Tensor) -> torch.Tensor:
+    """[B, heads, n, D] of some rows (None: all) and heads."""
+    return tensor[:, heads] if rows is None else tensor[rows[:, None], heads]
 
 
 def _is_plain(sees: Visible | None, options: _Options) -> bool:
