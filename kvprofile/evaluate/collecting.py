@@ -72,6 +72,11 @@ class CollectingCache(StatefulCache):
         for layer in self.layers:
             layer.go_back(count)
 
+    def pick(self, rows: Sequence[int]) -> None:
+        """Go on with the states of these rows alone, in this order."""
+        for layer in self.layers:
+            layer.pick(rows)
+
     def steps(self, counts: Sequence[int]) -> Iterator[slice]:
         """Columns to read at once of padded rows of ``counts`` tokens each, so that no state takes in padding.
 

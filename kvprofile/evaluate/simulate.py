@@ -3,12 +3,13 @@
 This is the oracle for the vLLM runtime and the engine of ``kvprofile evaluate``. Trimmed heads really drop their keys
 and values; no mask stands in for memory. A prefilled context is kept once and shared: every branch (a question, or
 several asked side by side) adds its own tokens after it, so the next question starts from the same trimmed context
-without reading it again.
+without reading it again. Branches of several budgets run side by side too: what heads keep of a context is the same for
+all budgets that treat them alike, so the model's large products are made once for all rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +21,9 @@ from kvprofile.budget.profile import Geometry, Matrix
 from kvprofile.budget.trim import TrimRule
 from kvprofile.checkpoint.states import states_of
 from kvprofile.errors import InputError
+from kvprofile.evaluate.branch import Branch
 from kvprofile.evaluate.collecting import CollectingCache
-from kvprofile.evaluate.held import Growing, Span, joined
+from kvprofile.evaluate.held import HeldHeads, Span, joined
 from kvprofile.scoring import kernels
 from kvprofile.scoring.attention import routed
 from kvprofile.scoring.kernels import Visible
@@ -29,18 +31,6 @@ from kvprofile.scoring.reconstruction_cache import cache_argument
 
 NAME = "kvprofile_budgeted"
 PREFILL_SLICE_TOKENS = 1024
-
-
-@dataclass
-class HeldHeads:
-    """KV heads of one layer that live under one rule, and what they hold of the context: spans shared by all branches.
-
-    ``sees`` None stands for plain causal attention.
-    """
-
-    index: torch.Tensor
-    sees: Visible | None
-    context: list[Span]
 
 
 _current: list[Simulation] = []
@@ -60,11 +50,12 @@ class Simulation:
         self.plain_attention = AttentionInterface()["sdpa"]
         self.cache = CollectingCache(geometry.layer_types, states_of(model.config), lambda: self.length)
         self.cache_argument = cache_argument(model)
-        self.length = 0
+        self.length = self.prompt_tokens = 0
         self.branch: Branch | None = None
         self.fused: dict[tuple[torch.device, torch.dtype, int, int], kernels.Fused | None] = {}
         self.prefilled: list[list[Span]] = []
         self.layers: list[list[HeldHeads]] = []
+        self.budgets = 1
         self.set_heads(heads)
 
     def set_heads(self, heads: Matrix) -> None:
@@ -72,13 +63,16 @@ class Simulation:
 
         Raises ValueError for another shape, InputError for budgets other than 0, 1 and None.
         """
+        self._check(heads)
+        self.heads = heads
+
+    def _check(self, heads: Matrix) -> None:
         geometry = self.geometry
         if len(heads) != geometry.layers or any(len(row) != geometry.kv_heads for row in heads):
             raise ValueError(f"the budget is not {geometry.layers} x {geometry.kv_heads}")
         graded = [value for row in heads for value in row if value not in (0.0, 1.0, None)]
         if graded:
             raise InputError(f"a head has budget {graded[0]:g}; the runtime knows 1 (full) and 0 (sinks and window)")
-        self.heads = heads
 
     @torch.inference_mode()
     def prefill(self, ids: Sequence[int]) -> torch.Tensor:
@@ -96,65 +90,108 @@ class Simulation:
         for start in range(0, len(ids), PREFILL_SLICE_TOKENS):
             piece = torch.tensor([ids[start : start + PREFILL_SLICE_TOKENS]])
             positions = torch.arange(start, start + piece.shape[1])[None]
-            logits = self._forward(piece, positions, logits_to_keep=1)
+            logits = self.forward(piece, positions, logits_to_keep=1)
             self.length += piece.shape[1]
         self.cache.keep_states()
         return logits[0, -1].float()
 
-    def trim(self, heads: Matrix | None = None) -> None:
+    def trim(self, heads: Matrix | None = None, prompt_tokens: int | None = None) -> None:
         """Keep what the budget gives every head of the prefilled context, and free the rest.
 
         With ``heads`` the budget changes first; the untrimmed context stays until :meth:`forget_context`, so several
-        budgets can be tried on one prefill. Raises ValueError where none is held.
+        budgets can be tried on one prefill. ``prompt_tokens`` and errors as for :meth:`trim_each`.
         """
         if heads is not None:
             self.set_heads(heads)
+        self.trim_each([self.heads], prompt_tokens)
+
+    def trim_each(self, budgets: Sequence[Matrix], prompt_tokens: int | None = None) -> None:
+        """Keep what each of several budgets gives every head, for branches that run under all of them side by side.
+
+        ``prompt_tokens`` is where the prompt ended, if generated tokens were read with it, as those of a preempted
+        request are. Raises ValueError where no context is held, and as :meth:`set_heads`.
+        """
+        for heads in budgets:
+            self._check(heads)
         if not self.prefilled:
             raise ValueError("nothing is prefilled")
-        self.layers = [self._trimmed(layer) for layer in range(self.geometry.layers)]
+        self.budgets = len(budgets)
+        self.prompt_tokens = self.length if prompt_tokens is None else prompt_tokens
+        self.layers = [
+            self._trimmed(layer, [heads[layer] for heads in budgets]) for layer in range(self.geometry.layers)
+        ]
 
     def forget_context(self) -> None:
         """Free the untrimmed context: from here on only what the budget keeps is held."""
         self.prefilled = []
 
-    def _trimmed(self, layer: int) -> list[HeldHeads]:
-        spans = self.prefilled[layer]
-        row = self.heads[layer]
-        if not spans:  # the layer has no cache
+    def _trimmed(self, layer: int, rows: Sequence[Sequence[float | None]]) -> list[HeldHeads]:
+        """What a layer's heads keep, ``rows`` being what each budget gives them."""
+        if not self.prefilled[layer]:  # the layer has no cache
             return []
+        whole = joined(self.prefilled[layer])
         # layers that slide keep their own window in every head
-        if row[0] is None or self._slides(layer):
+        if rows[0][0] is None or self._slides(layer):
             every = torch.arange(self.geometry.kv_heads)
             first = max(0, self.length - (self.window or self.length) + 1)
-            return [HeldHeads(every, self._sliding, [joined(spans).cut(first, self.length)])]
-        # the other layers split into full heads, which keep every token, and trimmed ones: sinks and window are copied
+            first_seen = self._first_of_window if self.window else None
+            return [HeldHeads(every, self._sliding, [whole.cut(first, self.length)], first_seen)]
+        # in the others, heads that are full under the same budgets stay together: first as full heads, then as trimmed
+        alike: dict[tuple[bool, ...], list[int]] = {}
+        for head in range(self.geometry.kv_heads):
+            alike.setdefault(tuple(row[head] == 1.0 for row in rows), []).append(head)
         groups = []
-        full = torch.tensor([head for head, value in enumerate(row) if value == 1.0], dtype=torch.long)
-        trimmed = torch.tensor([head for head, value in enumerate(row) if value == 0.0], dtype=torch.long)
-        whole = joined(spans)
-        if len(full):
-            keys, values = whole.keys, whole.values
-            if len(trimmed):
-                keys, values = keys[:, full], values[:, full]
-            groups.append(HeldHeads(full, None, [Span(keys, values, 0)]))
-        if len(trimmed):
-            mine = Span(whole.keys[:, trimmed], whole.values[:, trimmed], 0)
-            sink_end = min(self.rule.sink_end, self.length)
-            start = max(sink_end, min(self.rule.window_start(self.length), self.length))
-            kept = [mine.cut(0, sink_end), mine.cut(start, self.length)]
-            groups.append(HeldHeads(trimmed, self._trim_rule, [span for span in kept if span.count]))
+        for full in (True, False):
+            for pattern, heads in alike.items():
+                budgets = tuple(number for number, is_full in enumerate(pattern) if is_full == full)
+                if budgets:
+                    index = torch.tensor(heads, dtype=torch.long)
+                    held = self._kept(whole, index, full)
+                    which = None if len(budgets) == len(rows) else budgets
+                    groups.append(HeldHeads(index, *self._rule_of(full, held), which))
         return groups
 
-    def nbytes(self) -> int:
-        """Bytes of keys and values that the trimmed context holds."""
-        return sum(span.nbytes() for layer in self.layers for heads in layer for span in heads.context)
+    def _rule_of(self, full: bool, held: list[Span]) -> tuple[Visible | None, list[Span], Callable[[int], int] | None]:
+        """What heads see, what they hold, and the first token after the context that they still see."""
+        if full:
+            return None, held, None
+        if self.rule.anchored:
+            return self._everything_held, held, None
+        # where the context is shorter than the sinks, what comes after it belongs to them
+        first_seen = None if self.length < self.rule.sink_end else self._first_recent
+        return self._trim_rule, held, first_seen
 
-    def start(self, count: int = 1) -> Branch:
-        """``count`` conversations side by side after the trimmed context; earlier branches end."""
+    def _kept(self, whole: Span, heads: torch.Tensor, full: bool) -> list[Span]:
+        """What heads keep of a context: every token or, copied, sinks and window."""
+        if full and len(heads) == self.geometry.kv_heads:
+            return [whole]
+        mine = Span(whole.keys[:, heads], whole.values[:, heads], 0)
+        if full:
+            return [mine]
+        sink_end = min(self.rule.sink_end, self.length)
+        start = max(sink_end, min(self.rule.window_start(self.length, self.prompt_tokens), self.length))
+        return [span for span in (mine.cut(0, sink_end), mine.cut(start, self.length)) if span.count]
+
+    def nbytes(self, budget: int = 0) -> int:
+        """Bytes of keys and values that the trimmed context holds under a budget, by its number."""
+        return sum(
+            span.nbytes()
+            for layer in self.layers
+            for heads in layer
+            if heads.budgets is None or budget in heads.budgets
+            for span in heads.context
+        )
+
+    def start(self, count: int = 1, whole: bool = False) -> Branch:
+        """``count`` conversations side by side after the trimmed context; earlier branches end.
+
+        Of several budgets each has ``count`` rows, the first budget's first. ``whole`` branches keep tokens that no
+        window holds any more, so that :meth:`Branch.fork` can go back.
+        """
         if not self.layers:
             self.trim()
-        self.branch = Branch(self, count)
-        self.cache.start(count)
+        self.branch = Branch(self, torch.arange(self.budgets).repeat_interleave(count), whole)
+        self.cache.start(self.branch.count)
         return self.branch
 
     def _slides(self, layer: int) -> bool:
@@ -163,12 +200,22 @@ class Simulation:
     def _sliding(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         return (key <= query) & (key > query - int(self.window or 0))
 
+    def _first_of_window(self, position: int) -> int:
+        return position - int(self.window or 0) + 1
+
+    def _first_recent(self, position: int) -> int:
+        return self.rule.window_start(position, self.prompt_tokens)
+
+    def _everything_held(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return key <= query
+
     def _trim_rule(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         rule = self.rule
         start = torch.div(query + 1 - rule.recent_tokens, rule.block_tokens, rounding_mode="floor") * rule.block_tokens
         return (key <= query) & ((key < rule.sink_end) | (key >= start))
 
-    def _forward(self, ids: torch.Tensor, positions: torch.Tensor, logits_to_keep: int = 0) -> torch.Tensor:
+    def forward(self, ids: torch.Tensor, positions: torch.Tensor, logits_to_keep: int = 0) -> torch.Tensor:
+        """Logits [B, n, V] of ids [B, n] at positions [B, n]; of the last ``logits_to_keep`` tokens unless 0."""
         self.positions = positions.to(self.device)
         self.lowest, self.stop = int(positions.min()), int(positions.max()) + 1
         self.cache.past_tokens = self.lowest
@@ -193,27 +240,36 @@ class Simulation:
             sees = self._sliding if self._slides(layer) and self.window else None
             if _is_plain(sees, options):
                 return self._attend_plainly(module, query, joined(spans), options.scale)
-            return self._merged(query, spans, sees, options, options.sinks)
-        # decoding: each group of heads sees what it kept of the context and its branch's own tokens
-        output: torch.Tensor | None = None
+            return self._merged(query, spans, sees, options, options.sinks, self.positions)
+        # decoding: each group of heads sees what it kept of the context and its rows' own tokens
+        if not self.layers[layer]:
+            raise ValueError(f"layer {layer} has no heads")
+        output = torch.empty(0)
         group = query.shape[1] // key.shape[1]
         for heads, own in zip(self.layers[layer], self.branch.own[layer], strict=True):
-            every = len(heads.index) == key.shape[1]
-            mine = heads.index[:, None] * group + torch.arange(group)
-            rows = slice(None) if every else mine.flatten().to(query.device)
-            picked = slice(None) if every else heads.index.to(query.device)
-            own.write(key[:, picked], value[:, picked], self.positions, self.stop)
+            rows = self.branch.rows(heads.budgets)
+            every = rows is None and len(heads.index) == key.shape[1]
+            if rows is not None and not len(rows):
+                continue
+            # of new keys, values and queries those of the group's rows and heads
+            index = heads.index.to(query.device)
+            mine = (heads.index[:, None] * group + torch.arange(group)).flatten().to(query.device)
+            new_keys, new_values = (key, value) if every else (_picked(key, rows, index), _picked(value, rows, index))
+            asking = query if every else _picked(query, rows, mine)
+            positions = self.positions if rows is None else self.positions[rows]
+            own.write(new_keys, new_values, positions, self.stop)
             spans = [*heads.context, *own.spans(self.lowest, self.stop)]
             if every and self.branch.count == 1 and _is_plain(heads.sees, options):
                 return self._attend_plainly(module, query, joined(spans), options.scale)
-            sinks = options.sinks[rows] if options.sinks is not None else None
-            found = self._merged(query[:, rows], spans, heads.sees, options, sinks)
+            sinks = options.sinks[mine] if options.sinks is not None else None
+            found = self._merged(asking, spans, heads.sees, options, sinks, positions)
             if every:
                 return found
-            output = torch.empty_like(query) if output is None else output
-            output[:, rows] = found
-        if output is None:
-            raise ValueError(f"layer {layer} has no heads")
+            output = output if output.numel() else torch.empty_like(query)
+            if rows is None:
+                output[:, mine] = found
+            else:
+                output[rows[:, None], mine] = found
         return output
 
     def _merged(
@@ -223,20 +279,22 @@ class Simulation:
         sees: Visible | None,
         options: _Options,
         sinks: torch.Tensor | None,
+        positions: torch.Tensor,
     ) -> torch.Tensor:
-        """Attention of query [B, H, n, D] to spans of keys, merged by log-sum-exp, -> [B, H, n, D].
+        """Attention of query [B, H, n, D] at positions [B, n] to spans of keys, merged by log-sum-exp, -> [B, H, n, D].
 
         Shared spans that every row sees whole go through torch's fused kernel where there is one.
         """
         parts = []
         for span in spans:
-            past = sees is None and span.first + span.count <= self.lowest and span.keys.shape[0] == 1
+            all_seen = sees is None or sees == self._everything_held
+            past = all_seen and span.first + span.count <= self.lowest and span.keys.shape[0] == 1
             fused = self._fused(query, span) if past and options.softcap is None else None
             if fused is not None:
                 parts.append(_side_by_side(fused, query, span, options.scale))
                 continue
             parts += kernels.over_keys(
-                query, span.keys, span.values, options.scale, self.positions, span.first, self.lowest, sees,
+                query, span.keys, span.values, options.scale, positions, span.first, self.lowest, sees,
                 options.softcap,
             )  # fmt: skip
         return kernels.merge(parts, sinks).output
@@ -259,73 +317,6 @@ class Simulation:
             mask = (places <= self.positions[..., None])[:, None]
         output, _ = self.plain_attention(module, query, whole.keys, whole.values, mask, scaling=scale)
         return output.transpose(1, 2)  # type: ignore[no-any-return]
-
-
-class Branch:
-    """Conversations after a trimmed context, each row with its own tokens."""
-
-    def __init__(self, simulation: Simulation, count: int) -> None:
-        self.simulation, self.count = simulation, count
-        self.lengths = torch.full((count,), simulation.length)
-        self.own = [[Growing(simulation.length) for _ in layer] for layer in simulation.layers]
-
-    @torch.inference_mode()
-    def read(self, ids: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-        """Read tokens as decoding steps, ``ids[b]`` of any length for row b; gives logits [len(ids[b]), V] for each.
-
-        An empty row reads nothing. Raises ValueError where all rows are empty, or another branch was started since.
-        """
-        simulation = self.simulation
-        if simulation.branch is not self:
-            raise ValueError("this branch has ended: another one was started, or another context read")
-        counts = [len(row) for row in ids]
-        if len(counts) != self.count or not max(counts, default=0):
-            raise ValueError(f"{self.count} rows with at least one token are needed")
-        padded = torch.zeros(self.count, max(counts), dtype=torch.long)
-        for row, tokens in enumerate(ids):
-            padded[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.long)
-        positions = self.lengths[:, None] + torch.arange(padded.shape[1])
-        steps = simulation.cache.steps(counts)
-        pieces = [simulation._forward(padded[:, step], positions[:, step]) for step in steps]
-        logits = pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1)
-        self.lengths = self.lengths + torch.tensor(counts)
-        self._free()
-        return [logits[row, :count].float() for row, count in enumerate(counts)]
-
-    def generate(self, ids: Sequence[Sequence[int]], most: int, stop: frozenset[int]) -> list[list[int]]:
-        """Greedy answers to ``ids``, at most ``most`` tokens each, ending before an id of ``stop``."""
-        answers: list[list[int]] = [[] for _ in ids]
-        done = [False] * self.count
-        pending: list[Sequence[int]] = list(ids)
-        for _ in range(most):
-            for row, logits in enumerate(self.read(pending)):
-                if done[row]:
-                    continue
-                token = int(logits[-1].argmax())
-                done[row] = token in stop
-                pending[row] = () if done[row] else (token,)
-                if not done[row]:
-                    answers[row].append(token)
-            if all(done):
-                break
-        return answers
-
-    def nbytes(self) -> int:
-        """Bytes that the rows hold in addition to the shared context."""
-        return sum(own.nbytes() for layer in self.own for own in layer)
-
-    def _free(self) -> None:
-        """Drop own tokens that have left every row's window; where the context is shorter than the sinks, keep them."""
-        simulation = self.simulation
-        if simulation.length < simulation.rule.sink_end:
-            return
-        lowest = int(self.lengths.min())
-        for layer, groups in zip(simulation.layers, self.own, strict=True):
-            for heads, own in zip(layer, groups, strict=True):
-                if heads.sees == simulation._trim_rule:
-                    own.drop_below(simulation.rule.window_start(lowest))
-                elif heads.sees == simulation._sliding and simulation.window:
-                    own.drop_below(lowest - simulation.window + 1)
 
 
 @dataclass(frozen=True)
@@ -371,6 +362,11 @@ def _attention(
     options = _Options(scaling if scaling is not None else query.shape[-1] ** -0.5, softcap, s_aux)
     output = _current[0].attend(module, query, key, value, options)
     return output.transpose(1, 2).contiguous(), None
+
+
+def _picked(tensor: torch.Tensor, rows: torch.Tensor | None, heads: torch.Tensor) -> torch.Tensor:
+    """[B, heads, n, D] of some rows (None: all) and heads."""
+    return tensor[:, heads] if rows is None else tensor[rows[:, None], heads]
 
 
 def _is_plain(sees: Visible | None, options: _Options) -> bool:

@@ -73,6 +73,11 @@ class StateLayer(LinearAttentionCacheLayerMixin):  # type: ignore[misc]
             for index, copy in copies.items():
                 states[index][list(rows)] = copy
 
+    def pick(self, rows: Sequence[int]) -> None:
+        """Go on with some rows of the batch, in this order; a row may be there several times."""
+        for states in (self.conv_states, self.recurrent_states):
+            states.update({index: held[list(rows)] for index, held in states.items() if held is not None})
+
     def keep(self) -> None:
         """Copy the states, for :meth:`go_back`."""
         self.kept = self.copied()

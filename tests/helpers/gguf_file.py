@@ -18,7 +18,9 @@ def _permuted(weight, heads):
     return weight.reshape(heads, 2, weight.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(weight.shape)
 
 
-def write_gguf(path: Path, model, *, quantisation="F32", facts=(), tensors=(), template=True) -> dict[str, np.ndarray]:
+def write_gguf(
+    path: Path, model, *, quantisation="F32", facts=(), tensors=(), template=True, split="smollm"
+) -> dict[str, np.ndarray]:
     """Write a model; gives its weights as the file holds them, under transformers' names, in float32.
 
     ``facts`` are more keys (name, value) without the architecture in front, ``tensors`` more tensors.
@@ -44,7 +46,7 @@ def write_gguf(path: Path, model, *, quantisation="F32", facts=(), tensors=(), t
     for name, value in facts:
         add = writer.add_string if isinstance(value, str) else writer.add_float32
         (writer.add_array if isinstance(value, list) else add)(f"{config.model_type}.{name}", value)
-    _add_tokenizer(writer, template)
+    _add_tokenizer(writer, template, split)
     names = gguf.get_tensor_name_map(NAMES[config.model_type], config.num_hidden_layers)
     held = {}
     for name, values in model.state_dict().items():
@@ -73,12 +75,12 @@ def write_gguf(path: Path, model, *, quantisation="F32", facts=(), tensors=(), t
     return held
 
 
-def _add_tokenizer(writer, template):
+def _add_tokenizer(writer, template, split):
     tokenizer = json.loads((POCKET / "tokenizer.json").read_text())
     vocabulary = sorted(tokenizer["model"]["vocab"].items(), key=lambda entry: entry[1])
     special = {entry["content"] for entry in tokenizer["added_tokens"]}
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
+    writer.add_tokenizer_pre(split)
     writer.add_token_list([token for token, _ in vocabulary])
     control, normal = gguf.TokenType.CONTROL, gguf.TokenType.NORMAL
     writer.add_token_types([control if token in special else normal for token, _ in vocabulary])

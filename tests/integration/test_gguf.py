@@ -104,12 +104,19 @@ def test_score_evaluate_and_plan_read_a_file(tmp_path, workplace, capsys):
 def test_the_tokenizer_is_the_files_own(tmp_path, tokenizer):
     write_gguf(tmp_path / "tiny.gguf", random_model("llama"))
     found = checkpoints.load_tokenizer(checkpoints.locate(str(tmp_path / "tiny.gguf")))
-    text = "It rained on 12 hills, and then (at last) it did not."
+    text = "It rained on 12 hills, and then (at last) it did not.\n\n1. Again,\n   2 days later"
     assert found(text)["input_ids"] == tokenizer(text)["input_ids"]
     assert found.chat_template == tokenizer.chat_template
     assert (found.bos_token, found.eos_token) == (tokenizer.bos_token, tokenizer.eos_token) == (None, "<|end|>")
     # transformers adds <|endoftext|> behind a byte-level vocabulary that has none
     assert set(tokenizer.get_vocab().items()) == set(found.get_vocab().items()) - {("<|endoftext|>", 1024)}
+
+
+def test_a_split_of_text_that_nobody_knows_is_refused(tmp_path):
+    """transformers would split as GPT-2 does, and other ids would come of the same text."""
+    write_gguf(tmp_path / "odd.gguf", random_model("llama"), split="no-such-split")
+    with pytest.raises(InputError, match="splits text as no-such-split does, which transformers does not know"):
+        checkpoints.load_tokenizer(checkpoints.locate(str(tmp_path / "odd.gguf")))
 
 
 def test_the_fingerprint_tells_fine_tunes_apart(tmp_path):

@@ -108,6 +108,52 @@ def test_rows_of_a_batch_equal_rows_alone(subject, seed):
         near(found, expected[len(context) :], model)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_budgets_side_by_side_equal_each_alone(subject, seed):
+    model, geometry = subject
+    rng = random.Random(f"side by side:{model.config.model_type}:{seed}")
+    rule = TrimRule(rng.choice((0, 5, 40)), rng.choice((3, 24)), rng.choice((1, 8)))
+    budgets = [draw_heads(rng, geometry) for _ in range(rng.choice((2, 4)))]
+    context = draw_ids(rng, rng.randrange(1, 120))
+    rows = [[draw_ids(rng, rng.randrange(1, 25)) for _ in range(2)] for _ in range(2)]
+    with simulating(model, geometry, budgets[0], rule) as simulation:
+        simulation.prefill(context)
+        simulation.trim_each(budgets)
+        sizes = [simulation.nbytes(number) for number in range(len(budgets))]
+        branch = simulation.start(len(rows), whole=True)
+        together = [branch.read([row[turn] for row in rows] * len(budgets)) for turn in range(2)]
+        # go back: some rows, one of them twice, as they were after the first turn and after nothing
+        picked = rng.sample(range(branch.count), 2)
+        after = [len(rows[row % 2][0]) for row in picked]
+        again = draw_ids(rng, 9)
+        fork = branch.fork([*picked, picked[0]], [len(context) + count for count in after] + [len(context)])
+        forked = fork.read([again[:5], again[:7], again])
+        forked = [torch.cat(parts) for parts in zip(forked, fork.read([again[5:], again[7:], again[:1]]), strict=True)]
+        for heads, size in zip(budgets, sizes, strict=True):
+            simulation.trim(heads)
+            assert simulation.nbytes() == size
+
+    def expected(budget, ids):
+        sizes = (rule.sink_tokens, rule.recent_tokens, rule.block_tokens)
+        return masked.logits(model, context + ids, len(context), budgets[budget], *sizes)[len(context) :]
+
+    for index in range(len(budgets) * len(rows)):
+        budget, row = divmod(index, len(rows))
+        near(torch.cat([turn[index] for turn in together]), expected(budget, rows[row][0] + rows[row][1]), model)
+    for row, found in zip(picked, forked[:2], strict=True):
+        first = rows[row % 2][0]
+        near(found, expected(row // 2, first + again)[len(first) :], model)
+    near(forked[2], expected(picked[0] // 2, again + again[:1]), model)
+
+
+def test_a_branch_that_frees_tokens_cannot_go_back(llama):
+    model, geometry = llama
+    with simulating(model, geometry, [[1.0, 0.0]] * 3, TrimRule(4, 16, 4)) as simulation:
+        simulation.prefill(draw_ids(random.Random(0), 30))
+        with pytest.raises(ValueError, match="cannot go back"):
+            simulation.start().fork([0], [30])
+
+
 def test_retention_one_is_the_plain_model_bit_for_bit(llama):
     model, geometry = llama
     rng = random.Random(0)
@@ -219,6 +265,9 @@ def test_generate_stops_and_equals_the_plain_model(llama):
             simulation.start(2).generate([question, question], 12, frozenset({stop}))
             == [expected[: expected.index(stop)]] * 2
         )
+        limits = [12, 0, 3, 1]  # rows that have ended are dropped while the others write
+        answers = simulation.start(4).generate([question] * 4, limits, frozenset())
+        assert answers == [expected[:limit] for limit in limits]
 
 
 def test_misuse_is_refused_and_nothing_stays_patched(llama):
