@@ -60,7 +60,7 @@ class Simulation:
         self.plain_attention = AttentionInterface()["sdpa"]
         self.cache = CollectingCache(geometry.layer_types, states_of(model.config), lambda: self.length)
         self.cache_argument = cache_argument(model)
-        self.length = 0
+        self.length = self.prompt_tokens = 0
         self.branch: Branch | None = None
         self.fused: dict[tuple[torch.device, torch.dtype, int, int], kernels.Fused | None] = {}
         self.prefilled: list[list[Span]] = []
@@ -101,12 +101,14 @@ class Simulation:
         self.cache.keep_states()
         return logits[0, -1].float()
 
-    def trim(self, heads: Matrix | None = None) -> None:
+    def trim(self, heads: Matrix | None = None, prompt_tokens: int | None = None) -> None:
         """Keep what the budget gives every head of the prefilled context, and free the rest.
 
         With ``heads`` the budget changes first; the untrimmed context stays until :meth:`forget_context`, so several
-        budgets can be tried on one prefill. Raises ValueError where none is held.
+        budgets can be tried on one prefill. ``prompt_tokens`` is where the prompt ended, if generated tokens were read
+        with it, as those of a preempted request are. Raises ValueError where no context is held.
         """
+        self.prompt_tokens = self.length if prompt_tokens is None else prompt_tokens
         if heads is not None:
             self.set_heads(heads)
         if not self.prefilled:
@@ -140,9 +142,10 @@ class Simulation:
         if len(trimmed):
             mine = Span(whole.keys[:, trimmed], whole.values[:, trimmed], 0)
             sink_end = min(self.rule.sink_end, self.length)
-            start = max(sink_end, min(self.rule.window_start(self.length), self.length))
+            start = max(sink_end, min(self.rule.window_start(self.length, self.prompt_tokens), self.length))
             kept = [mine.cut(0, sink_end), mine.cut(start, self.length)]
-            groups.append(HeldHeads(trimmed, self._trim_rule, [span for span in kept if span.count]))
+            sees = self._everything_held if self.rule.anchored else self._trim_rule
+            groups.append(HeldHeads(trimmed, sees, [span for span in kept if span.count]))
         return groups
 
     def nbytes(self) -> int:
@@ -162,6 +165,9 @@ class Simulation:
 
     def _sliding(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         return (key <= query) & (key > query - int(self.window or 0))
+
+    def _everything_held(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return key <= query
 
     def _trim_rule(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         rule = self.rule
@@ -230,7 +236,8 @@ class Simulation:
         """
         parts = []
         for span in spans:
-            past = sees is None and span.first + span.count <= self.lowest and span.keys.shape[0] == 1
+            all_seen = sees is None or sees == self._everything_held
+            past = all_seen and span.first + span.count <= self.lowest and span.keys.shape[0] == 1
             fused = self._fused(query, span) if past and options.softcap is None else None
             if fused is not None:
                 parts.append(_side_by_side(fused, query, span, options.scale))
@@ -323,7 +330,7 @@ class Branch:
         for layer, groups in zip(simulation.layers, self.own, strict=True):
             for heads, own in zip(layer, groups, strict=True):
                 if heads.sees == simulation._trim_rule:
-                    own.drop_below(simulation.rule.window_start(lowest))
+                    own.drop_below(simulation.rule.window_start(lowest, simulation.prompt_tokens))
                 elif heads.sees == simulation._sliding and simulation.window:
                     own.drop_below(lowest - simulation.window + 1)
 
