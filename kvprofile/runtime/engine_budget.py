@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from kvprofile.budget.trim import DEFAULT_WINDOW
+
 CONFIG_KEY = "kvprofile"
 
 
@@ -34,6 +36,7 @@ class EngineBudget:
     kv_heads: int
     sink_tokens: int
     recent_tokens: int
+    window: str = DEFAULT_WINDOW
     permute_weights: bool = False
 
     @classmethod

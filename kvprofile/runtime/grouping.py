@@ -9,6 +9,7 @@ from typing import Any
 from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec, MambaSpec, UniformTypeKVCacheSpecs
 
+from kvprofile.budget.trim import ANCHORED
 from kvprofile.runtime.engine_budget import EngineBudget
 from kvprofile.runtime.packing import Piece, pack
 from kvprofile.runtime.settings import logger
@@ -46,11 +47,12 @@ def _groups(specs: Mapping[str, Any], budget: EngineBudget, vllm_config: Any) ->
     specs = {name: _unpadded(spec) for name, spec in specs.items()}
     packing = pack([_piece(name, spec, tokens) for name, spec in specs.items()])
     logger.info(
-        "kvprofile applied: %d of %d KV heads keep the whole context, the others %d sinks and the last %d tokens; %s",
+        "kvprofile applied: %d of %d KV heads keep the whole context, the others %d sinks and the last %d tokens%s; %s",
         budget.full,
         budget.heads,
         budget.sink_tokens,
         budget.recent_tokens,
+        " of the prompt and all that follows" if budget.window == ANCHORED else "",
         packing.reason(),
     )
     kinds = [specs[group[0].name] for group in packing.groups]
@@ -84,7 +86,7 @@ def _piece(name: str, spec: Any, tokens: int) -> Piece:
     """What ``packing`` needs to know of a cache: what a request of that many tokens holds of it."""
     window = getattr(spec, "sliding_window", None)
     whole = tokens if window is None else min(tokens, window)
-    held = spec.trim.held_tokens(tokens) if isinstance(spec, StreamSpec) else whole
+    held = spec.trim.held_tokens(tokens, tokens) if isinstance(spec, StreamSpec) else whole
     blocks = cdiv(held, spec.block_size), cdiv(whole, spec.block_size)
     return Piece(name, _kind(spec), spec.page_size_bytes, *blocks)
 

@@ -12,7 +12,7 @@ import pytest
 import transformers
 
 from kvprofile.budget.profile import FULL_ATTENTION
-from kvprofile.budget.trim import TrimRule
+from kvprofile.budget.trim import SLIDING, WINDOWS, TrimRule
 from tests.helpers.models import HYBRIDS
 from tests.vllm.engine import compare_all, environment, make_subject, serve, write_budget
 
@@ -52,9 +52,10 @@ def finite(result):
     )
 
 
-def test_pressure_chunks_and_prefix_hits(subject, tmp_path):
+@pytest.mark.parametrize("window", WINDOWS)
+def test_pressure_chunks_and_prefix_hits(subject, tmp_path, window):
     """A pool for one and a half requests, prompts in chunks of at most 70 tokens, blocks poisoned when freed."""
-    rng, rule = random.Random("pressure"), TrimRule(16, 64, 32)
+    rng, rule = random.Random("pressure"), TrimRule(16, 64, 32, window)
     shared = draw(rng, 200)
     batches = [draw_batch(rng, 20, shared=shared) for _ in range(3)]
     turns = [draw(rng, 150)]
@@ -65,6 +66,7 @@ def test_pressure_chunks_and_prefix_hits(subject, tmp_path):
         subject,
         batches,
         environment(write_budget(tmp_path / "b.json", subject, UNEVEN, rule), LLM_KVZIP_POISON="1"),
+        window=window,
         num_gpu_blocks_override=52,
         max_num_batched_tokens=70,
         max_num_seqs=12,
@@ -83,7 +85,11 @@ def test_pressure_chunks_and_prefix_hits(subject, tmp_path):
 
 @pytest.mark.parametrize(
     ("heads", "rule", "prefix_caching"),
-    [(SPARSE, TrimRule(40, 100, 64), False), (UNEVEN, TrimRule(0, 1, 64), True), (UNEVEN, TrimRule(1, 33, 96), True)],
+    [
+        (SPARSE, TrimRule(40, 100, 64), False),
+        (UNEVEN, TrimRule(0, 1, 64), True),
+        (UNEVEN, TrimRule(1, 33, 96, SLIDING), True),
+    ],
     ids=["sparse-64", "no-sinks-64", "odd-96"],
 )
 def test_block_sizes_and_memory(subject, tmp_path, heads, rule, prefix_caching):
@@ -95,6 +101,7 @@ def test_block_sizes_and_memory(subject, tmp_path, heads, rule, prefix_caching):
         batches,
         environment(write_budget(tmp_path / "b.json", subject, heads, rule), LLM_KVZIP_POISON="1"),
         every_step=True,
+        window=rule.window,
         block_size=rule.block_tokens,
         enable_prefix_caching=prefix_caching,
     )
@@ -105,7 +112,8 @@ def test_block_sizes_and_memory(subject, tmp_path, heads, rule, prefix_caching):
             for (start_at, tokens), held in zip(output["chunks"][0], output["held"], strict=True):
                 processed = start_at + tokens
                 whole = -(-processed // rule.block_tokens)
-                freed = rule.first_recent_block(start_at) - rule.sink_blocks if start_at >= len(prompt) else 0
+                first_recent = rule.first_recent_block(start_at, len(prompt))
+                freed = first_recent - rule.sink_blocks if start_at >= len(prompt) else 0
                 expected = {"FullAttentionSpec": whole, "StreamSpec": whole - freed}
                 assert held == [expected[kind] for kind, _ in found["groups"]]
     assert finite(found)
@@ -194,6 +202,8 @@ def test_off_and_retention_one_are_stock(subject, tmp_path):
         "Attention.__init__",
         "BaseModelLoader.create_model",
         "EngineArgs.create_engine_config",
+        "GPUModelRunner._build_attention_metadata",
+        "GPUModelRunner.prepare_attn",
         "InputProcessor.process_inputs",
         "MultiProcessCollector.collect",
         "vllm.v1.core.kv_cache_utils.get_kv_cache_groups",
