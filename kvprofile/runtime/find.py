@@ -69,7 +69,7 @@ def find(settings: Settings, served: Served) -> tuple[EngineBudget, str]:
         settings.window,
     )
     if not budget.heads:
-        raise ValueError(f"{path}: every layer of {kept.model.name} slides, there is nothing to trim")
+        raise ValueError(f"{path}: no layer of {kept.model.name} has a budget, there is nothing to trim")
     layer = budget.uneven_layer(served.tensor_parallel_size)
     if layer is not None:
         raise ValueError(

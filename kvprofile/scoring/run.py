@@ -132,7 +132,7 @@ def _holds_token_scores(path: Path) -> bool:
 
 
 def _write_token_scores(plan: ScoringPlan, chunks: ChunkStore, path: Path) -> None:
-    """One tensor [L, G, T] for each document, NaN in layers that slide, in one safetensors file."""
+    """One tensor [L, G, T] for each document, NaN in layers that are not scored, in one safetensors file."""
     geometry = plan.description.geometry
     tensors = {}
     for index, document in enumerate(plan.documents):

@@ -151,6 +151,21 @@ def test_a_branch_that_frees_tokens_cannot_go_back(llama):
             simulation.start().fork([0], [30])
 
 
+def test_retention_one_is_the_plain_model(subject):
+    model, geometry = subject
+    rng = random.Random(f"whole:{model.config.model_type}")
+    context, rest = draw_ids(rng, 90), draw_ids(rng, 30)
+    heads = [[1.0 if kind == FULL_ATTENTION else None] * geometry.kv_heads for kind in geometry.layer_types]
+    with torch.inference_mode():
+        plain = model(torch.tensor([context + rest]), use_cache=False).logits[0]
+    with simulating(model, geometry, heads, TrimRule(4, 16)) as simulation:
+        last = simulation.prefill(context)
+        branch = simulation.start()
+        found = [logits for step in (rest[:7], rest[7:8], rest[8:]) for logits in branch.read([step])]
+    near(last, plain[len(context) - 1], model)
+    near(torch.cat(found), plain[len(context) :], model)
+
+
 def test_retention_one_is_the_plain_model_bit_for_bit(llama):
     model, geometry = llama
     rng = random.Random(0)

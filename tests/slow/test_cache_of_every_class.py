@@ -1,9 +1,9 @@
-"""What ``plan`` reads from a config against the cache that a model of every class of transformers really keeps.
+"""What is read from a config against the cache that a model of every class of transformers really keeps.
 
 A tiny random model of each causal language model class reads a few tokens; the keys and values that its cache then
 holds, by layer, are compared with the layers, heads and sizes read from the config.json it saves. Falcon's newer
 architecture is left out: transformers repeats its KV heads before it caches them, and vLLM, which is planned for, does
-not.
+not. Classes with states are said to continue a text from them where they do, and nowhere else.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from kvprofile.budget.config_file import read_config
 from kvprofile.budget.model_cache import ModelCache, cache_of
 from kvprofile.budget.profile import NO_CACHE
+from kvprofile.checkpoint.states import states_of, why_not_followed
 from kvprofile.errors import InputError
 
 pytestmark = pytest.mark.slow
@@ -178,3 +179,40 @@ def test_plan_counts_the_cache_that_the_class_keeps(config_class, model_class, m
         return
     cache = cache_of(read_config(tmp_path / "config.json"), kind, "planned")
     assert counted(cache) == really_kept(model, len(cache.layers))
+
+
+def continues(model: Any) -> bool:
+    """Whether a text read in two pieces leads to the logits of the text read at once."""
+    ids = torch.arange(3, 99)[None]
+    cache = transformers.DynamicCache(config=model.config)
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits[:, 50:]
+        model(ids[:, :50], past_key_values=cache, use_cache=True)
+        places = torch.arange(50, 96)[None]
+        pieces = model(ids[:, 50:], position_ids=places, past_key_values=cache, use_cache=True).logits
+    return torch.allclose(whole, pieces, atol=1e-5 * float(whole.abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize(("config_class", "model_class", "more"), classes())
+def test_states_are_followed_where_the_class_continues_from_them(config_class, model_class, more):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            config = tiny_config(config_class, more)
+            states = states_of(config)
+        except Exception as error:
+            pytest.skip(f"cannot be built here: {type(error).__name__}: {error}")
+        if not any(states) or config_class.model_type in REASONS:
+            pytest.skip("keeps no state, or is refused before")
+        torch.manual_seed(0)
+        model = model_class(config).float().eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("A_log"):
+                    parameter.fill_(-3.0)  # a state that remembers
+                elif parameter.dim() > 1:
+                    parameter.mul_(10.0 if "mamba" in name else 4.0)
+        why = why_not_followed(model_class, config)
+    if why is not None and "cache of its own" in why:
+        return
+    assert continues(model) == (why is None), why

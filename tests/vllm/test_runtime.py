@@ -157,7 +157,7 @@ def test_layers_that_keep_a_state_stay_as_they_are(family, tmp_path):
     rows = iter(([1.0, 0.0, 0.0, 1.0], [0.0, 1.0, 0.0, 0.0]))
     heads = [next(rows) if kind == FULL_ATTENTION else [None] * 4 for kind in subject.geometry.layer_types]
     rng, rule = random.Random(family), TrimRule(16, 64, 64)  # vLLM widens blocks to 64 tokens, so that a state fits
-    batches = [draw_batch(rng, 14), [(draw(rng, 300), 70)]]
+    batches = [draw_batch(rng, 30), [(draw(rng, 300), 70)]]
     found = serve(
         subject,
         batches,
