@@ -30,6 +30,8 @@ from kvprofile.scoring.reconstruction_cache import cache_argument
 
 NAME = "kvprofile_budgeted"
 PREFILL_SLICE_TOKENS = 1024
+MASKED_TOKENS = 256
+"""Tokens of its own up to which a branch masks what a row cannot see, which costs less than two parts to merge."""
 
 _DENSE = 0.8
 """Rows that have ended are dropped where no more than this share of the rows still writes."""
@@ -39,11 +41,13 @@ _DENSE = 0.8
 class HeldHeads:
     """KV heads of one layer that live under one rule, and what they hold of the context: spans shared by all branches.
 
-    ``sees`` None stands for plain causal attention. ``budgets`` are the numbers of those, of several side by side,
+    ``index`` and ``queries`` are their numbers and those of their query heads. ``sees`` None stands for plain causal
+    attention. ``budgets`` are the numbers of those, of several side by side,
     under which the heads live so; None for all.
     """
 
     index: torch.Tensor
+    queries: torch.Tensor
     sees: Visible | None
     context: list[Span]
     budgets: tuple[int, ...] | None = None
@@ -173,9 +177,9 @@ class Simulation:
         whole = joined(self.prefilled[layer])
         # layers that slide keep their own window in every head
         if rows[0][0] is None or self._slides(layer):
-            every = torch.arange(self.geometry.kv_heads)
+            every = list(range(self.geometry.kv_heads))
             first = max(0, self.length - (self.window or self.length) + 1)
-            return [HeldHeads(every, self._sliding, [whole.cut(first, self.length)])]
+            return [HeldHeads(*self._numbers(every), self._sliding, [whole.cut(first, self.length)])]
         # in the others, heads that are full under the same budgets stay together: first as full heads, then as trimmed
         alike: dict[tuple[bool, ...], list[int]] = {}
         for head in range(self.geometry.kv_heads):
@@ -185,17 +189,17 @@ class Simulation:
             for pattern, heads in alike.items():
                 budgets = tuple(number for number, is_full in enumerate(pattern) if is_full == full)
                 if budgets:
-                    index = torch.tensor(heads, dtype=torch.long)
-                    held = self._kept(whole, index, full)
-                    groups.append(
-                        HeldHeads(
-                            index,
-                            None if full else self._trim_rule,
-                            held,
-                            None if len(budgets) == len(rows) else budgets,
-                        )
-                    )
+                    index, queries = self._numbers(heads)
+                    sees, under = None if full else self._trim_rule, None if len(budgets) == len(rows) else budgets
+                    groups.append(HeldHeads(index, queries, sees, self._kept(whole, index, full), under))
         return groups
+
+    def _numbers(self, heads: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The numbers of KV heads and of their query heads, on the model's device."""
+        group = self.geometry.attention_heads // self.geometry.kv_heads
+        index = torch.tensor(heads, dtype=torch.long)
+        queries = (index[:, None] * group + torch.arange(group)).flatten()
+        return index.to(self.device), queries.to(self.device)
 
     def _kept(self, whole: Span, heads: torch.Tensor, full: bool) -> list[Span]:
         """What heads keep of a context: every token or, copied, sinks and window."""
@@ -269,20 +273,19 @@ class Simulation:
         if not self.layers[layer]:
             raise ValueError(f"layer {layer} has no heads")
         output = torch.empty(0)
-        group = query.shape[1] // key.shape[1]
         for heads, own in zip(self.layers[layer], self.branch.own[layer], strict=True):
             rows = self.branch.rows(heads.budgets)
             every = rows is None and len(heads.index) == key.shape[1]
             if rows is not None and not len(rows):
                 continue
             # of new keys, values and queries those of the group's rows and heads
-            index = heads.index.to(query.device)
-            mine = (heads.index[:, None] * group + torch.arange(group)).flatten().to(query.device)
+            index, mine = heads.index.to(query.device), heads.queries.to(query.device)
             new_keys, new_values = (key, value) if every else (_picked(key, rows, index), _picked(value, rows, index))
             asking = query if every else _picked(query, rows, mine)
             positions = self.positions if rows is None else self.positions[rows]
             own.write(new_keys, new_values, positions, self.stop)
-            spans = [*heads.context, *own.spans(self.lowest, self.stop)]
+            apart = self.lowest if self.stop - self.length > MASKED_TOKENS else self.length
+            spans = [*heads.context, *own.spans(apart, self.stop)]
             if every and self.branch.count == 1 and _is_plain(heads.sees, options):
                 return self._attend_plainly(module, query, joined(spans), options.scale)
             sinks = options.sinks[mine] if options.sinks is not None else None
@@ -311,13 +314,15 @@ class Simulation:
         """
         parts = []
         for span in spans:
-            past = sees is None and span.first + span.count <= self.lowest and span.keys.shape[0] == 1
+            is_sinks = sees == self._trim_rule and span.first + span.count <= min(self.rule.sink_end, self.lowest)
+            visible = None if is_sinks else sees
+            past = visible is None and span.first + span.count <= self.lowest and span.keys.shape[0] == 1
             fused = self._fused(query, span) if past and options.softcap is None else None
             if fused is not None:
                 parts.append(_side_by_side(fused, query, span, options.scale))
                 continue
             parts += kernels.over_keys(
-                query, span.keys, span.values, options.scale, positions, span.first, self.lowest, sees,
+                query, span.keys, span.values, options.scale, positions, span.first, self.lowest, visible,
                 options.softcap,
             )  # fmt: skip
         return kernels.merge(parts, sinks).output
