@@ -182,7 +182,7 @@ def render(summary: dict[str, Any]) -> None:
     answers = quality_table.answers_table(summary)
     if answers is not None:
         console.print(answers)
-        for line in quality_table.ANSWERS_LEGEND:
+        for line in quality_table.answers_legend(summary):
             console.print(Text(line, style="dim"))
     elif why := quality_table.left_out(summary):
         console.print(Text(why))

@@ -21,11 +21,12 @@ LEGEND = (
     "the first choice is the reference. a-b: 95 % interval over contexts.",
 )
 
-ANSWERS_LEGEND = (
+_WRITTEN_LEGEND = (
     "accuracy: answers that hold what is expected. exact: those that greedy",
-    "decoding writes as the reference. loss: rise over the reference, nats per",
-    "token. flips: answers lost/gained.",
+    "decoding writes as the reference.",
 )
+_EXACT_LEGEND = ("accuracy: answers that greedy decoding writes as the reference.",)
+_LOSS_LEGEND = "loss: rise over the reference, nats per token. flips: answers lost/gained."
 
 
 def heading(summary: Mapping[str, Any]) -> Iterator[str]:
@@ -65,17 +66,24 @@ def answers_table(summary: Mapping[str, Any]) -> Table | None:
     if not summary["answers"]["compared"]:
         return None
 
+    written = summary["settings"]["generate"]
+
     def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
         full = row["kind"] == "full"
         return (
             _estimate(row["accuracy"]),
             _estimate(row["relative"]) if row["relative"] else "",
-            _percent(row["exact"]),
+            *([_percent(row["exact"])] if written else []),
             f"{row['loss']:.3f}" if full else f"{row['loss_rise']['value']:+.2f}",
             "" if full else f"{_count(row['lost'])}/{_count(row['gained'])}",
         )
 
-    return _rows_table(summary, ("accuracy %", "% of full", "exact %", "loss", "flips"), cells)
+    return _rows_table(summary, ("accuracy %", "% of full", *(["exact %"] if written else []), "loss", "flips"), cells)
+
+
+def answers_legend(summary: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the columns of ``answers_table`` mean."""
+    return (*(_WRITTEN_LEGEND if summary["settings"]["generate"] else _EXACT_LEGEND), _LOSS_LEGEND)
 
 
 def left_out(summary: Mapping[str, Any]) -> str | None:
