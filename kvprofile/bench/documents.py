@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from kvprofile.budget.store import is_dir, is_file, phrases
 from kvprofile.corpus.generate import blocks
+from kvprofile.corpus.sources import documents_folder
 from kvprofile.corpus.text_files import read_text
 from kvprofile.errors import InputError, plain
 from kvprofile.files import MAX_FILE_BYTES, read_bytes
@@ -91,12 +91,6 @@ def load(references: tuple[str, ...]) -> list[BenchDocument]:
     if not found:
         raise InputError("give --documents: bundled, pocket, a folder, an .md or a .jsonl file")
     return found
-
-
-def documents_folder() -> Path:
-    """The folder of bundled documents: inside the package when installed, next to it in a checkout."""
-    inside = Path(str(files("kvprofile"))) / "data" / "documents"
-    return inside if inside.is_dir() else Path(__file__).resolve().parents[2] / "benchmarks" / "documents"
 
 
 def unique_opening(seed: int, request: int) -> str:

@@ -57,7 +57,7 @@ def evaluate(
     context_tokens: Annotated[
         list[int] | None, typer.Option(help="Tokens of a context; repeatable; 1000 unless given.")
     ] = None,
-    contexts: Annotated[int, typer.Option(help="Contexts of each task and length.")] = 20,
+    contexts: Annotated[int, typer.Option(help="Contexts of each task and length.")] = 5,
     questions: Annotated[int, typer.Option(help="Most questions asked about a context.")] = 8,
     sink_tokens: Annotated[
         int | None, typer.Option(help="First tokens that a trimmed head keeps; the profile's unless given.")
@@ -89,14 +89,14 @@ def evaluate(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that the checkpoint brings.")
     ] = False,
-    batch: Annotated[int, typer.Option(help="Most questions read side by side.")] = 16,
+    batch: Annotated[int, typer.Option(help="Most rows read side by side: questions times budgets.")] = 64,
     generate: Annotated[
         bool,
         typer.Option(
             "--generate/--exact-only",
             help="Write greedy answers and look for what is expected, or count only the reference word for word.",
         ),
-    ] = True,
+    ] = False,
     output: Annotated[
         Path | None, typer.Option(help="Folder of the records; runs/evaluate/<model>/<settings> unless given.")
     ] = None,
@@ -188,7 +188,15 @@ def render(summary: dict[str, Any]) -> None:
     console.print(quality_table.main_table(summary))
     for line in quality_table.LEGEND:
         console.print(Text(line, style="dim"))
-    for table in quality_table.task_tables(summary, console.width):
+    console.print()
+    answers = quality_table.answers_table(summary)
+    if answers is not None:
+        console.print(answers)
+        for line in quality_table.answers_legend(summary):
+            console.print(Text(line, style="dim"))
+    elif why := quality_table.left_out(summary):
+        console.print(Text(why))
+    for table in (*quality_table.span_tables(summary), *quality_table.task_tables(summary, console.width)):
         console.print()
         console.print(table)
     console.print()

@@ -55,6 +55,12 @@ def corpora_folder() -> Path:
     return inside if inside.is_dir() else Path(__file__).resolve().parents[2] / "corpora"
 
 
+def documents_folder() -> Path:
+    """The folder of the bundled documents that are never scored on: texts to benchmark with and to continue."""
+    inside = Path(str(files("kvprofile"))) / "data" / "documents"
+    return inside if inside.is_dir() else Path(__file__).resolve().parents[2] / "benchmarks" / "documents"
+
+
 def bundled_names() -> tuple[str, ...]:
     """Names of the bundled corpora, sorted."""
     return tuple(sorted(folder.name for folder in corpora_folder().glob("*/") if (folder / "manifest.json").is_file()))

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+CONTINUED_TOKENS = 500
+"""Most tokens of a continued text that are read."""
+
 SPARE_TOKENS = 32
 """How much longer than the reference a generated answer may be."""
 
@@ -81,7 +84,7 @@ class Asked:
     @property
     def positions(self) -> int:
         """Positions that the longest branch reaches, with room for a generated answer."""
-        spare = 0 if self.exercise.verbatim else SPARE_TOKENS
+        spare = SPARE_TOKENS if self.exercise.answered else 0
         return len(self.context_ids) + max((len(row.ids) for row in self.rows), default=0) + spare
 
     @property
@@ -118,8 +121,11 @@ def ask(
     words: Wording,
     rule: TrimRule,
 ) -> Asked:
-    """An exercise as ids. ``length`` is the number of context tokens that was asked for, if one was."""
-    evidence = [() if exercise.verbatim else question.evidence for question in exercise.questions]
+    """An exercise as ids. ``length`` is the number of context tokens that was asked for, if one was.
+
+    Of a continued text the last token of the context is read after the trim, because it predicts what follows.
+    """
+    evidence = [question.evidence if exercise.answered else () for question in exercise.questions]
     ids, found = _tokenise(tokenizer, exercise.context, [span for spans in evidence for span in spans])
     prefix = words.frame.prefix_ids
     prompt_tokens = len(prefix) + len(ids)
@@ -131,12 +137,19 @@ def ask(
         places = [next(tokens) for _ in spans]
         depths.append(sum(a + b - 1 for a, b in places) / (2 * len(places) * prompt_tokens) if places else None)
         outside.append(all(a >= rule.sink_end and b <= window_start for a, b in places) if places else None)
+    context = (*prefix, *ids)
+    if exercise.continued:
+        answer = encode(tokenizer, exercise.questions[0].answer)[:CONTINUED_TOKENS]
+        rows = [AskedRow((context[-1], *answer[:-1]), (Reference(0, 1, tuple(answer)),))]
+        context = context[:-1]
+    else:
+        rows = _rows(exercise, tokenizer, words)
     return Asked(
         name=name,
         exercise=exercise,
         length=length,
-        context_ids=(*prefix, *ids),
-        rows=tuple(_rows(exercise, tokenizer, words)),
+        context_ids=context,
+        rows=tuple(rows),
         depths=tuple(depths),
         outside=tuple(outside),
     )

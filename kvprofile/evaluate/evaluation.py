@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 OUTPUT_DIR = Path("runs/evaluate")
-SUMMARY_VERSION = 1
+SUMMARY_VERSION = 2
+"""Also of what items mean: a run that another version began is not continued."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,14 @@ class EvaluationPlan:
 
     @property
     def cache_tokens(self) -> int:
-        """Tokens of the largest cache held at a time: a context, its trimmed copy, and a batch of branches."""
+        """Tokens of the largest cache held at a time: a context, its trimmed copies, and a batch of rows twice.
+
+        The second time for answers that are written, which begin as copies of what was read.
+        """
+        budgets = len({variant.budget for variant in self.variants})
         return max(
-            2 * len(asked.context_ids) + self.options.batch * (asked.positions - len(asked.context_ids))
+            2 * len(asked.context_ids)
+            + 2 * min(self.options.batch, budgets * len(asked.rows)) * (asked.positions - len(asked.context_ids))
             for asked in self.asked
         )
 
@@ -163,7 +169,7 @@ def default_folder(planned: EvaluationPlan, placement: Placement) -> Path:
 def run_key(planned: EvaluationPlan, placement: Placement) -> str:
     """Everything the items depend on, as one hash. The batch is left out: a run may continue with a smaller one."""
     facts = {
-        "version": __version__,
+        "version": [__version__, SUMMARY_VERSION],
         "model": identity(planned.description, planned.tokenizer).model_dump(mode="json"),
         "dtype": placement.dtype,
         "device": placement.device.partition(":")[0],
@@ -172,7 +178,7 @@ def run_key(planned: EvaluationPlan, placement: Placement) -> str:
         "words": [planned.words.end_ids, planned.words.next_ids, sorted(planned.words.stop_ids)],
         "variants": [(variant.key, variant.heads) for variant in planned.variants],
         "exercises": [
-            (asked.name, asked.exercise.verbatim, asked.context_ids, [asdict(row) for row in asked.rows])
+            (asked.name, asked.exercise.answered, asked.context_ids, [asdict(row) for row in asked.rows])
             for asked in planned.asked
         ],
         "expected": [
@@ -212,7 +218,7 @@ def _measure(
                         context_tokens=len(asked.context_ids),
                         depth=asked.depths[number],
                         outside=asked.outside[number],
-                        **asdict(outcomes[order[variant.budget]][number]),
+                        **vars(outcomes[order[variant.budget]][number]),
                     )
                     for number in range(len(asked.exercise.questions))
                     for variant in planned.variants
@@ -253,10 +259,12 @@ def _what_accuracy_is(planned: EvaluationPlan) -> dict[str, str]:
     for asked in planned.asked:
         questions.setdefault(asked.exercise.task, []).extend(asked.exercise.questions)
     verbatim = {asked.exercise.task for asked in planned.asked if asked.exercise.verbatim}
+    continued = {asked.exercise.task for asked in planned.asked if asked.exercise.continued}
     told = {task: judge.describe(found) for task, found in questions.items()}
     if not planned.options.generate:
         told = dict.fromkeys(questions, "share of answers that are the reference, token by token")
-    return {**told, **dict.fromkeys(verbatim, "share of tokens of the context that are the first choice")}
+    told |= dict.fromkeys(continued, "share of tokens of the text that follows that are the first choice")
+    return told | dict.fromkeys(verbatim, "share of tokens of the context that are the first choice")
 
 
 def _run_document(planned: EvaluationPlan, placement: Placement) -> dict[str, Any]:

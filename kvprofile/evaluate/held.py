@@ -106,12 +106,14 @@ def joined(spans: list[Span]) -> Span:
 class HeldHeads:
     """KV heads of one layer that live under one rule, and what they hold of the context: spans shared by all branches.
 
-    ``sees`` None stands for plain causal attention. ``first_seen`` gives the first of the tokens after the context that
+    ``index`` and ``queries`` are their numbers and those of their query heads. ``sees`` None stands for plain causal
+    attention. ``first_seen`` gives the first of the tokens after the context that
     the token at a position still sees, None where that is all of them. ``budgets`` are the numbers of those, of several
     side by side, under which the heads live so; None for all.
     """
 
     index: torch.Tensor
+    queries: torch.Tensor
     sees: Visible | None
     context: list[Span]
     first_seen: Callable[[int], int] | None = None

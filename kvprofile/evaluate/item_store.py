@@ -23,6 +23,27 @@ RUN, ITEMS, SUMMARY = "run.json", "items.jsonl", "summary.json"
 DIGITS = 6
 """Significant digits of measured numbers."""
 
+SPANS = ((1, 64), (65, 150), (151, None))
+"""Tokens of a continued text that are reported apart, the first and the last of each; the window of a trimmed head has
+moved past the prompt in the later ones."""
+
+
+@dataclass(frozen=True)
+class AnswerSpan:
+    """The same figures as in an item, over tokens ``first`` to ``last`` of a continued text, counted from 1."""
+
+    first: int
+    last: int
+    tokens_right: int
+    nll: float
+    agreement: float
+    kl: float
+
+    @property
+    def right_share(self) -> float:
+        """Share of the span's tokens that are the first choice."""
+        return self.tokens_right / (self.last - self.first + 1)
+
 
 @dataclass(frozen=True)
 class Item:
@@ -33,13 +54,15 @@ class Item:
     - ``retention_realised``: bytes of keys and values held after the trim, as a share of the full cache's.
     - ``reference_tokens``: tokens of the reference answer and its end; ``tokens_right``: how many of them are the first
       choice after the ones before; ``exact``: all are, so greedy decoding writes the reference.
-    - ``right``: the greedy answer is what is expected, null where the context is asked back; ``accuracy``: how far it
-      is, by the question's measure, 0 to 1; the share of tokens right where the context is asked back.
+    - ``right``: the greedy answer is what is expected, null where the text is known and nothing answered; ``accuracy``:
+      how far it is, by the question's measure, 0 to 1; the share of tokens right where nothing is answered. An answer
+      that the full cache gets entirely wrong (accuracy 0) is not written under other budgets. It is wrong there too,
+      unless greedy decoding writes the reference.
     - ``nll``: mean negative log likelihood of the reference tokens, nats; ``agreement``: share of them where the first
-      choice is the full cache's; ``kl``: mean KL divergence of the next token from the full cache's, nats, over at
-      most 128 of them.
+      choice is the full cache's; ``kl``: mean KL divergence of the next token from the full cache's, nats.
     - ``generated``: the answer written, null where it is the reference or none was asked for; ``generated_tokens``:
       its length without the end, and that of the reference where it is exact.
+    - ``spans``: of a continued text, its figures for each of ``SPANS`` that it reaches; null for everything else.
     """
 
     exercise: str
@@ -61,6 +84,12 @@ class Item:
     kl: float
     generated: str | None
     generated_tokens: int | None
+    spans: tuple[AnswerSpan, ...] | None = None
+
+    @property
+    def right_share(self) -> float:
+        """Share of the reference tokens that are the first choice."""
+        return self.tokens_right / self.reference_tokens
 
     @property
     def length_inflation(self) -> float | None:
@@ -71,8 +100,7 @@ class Item:
 
     def to_line(self) -> str:
         """The item as one line of JSON, its measured numbers rounded."""
-        rounded = {name: _rounded(value) for name, value in asdict(self).items()}
-        return json.dumps(rounded, ensure_ascii=False, allow_nan=False) + "\n"
+        return json.dumps(rounded(asdict(self)), ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read_items(path: Path) -> list[Item]:
@@ -164,17 +192,27 @@ class ItemStore:
             yield from stream
 
 
-def _rounded(value: Any) -> Any:
-    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
+def rounded(value: Any) -> Any:
+    """Numbers to ``DIGITS``, so that the last bits of a sum never differ between machines."""
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}")
+    if isinstance(value, dict):
+        return {name: rounded(each) for name, each in value.items()}
+    return [rounded(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def _parse(line: str) -> Item | None:
     """The item of a whole line; None for anything else."""
     try:
         found = json.loads(line) if line.endswith("\n") else None
-        return Item(**found) if isinstance(found, dict) and set(found) == _NAMES else None
-    except (ValueError, RecursionError):
+        if not isinstance(found, dict) or set(found) | _NEWER != _NAMES:
+            return None
+        spans = found.get("spans")
+        return Item(**{**found, "spans": None if spans is None else tuple(AnswerSpan(**each) for each in spans)})
+    except (ValueError, TypeError, RecursionError):
         return None
 
 
 _NAMES = {field.name for field in fields(Item)}
+_NEWER = {"spans"}
+"""Fields that items of version 0.1 do not have."""

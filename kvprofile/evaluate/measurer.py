@@ -1,15 +1,19 @@
 """One exercise under many budgets: prefill once, then trim, read the reference answers and, where needed, generate.
 
-The first budget is the full cache; its probabilities are what the others are compared with, and are kept for the
-exercise only. Logits are read in slices, so that a long answer over a large vocabulary needs little memory.
+Questions and budgets are read side by side, the full cache among them, so what it makes of a token is there when the
+others are compared with it and need not be kept. Logits are read in slices, so that a long answer over a large
+vocabulary needs little memory.
+
+Answers are written by the full cache first. One that it gets entirely wrong is not written under the other budgets:
+there is nothing in it that could be lost.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import TypeAlias, TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -18,14 +22,12 @@ from kvprofile.budget.profile import Matrix
 from kvprofile.errors import InputError
 from kvprofile.evaluate.branch import Branch
 from kvprofile.evaluate.encoding import SPARE_TOKENS, Asked, AskedRow, Reference, Wording
+from kvprofile.evaluate.item_store import SPANS, AnswerSpan
 from kvprofile.evaluate.simulate import Simulation
 from kvprofile.questions.judge import is_right, score
 
-KL_TOKENS = 128
-"""Answer tokens of a question over which the divergence is measured."""
-
-SLICE_POSITIONS = 512
-"""Positions, over all rows, whose logits are held at a time."""
+SLICE_LOGITS = 32 * 2**20
+"""Logits, over all rows and positions, that are held at a time (128 MiB in float32)."""
 
 Element = TypeVar("Element")
 
@@ -45,47 +47,80 @@ class QuestionOutcome:
     kl: float
     generated: str | None
     generated_tokens: int | None
+    spans: tuple[AnswerSpan, ...] | None = None
 
 
 @dataclass
 class _Reading:
     """The reference answer to one question under one budget, read slice by slice.
 
-    choices [m] first choices, nll [m] and kl [<= KL_TOKENS] in nats, log_probs [<= KL_TOKENS, V] of the full cache.
+    choices [m] first choices, nll [m] and kl [m] in nats.
     """
 
     reference: Reference
     choices: list[int] = field(default_factory=list)
     nll: list[float] = field(default_factory=list)
     kl: list[float] = field(default_factory=list)
-    log_probs: list[torch.Tensor] = field(default_factory=list)
 
-    def add(self, logits: torch.Tensor, full: _Reading | None) -> None:
-        """Take the next logits [k, V]; without ``full`` this is the full cache, whose probabilities are kept."""
+    def add(self, logits: torch.Tensor, full: torch.Tensor | None) -> torch.Tensor:
+        """Take the next logits [k, V], and give them as log-probabilities.
+
+        ``full`` are those of the full cache; None where this is the full cache.
+        """
         done = len(self.choices)
         targets = torch.tensor(self.reference.answer_ids[done : done + len(logits)], device=logits.device)
         log_probs = torch.log_softmax(logits, -1)
         self.choices += log_probs.argmax(-1).tolist()
         self.nll += (-log_probs.gather(-1, targets[:, None])[:, 0]).tolist()
-        compared = log_probs[: max(0, KL_TOKENS - done)]
         if full is None:
-            self.log_probs.append(compared)
-            self.kl += [0.0] * len(compared)
-        elif len(compared):
-            if len(full.log_probs) > 1:
-                full.log_probs = [torch.cat(full.log_probs)]
-            theirs = full.log_probs[0][done : done + len(compared)]
-            terms = torch.where(theirs.isneginf(), 0.0, theirs.exp() * (theirs - compared))
+            self.kl += [0.0] * len(logits)
+        else:
+            terms = torch.where(full.isneginf(), 0.0, full.exp() * (full - log_probs))
             self.kl += terms.sum(-1).clamp(min=0.0).tolist()
+        return log_probs
 
     @property
     def right(self) -> list[bool]:
         """Which reference tokens are the first choice."""
         return [choice == token for choice, token in zip(self.choices, self.reference.answer_ids, strict=True)]
 
+    def agreement(self, full: _Reading, here: slice) -> float:
+        """Share of some reference tokens whose first choice is the full cache's."""
+        same = [mine == theirs for mine, theirs in zip(self.choices[here], full.choices[here], strict=True)]
+        return sum(same) / len(same)
+
+    @property
+    def agreed(self) -> int:
+        """Reference tokens before the first that greedy decoding would not write."""
+        right = self.right
+        return len(right) if all(right) else right.index(False)
+
+
+_Read: TypeAlias = tuple[int, int, _Reading, _Reading]
+"""(number of the budget, row of the branch, its reading of an answer, the full cache's reading of it)."""
+
+
+@dataclass
+class _Together:
+    """Rows read side by side under some budgets: row ``r`` of budget ``b`` is row ``b * len(rows) + r`` of the branch.
+
+    ``readings`` [budget][row][reference]; the first budget is the full cache.
+    """
+
+    rows: Sequence[AskedRow]
+    budgets: Sequence[int]
+    readings: list[list[list[_Reading]]]
+
+    def each(self) -> Iterator[_Read]:
+        """What was read, one by one."""
+        for place, budget in enumerate(self.budgets):
+            for row, readings in enumerate(self.readings[place]):
+                for number, reading in enumerate(readings):
+                    yield budget, place * len(self.rows) + row, reading, self.readings[0][row][number]
+
 
 class Measurer:
-    """Asks the questions of exercises under budgets, at most ``batch`` rows side by side."""
+    """Asks the questions of exercises under budgets, at most ``batch`` rows side by side, but always two budgets."""
 
     def __init__(
         self, simulation: Simulation, tokenizer: PreTrainedTokenizerBase, words: Wording, batch: int,
@@ -102,65 +137,93 @@ class Measurer:
         simulation = self.simulation
         simulation.prefill(asked.context_ids)
         self.advance(len(asked.context_ids))
-        found: list[list[QuestionOutcome]] = []
-        full: list[_Reading] = []
-        full_bytes = 0
-        for heads in budgets:
-            simulation.trim(heads)
-            readings = self._read(asked, full)
-            full, full_bytes = full or readings, full_bytes or simulation.nbytes()
-            share = simulation.nbytes() / full_bytes
-            written = self._generate(asked, readings)
-            found.append(
-                [
-                    self._outcome(asked, reading, first, share, written.get(number))
-                    for number, (reading, first) in enumerate(zip(readings, full, strict=True))
-                ]
-            )
-            self.advance(asked.read_tokens)
+        found: list[dict[int, QuestionOutcome]] = [{} for _ in budgets]
+        rows = sorted(asked.rows, key=lambda row: -len(row.ids))  # rows of like length need little padding
+        for part, chosen in enumerate(_with_first(len(budgets), max(2, self.batch))):
+            simulation.trim_each([budgets[number] for number in chosen])
+            shares = {each: simulation.nbytes(n) / simulation.nbytes(0) for n, each in enumerate(chosen)}
+            for together in _batches(rows, max(1, self.batch // len(chosen))):
+                branch, read = self._read(together, chosen, whole=self.generate and asked.exercise.answered)
+                each = list(read.each())
+                if not part:  # the full cache counts once
+                    self._judge(asked, branch, [one for one in each if one[0] == 0], shares, found)
+                known = {number for number, outcome in found[0].items() if outcome.accuracy > 0}
+                others = [one for one in each if one[0] != 0]
+                self._judge(asked, branch, others, shares, found, known)
+                self.advance((len(chosen) - bool(part)) * sum(len(row.ids) for row in together))
         simulation.forget_context()
-        return found
+        return [[outcomes[number] for number in sorted(outcomes)] for outcomes in found]
 
-    def _read(self, asked: Asked, full: list[_Reading]) -> list[_Reading]:
-        """Teacher forcing: every question and its reference answer."""
-        found: dict[int, _Reading] = {}
-        for rows in _batches(asked.rows, self.batch):
-            readings = [[_Reading(reference) for reference in row.references] for row in rows]
-            found |= {reading.reference.question: reading for row in readings for reading in row}
-            for start, logits in _slices(self.simulation.start(len(rows)), rows):
-                for row, piece in zip(readings, logits, strict=True):
-                    for reading in row:
-                        first = reading.reference.start - 1 - start  # logits at one position predict the next token
-                        answer = piece[max(0, first) : max(0, first + len(reading.reference.answer_ids))]
+    def _judge(
+        self, asked: Asked, branch: Branch, read: Sequence[_Read], shares: Mapping[int, float],
+        found: list[dict[int, QuestionOutcome]], worth: Container[int] | None = None,
+    ) -> None:  # fmt: skip
+        """Put what budgets made of questions into ``found``; answers are written to those of ``worth`` (None: all)."""
+        written = self._write(
+            asked, branch, [one for one in read if worth is None or one[2].reference.question in worth]
+        )
+        for budget, row, reading, full in read:
+            number = reading.reference.question
+            found[budget][number] = self._outcome(asked, reading, full, shares[budget], written.get((row, number)))
+
+    def _read(self, rows: Sequence[AskedRow], budgets: Sequence[int], whole: bool) -> tuple[Branch, _Together]:
+        """Teacher forcing: questions and their reference answers, under the budgets that the simulation holds."""
+        read = _Together(
+            rows, budgets, [[[_Reading(each) for each in row.references] for row in rows] for _ in budgets]
+        )
+        branch = self.simulation.start(len(rows), whole)
+        for start, logits in self._slices(branch, list(rows), len(budgets)):
+            for row, readings in enumerate(read.readings[0]):
+                for number, reading in enumerate(readings):
+                    first = reading.reference.start - 1 - start  # logits at one position predict the next token
+                    here = slice(max(0, first), max(0, first + len(reading.reference.answer_ids)))
+                    full: torch.Tensor | None = None
+                    for place in range(len(budgets)):
+                        answer = logits[place * len(rows) + row][here]
                         if len(answer):
-                            reading.add(answer, full[reading.reference.question] if full else None)
-        return [found[number] for number in sorted(found)]
+                            log_probs = read.readings[place][row][number].add(answer, full)
+                            full = log_probs if full is None else full
+        return branch, read
 
-    def _generate(self, asked: Asked, readings: list[_Reading]) -> dict[int, list[int]]:
-        """Greedy answers, by question, where the reference is not what greedy decoding writes.
+    def _slices(self, branch: Branch, rows: list[AskedRow], budgets: int) -> Iterator[tuple[int, list[torch.Tensor]]]:
+        """Read rows a slice at a time: (first index, logits [k, V] of each row), k of 0 after a row's end.
 
-        Up to the first token that differs the answer is the reference, so writing starts after that token.
+        What stands before all answers is read at once, and nothing is given for it.
         """
-        if asked.exercise.verbatim or not self.generate:
+        start = min(row.references[0].start for row in rows) - 1
+        if start:
+            branch.read([row.ids[:start] for row in rows] * budgets, logits=False)
+        vocabulary = self.simulation.model.get_output_embeddings().weight.shape[0]
+        step = max(1, SLICE_LOGITS // (vocabulary * branch.count))
+        for first in range(start, max(len(row.ids) for row in rows), step):
+            yield first, branch.read([row.ids[first : first + step] for row in rows] * budgets)
+
+    def _write(self, asked: Asked, branch: Branch, read: Sequence[_Read]) -> dict[tuple[int, int], list[int]]:
+        """Greedy answers, by row of the branch and question, where greedy decoding does not write the reference.
+
+        Up to the first token that differs the answer is the reference, so writing starts after that token, on what the
+        row has read before it.
+        """
+        if not (asked.exercise.answered and self.generate):
             return {}
-        written: dict[int, list[int]] = {}
-        prompts: dict[int, tuple[int, ...]] = {}
-        for number, reading in enumerate(readings):
-            if not all(reading.right):
-                same = reading.right.index(False)
-                token = reading.choices[same]
-                written[number] = list(reading.reference.answer_ids[:same])
-                if token not in self.words.stop_ids:
-                    written[number].append(token)
-                    prompts[number] = (*asked.prompt(number), *written[number])
-        for numbers in _batches(list(prompts), self.batch):
-            left = [len(readings[n].reference.answer_ids) + SPARE_TOKENS - len(written[n]) for n in numbers]
-            branch = self.simulation.start(len(numbers))
-            for _ in _slices(branch, [AskedRow(prompts[number][:-1], ()) for number in numbers]):
-                pass
-            answers = branch.generate([prompts[number][-1:] for number in numbers], max(left), self.words.stop_ids)
-            for number, answer, most in zip(numbers, answers, left, strict=True):
-                written[number] += answer[:most]
+        written: dict[tuple[int, int], list[int]] = {}
+        begun: list[tuple[int, _Reading]] = []
+        for _, row, reading, _ in read:
+            same = reading.agreed
+            if same < len(reading.choices):
+                answer = written[row, reading.reference.question] = list(reading.reference.answer_ids[:same])
+                if reading.choices[same] not in self.words.stop_ids:
+                    answer.append(reading.choices[same])
+                    begun.append((row, reading))
+        for some in _batches(begun, max(2, self.batch)):
+            lengths = [len(asked.context_ids) + reading.reference.start + reading.agreed for _, reading in some]
+            answers = branch.fork([row for row, _ in some], lengths).generate(
+                [(reading.choices[reading.agreed],) for _, reading in some],
+                [len(reading.choices) + SPARE_TOKENS - reading.agreed - 1 for _, reading in some],
+                self.words.stop_ids,
+            )
+            for (row, reading), answer in zip(some, answers, strict=True):
+                written[row, reading.reference.question] += answer
         return written
 
     def _outcome(
@@ -177,7 +240,7 @@ class Measurer:
         right, length, accuracy = None, None, hits / tokens
         if written is not None and text is not None:
             right, length, accuracy = is_right(question, text), len(written), score(question, text)
-        elif not asked.exercise.verbatim:
+        elif asked.exercise.answered:
             right = hits == tokens
             accuracy = float(right)
             length = tokens - len(self.words.end_ids) if right else None
@@ -189,18 +252,30 @@ class Measurer:
             right=right,
             accuracy=accuracy,
             nll=nll,
-            agreement=sum(a == b for a, b in zip(reading.choices, full.choices, strict=True)) / tokens,
+            agreement=reading.agreement(full, slice(0, tokens)),
             kl=kl,
             generated=text,
             generated_tokens=length,
+            spans=tuple(_spans(reading, full)) if asked.exercise.continued else None,
         )
 
 
-def _slices(branch: Branch, rows: Sequence[AskedRow]) -> Iterator[tuple[int, list[torch.Tensor]]]:
-    """Read rows a slice at a time: (first index, logits [k, V] of each row), k of 0 after a row's end."""
-    step = max(1, SLICE_POSITIONS // len(rows))
-    for start in range(0, max(len(row.ids) for row in rows), step):
-        yield start, branch.read([row.ids[start : start + step] for row in rows])
+def _spans(reading: _Reading, full: _Reading) -> Iterator[AnswerSpan]:
+    """The figures of a reading for each of ``SPANS`` that it reaches."""
+    for first, most in SPANS:
+        last = min(most or len(reading.choices), len(reading.choices))
+        if first <= last:
+            here = slice(first - 1, last)
+            nll, kl = (math.fsum(values[here]) / (last - first + 1) for values in (reading.nll, reading.kl))
+            right = sum(reading.right[here])
+            yield AnswerSpan(first, last, right, nll, reading.agreement(full, here), kl)
+
+
+def _with_first(count: int, most: int) -> Iterator[list[int]]:
+    """The numbers below ``count``, at most ``most`` at a time, the first of all with each of them."""
+    others = list(range(1, count))
+    for start in range(0, max(1, len(others)), most - 1):
+        yield [0, *others[start : start + most - 1]]
 
 
 def _batches(elements: Sequence[Element], most: int) -> Iterator[Sequence[Element]]:

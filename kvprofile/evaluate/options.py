@@ -25,7 +25,7 @@ class EvaluationOptions:
     retentions: tuple[float, ...] = PRESETS
     tasks: tuple[str, ...] = DEFAULT_TASKS
     context_tokens: tuple[int, ...] = (1000,)
-    contexts: int = 20
+    contexts: int = 5
     questions: int = 8
     sink_tokens: int | None = None
     recent_tokens: int | None = None
@@ -35,8 +35,8 @@ class EvaluationOptions:
     controls: bool = True
     only_outside: bool = False
     seed: int = 0
-    batch: int = 16
-    generate: bool = True
+    batch: int = 64
+    generate: bool = False
     columns: Columns = field(default_factory=Columns)
 
     def __post_init__(self) -> None:

@@ -31,6 +31,8 @@ from kvprofile.scoring.reconstruction_cache import cache_argument
 
 NAME = "kvprofile_budgeted"
 PREFILL_SLICE_TOKENS = 1024
+MASKED_TOKENS = 256
+"""Tokens of its own up to which a branch masks what a row cannot see, which costs less than two parts to merge."""
 
 
 _current: list[Simulation] = []
@@ -132,10 +134,10 @@ class Simulation:
         whole = joined(self.prefilled[layer])
         # layers that slide keep their own window in every head
         if rows[0][0] is None or self._slides(layer):
-            every = torch.arange(self.geometry.kv_heads)
+            every = list(range(self.geometry.kv_heads))
             first = max(0, self.length - (self.window or self.length) + 1)
             first_seen = self._first_of_window if self.window else None
-            return [HeldHeads(every, self._sliding, [whole.cut(first, self.length)], first_seen)]
+            return [HeldHeads(*self._numbers(every), self._sliding, [whole.cut(first, self.length)], first_seen)]
         # in the others, heads that are full under the same budgets stay together: first as full heads, then as trimmed
         alike: dict[tuple[bool, ...], list[int]] = {}
         for head in range(self.geometry.kv_heads):
@@ -145,10 +147,10 @@ class Simulation:
             for pattern, heads in alike.items():
                 budgets = tuple(number for number, is_full in enumerate(pattern) if is_full == full)
                 if budgets:
-                    index = torch.tensor(heads, dtype=torch.long)
+                    index, queries = self._numbers(heads)
                     held = self._kept(whole, index, full)
                     which = None if len(budgets) == len(rows) else budgets
-                    groups.append(HeldHeads(index, *self._rule_of(full, held), which))
+                    groups.append(HeldHeads(index, queries, *self._rule_of(full, held), which))
         return groups
 
     def _rule_of(self, full: bool, held: list[Span]) -> tuple[Visible | None, list[Span], Callable[[int], int] | None]:
@@ -160,6 +162,13 @@ class Simulation:
         # where the context is shorter than the sinks, what comes after it belongs to them
         first_seen = None if self.length < self.rule.sink_end else self._first_recent
         return self._trim_rule, held, first_seen
+
+    def _numbers(self, heads: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """The numbers of KV heads and of their query heads, on the model's device."""
+        group = self.geometry.attention_heads // self.geometry.kv_heads
+        index = torch.tensor(heads, dtype=torch.long)
+        queries = (index[:, None] * group + torch.arange(group)).flatten()
+        return index.to(self.device), queries.to(self.device)
 
     def _kept(self, whole: Span, heads: torch.Tensor, full: bool) -> list[Span]:
         """What heads keep of a context: every token or, copied, sinks and window."""
@@ -245,20 +254,19 @@ class Simulation:
         if not self.layers[layer]:
             raise ValueError(f"layer {layer} has no heads")
         output = torch.empty(0)
-        group = query.shape[1] // key.shape[1]
         for heads, own in zip(self.layers[layer], self.branch.own[layer], strict=True):
             rows = self.branch.rows(heads.budgets)
             every = rows is None and len(heads.index) == key.shape[1]
             if rows is not None and not len(rows):
                 continue
             # of new keys, values and queries those of the group's rows and heads
-            index = heads.index.to(query.device)
-            mine = (heads.index[:, None] * group + torch.arange(group)).flatten().to(query.device)
+            index, mine = heads.index.to(query.device), heads.queries.to(query.device)
             new_keys, new_values = (key, value) if every else (_picked(key, rows, index), _picked(value, rows, index))
             asking = query if every else _picked(query, rows, mine)
             positions = self.positions if rows is None else self.positions[rows]
             own.write(new_keys, new_values, positions, self.stop)
-            spans = [*heads.context, *own.spans(self.lowest, self.stop)]
+            apart = self.lowest if self.stop - self.length > MASKED_TOKENS else self.length
+            spans = [*heads.context, *own.spans(apart, self.stop)]
             if every and self.branch.count == 1 and _is_plain(heads.sees, options):
                 return self._attend_plainly(module, query, joined(spans), options.scale)
             sinks = options.sinks[mine] if options.sinks is not None else None
@@ -287,14 +295,15 @@ class Simulation:
         """
         parts = []
         for span in spans:
-            all_seen = sees is None or sees == self._everything_held
-            past = all_seen and span.first + span.count <= self.lowest and span.keys.shape[0] == 1
+            is_sinks = sees == self._trim_rule and span.first + span.count <= min(self.rule.sink_end, self.lowest)
+            visible = None if is_sinks or sees == self._everything_held else sees
+            past = visible is None and span.first + span.count <= self.lowest and span.keys.shape[0] == 1
             fused = self._fused(query, span) if past and options.softcap is None else None
             if fused is not None:
                 parts.append(_side_by_side(fused, query, span, options.scale))
                 continue
             parts += kernels.over_keys(
-                query, span.keys, span.values, options.scale, positions, span.first, self.lowest, sees,
+                query, span.keys, span.values, options.scale, positions, span.first, self.lowest, visible,
                 options.softcap,
             )  # fmt: skip
         return kernels.merge(parts, sinks).output

@@ -16,12 +16,16 @@ import numpy as np
 import numpy.typing as npt
 
 from kvprofile.errors import InputError
-from kvprofile.evaluate.item_store import DIGITS, ITEMS, RUN, Item, read_items
+from kvprofile.evaluate.item_store import ITEMS, RUN, SPANS, AnswerSpan, Item, read_items, rounded
 from kvprofile.evaluate.variants import FULL, PROFILE, RANDOM, Variant
 from kvprofile.statistics import Bootstrap, Estimate
 
 KEPT = 0.99
-"""Share of the full cache's accuracy that a budget must keep, with its whole interval, to be called lossless."""
+"""Share that a budget must keep, with its whole interval, to be called lossless: of the full cache's first choices, and
+of its accuracy."""
+
+ENOUGH = 0.1
+"""Least accuracy of the full cache's answers at which answers are compared: of nothing nothing can be lost."""
 
 Column = npt.NDArray[np.float64]
 
@@ -74,26 +78,32 @@ class Results:
         """The items of the full cache, one for each question."""
         return self.items[FULL][0]
 
-    def column(self, row: str, field: str) -> Column:
-        """A number of each item of a row, [seeds, questions]; None counts as nan."""
-        values = [[getattr(item, field) for item in seed] for seed in self.items[row]]
+    def column(self, row: str, field: str, span: int | None = None) -> Column:
+        """A number of each item of a row, or of one of its spans, [seeds, questions]; None counts as nan."""
+        values = [
+            [getattr(item if span is None else _span(item, span), field) for item in seed] for seed in self.items[row]
+        ]
         return np.array(values, dtype=np.float64)
+
+    def share(self, row: str, field: str, span: int | None = None) -> Estimate:
+        """Mean of a number in [0, 1]."""
+        return self.bootstrap.share(self.column(row, field, span))
 
     def accuracy(self, row: str) -> Estimate:
         """Mean accuracy of a row."""
-        return self.bootstrap.share(self.column(row, "accuracy"))
+        return self.share(row, "accuracy")
 
     def relative(self, row: str) -> Estimate:
         """Accuracy of a row as a share of the full cache's."""
         return self.bootstrap.ratio(self.column(row, "accuracy"), self.column(FULL, "accuracy"))
 
-    def difference(self, row: str, other: str) -> Estimate:
-        """Accuracy of a row less that of another one."""
-        return self.bootstrap.difference(self.column(row, "accuracy"), self.column(other, "accuracy"))
+    def difference(self, row: str, other: str, field: str = "accuracy") -> Estimate:
+        """Mean of a number in [0, 1] of a row less that of another one."""
+        return self.bootstrap.difference(self.column(row, field), self.column(other, field))
 
-    def rise(self, row: str, field: str) -> Estimate:
-        """Mean of a number less its mean with the full cache."""
-        return self.bootstrap.mean(self.column(row, field) - self.column(FULL, field))
+    def rise(self, row: str, field: str, other: str = FULL, span: int | None = None) -> Estimate:
+        """Mean of a number less its mean with the full cache, or in another row."""
+        return self.bootstrap.mean(self.column(row, field, span) - self.column(other, field, span))
 
     def flips(self, row: str) -> tuple[float, float]:
         """Answers that were right with the full cache and are wrong, and the other way round; the mean over seeds."""
@@ -102,19 +112,16 @@ class Results:
 
 
 def summarise(results: Results) -> dict[str, Any]:
-    """The figures of an evaluation, ready for JSON: counts, ``rows`` in the order of the variants, ``verdicts``."""
+    """The figures of an evaluation, ready for JSON: counts, ``answers``, ``rows`` as the variants, ``verdicts``."""
     questions = results.questions
     known = [item for item in questions if item.outside is not None]
-    tasks = dict.fromkeys(item.task for item in questions)
-    lengths = dict.fromkeys(item.length for item in questions)
-    parts = {
-        "by_task": {task: results.only(lambda item, task=task: item.task == task) for task in tasks},  # type: ignore[misc]
-        "by_length": {
-            str(length or "files"): results.only(lambda item, length=length: item.length == length)  # type: ignore[misc]
-            for length in lengths
-        },
-    }
     outside = results.only(lambda item: bool(item.outside))
+    parts = _parts(results)
+    spans = {
+        _span_name(number): (number, part)
+        for number in range(len(SPANS))
+        if (part := results.only(lambda item, number=number: len(item.spans or ()) > number))  # type: ignore[misc]
+    }
     shown: dict[str, Variant] = {}
     for variant in results.variants:
         shown.setdefault(variant.row, variant)
@@ -122,10 +129,12 @@ def summarise(results: Results) -> dict[str, Any]:
     for variant in shown.values():
         row = _row(results, variant)
         for name, found in parts.items():
-            row[name] = {key: _part(part, variant.row) for key, part in found.items() if part}
+            row[name] = {key: _part(part, variant.row) for key, part in found.items()}
         row["outside"] = _part(outside, variant.row) if outside else None
+        row["by_span"] = {name: _span_part(part, variant.row, number) for name, (number, part) in spans.items()}
         rows.append(row)
-    return _rounded_values(
+    answers = _answers(results)
+    summary: dict[str, Any] = rounded(
         {
             "exercises": len({item.exercise for item in questions}),
             "questions": len(questions),
@@ -135,42 +144,85 @@ def summarise(results: Results) -> dict[str, Any]:
                 min(item.context_tokens for item in questions),
                 max(i.context_tokens for i in questions),
             ],
+            "answers": answers,
             "rows": rows,
-            "verdicts": verdicts(rows),
+            "verdicts": verdicts(rows, compare_answers=answers["compared"]),
         }
     )
+    return summary
 
 
-def verdicts(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each profile the lowest retention that keeps KEPT with its whole interval, and where it beats random heads.
+def _parts(results: Results) -> dict[str, dict[str, Results]]:
+    """The results of each task, and of each length."""
+    by_task: dict[str, list[Item]] = {}
+    by_length: dict[str, list[Item]] = {}
+    for item in results.questions:
+        by_task.setdefault(item.task, []).append(item)
+        by_length.setdefault(str(item.length or "files"), []).append(item)
+    tasks = {task: results.only(lambda item, task=task: item.task == task) for task in by_task}  # type: ignore[misc]
+    lengths = {
+        length: results.only(lambda item, length=length: str(item.length or "files") == length)  # type: ignore[misc]
+        for length in by_length
+    }
+    return {
+        "by_task": {name: part for name, part in tasks.items() if part},
+        "by_length": {name: part for name, part in lengths.items() if part},
+    }
 
+
+def _answers(results: Results) -> dict[str, Any]:
+    """How the full cache answers, and whether that is often enough right for budgets to be compared by it."""
+    answers = [item for item in results.questions if item.right is not None]
+    accuracy = sum(item.accuracy for item in answers) / len(answers) if answers else None
+    return {
+        "questions": len(answers),
+        "right": sum(bool(item.right) for item in answers),
+        "exact": sum(item.exact for item in answers),
+        "accuracy": accuracy,
+        "compared": accuracy is not None and accuracy >= ENOUGH,
+    }
+
+
+def verdicts(rows: Sequence[dict[str, Any]], compare_answers: bool = True) -> list[dict[str, Any]]:
+    """For each profile what it keeps of the full cache's first choices and, where they are compared, of its accuracy.
+
+    Each part names the lowest ``retention`` that keeps KEPT with its whole interval, and where it beats random heads.
     ``retention`` is null where none does; ``nearest`` then is the one with the highest lower bound.
     """
+    draws = next((row["seeds"] for row in rows if row["kind"] == RANDOM), 0)
     found = []
     for name in dict.fromkeys(row["name"] for row in rows if row["kind"] == PROFILE):
-        # the lowest retention whose whole interval stays above KEPT; without one, the nearest miss
-        mine = [row for row in rows if row["name"] == name and row["relative"]["low"] is not None]
-        keeping = [row for row in mine if row["relative"]["low"] >= KEPT]
-        best = min(keeping, key=lambda row: row["retention"], default=None)
-        nearest = max(mine, key=lambda row: (row["relative"]["low"], -row["retention"]), default=None)
-        shown = best or nearest
-        # where the profile beats random heads with certainty
-        draws = next((row["seeds"] for row in rows if row["kind"] == RANDOM), 0)
-        better = [row["retention"] for row in mine if row["against_random"] and (row["against_random"]["low"] or 0) > 0]
+        mine = [row for row in rows if row["name"] == name]
         found.append(
             {
                 "profile": name,
                 "kept": KEPT,
-                "retention": best and best["retention"],
-                "nearest": None if best or not nearest else nearest["retention"],
-                "retention_realised": shown and shown["retention_realised"],
-                "relative": shown and shown["relative"],
-                "against_random": shown and shown["against_random"],
-                "beats_random_at": better,
                 "random_seeds": draws,
+                "agreement": _kept(mine, "agreement", "agreement_against_random"),
+                "accuracy": _kept(mine, "relative", "against_random") if compare_answers else None,
             }
         )
     return found
+
+
+def _kept(rows: Sequence[dict[str, Any]], share: str, against: str) -> dict[str, Any]:
+    """Of a profile's rows, the lowest retention at which a share keeps KEPT; without one, the nearest miss."""
+    known = [row for row in rows if row[share]["low"] is not None]
+    keeping = [row for row in known if row[share]["low"] >= KEPT]
+    best = min(keeping, key=lambda row: row["retention"], default=None)
+    nearest = max(known, key=lambda row: (row[share]["low"], -row["retention"]), default=None)
+    shown = best or nearest
+    # where the profile beats random heads with certainty
+    better = [row["retention"] for row in known if row[against] and (row[against]["low"] or 0) > 0]
+    return {
+        "retention": best and best["retention"],
+        "nearest": None if best or not nearest else nearest["retention"],
+        "retention_realised": shown and shown["retention_realised"],
+        "share": shown and shown[share],
+        "kl": shown and shown["kl"],
+        "against_random": shown and shown[against],
+        "beats_random_at": better,
+    }
 
 
 def _row(results: Results, variant: Variant) -> dict[str, Any]:
@@ -182,7 +234,7 @@ def _row(results: Results, variant: Variant) -> dict[str, Any]:
     lost, gained = results.flips(row)
     # paired differences: to random heads at the same retention, and to the first profile where there are several
     random = f"{RANDOM}@{variant.retention:g}" if variant.retention is not None else ""
-    against = results.difference(row, random) if random in results.items and variant.kind != RANDOM else None
+    rivals = random in results.items and variant.kind != RANDOM
     first = next((each for each in results.variants if each.kind == PROFILE), None)
     rival = f"{first.name}@{variant.retention:g}" if first and variant.retention is not None else row
     compared = variant.kind == PROFILE and rival != row
@@ -197,13 +249,17 @@ def _row(results: Results, variant: Variant) -> dict[str, Any]:
         "accuracy": asdict(results.accuracy(row)),
         "accuracy_by_seed": results.column(row, "accuracy").mean(1).tolist(),
         "relative": asdict(results.relative(row)) if row != FULL else None,
-        "against_random": asdict(against) if against else None,
+        "against_random": asdict(results.difference(row, random)) if rivals else None,
         "against_first": asdict(results.difference(row, rival)) if compared else None,
         "exact": sum(item.exact for item in every) / len(every),
         "loss": float(results.column(row, "nll").mean()),
         "loss_rise": asdict(results.rise(row, "nll")),
+        "agreement": asdict(results.share(row, "agreement")),
+        "agreement_by_seed": results.column(row, "agreement").mean(1).tolist(),
+        "agreement_against_random": asdict(results.difference(row, random, "agreement")) if rivals else None,
         "kl": asdict(results.rise(row, "kl")),
-        "agreement": float(results.column(row, "agreement").mean()),
+        "kl_against_random": asdict(results.rise(row, "kl", random)) if rivals else None,
+        "tokens_right": asdict(results.share(row, "right_share")),
         "answers": sum(item.right is not None for item in full),
         "lost": lost,
         "gained": gained,
@@ -216,17 +272,27 @@ def _part(results: Results, row: str) -> dict[str, Any]:
         "questions": len(results.questions),
         "accuracy": asdict(results.accuracy(row)),
         "relative": asdict(results.relative(row)) if row != FULL else None,
+        "agreement": asdict(results.share(row, "agreement")),
+        "kl": asdict(results.rise(row, "kl")),
+        "tokens_right": asdict(results.share(row, "right_share")),
     }
 
 
-def _rounded_values(values: dict[str, Any]) -> dict[str, Any]:
-    return {name: _rounded(value) for name, value in values.items()}
+def _span_part(results: Results, row: str, span: int) -> dict[str, Any]:
+    """One of the spans of continued texts, over those that reach it."""
+    return {
+        "texts": len(results.questions),
+        "agreement": asdict(results.share(row, "agreement", span)),
+        "kl": asdict(results.rise(row, "kl", span=span)),
+        "loss_rise": asdict(results.rise(row, "nll", span=span)),
+        "tokens_right": asdict(results.share(row, "right_share", span)),
+    }
 
 
-def _rounded(value: Any) -> Any:
-    """Numbers to the digits of the items, so that the last bits of a sum never differ between machines."""
-    if isinstance(value, float):
-        return float(f"{value:.{DIGITS}g}")
-    if isinstance(value, dict):
-        return _rounded_values(value)
-    return [_rounded(each) for each in value] if isinstance(value, list) else value
+def _span(item: Item, number: int) -> AnswerSpan:
+    return (item.spans or ())[number]
+
+
+def _span_name(number: int) -> str:
+    first, last = SPANS[number]
+    return f"{first}-{last or ''}"

@@ -8,15 +8,20 @@ here.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from kvprofile.corpus.generate import KINDS, blocks, invented_word, separator
+from kvprofile.corpus.sources import documents_folder
 
 Measure = Callable[[str], int]
 """Length of a text in the caller's unit, usually tokens."""
 
 REPEAT = "Repeat the previous context exactly."
+
+CONTINUED_CHARACTERS = 3600
+"""Characters that follow a continued text: more than 500 tokens of them, by most tokenizers."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class Exercise:
     """A context and its questions.
 
     In a conversation each question is asked after the answer to the one before. ``verbatim``: the whole context is
-    asked back.
+    asked back. ``continued``: nothing is asked; the answer is what follows the context, in the same turn.
     """
 
     task: str
@@ -49,6 +54,12 @@ class Exercise:
     questions: tuple[Question, ...]
     conversation: bool = False
     verbatim: bool = False
+    continued: bool = False
+
+    @property
+    def answered(self) -> bool:
+        """Whether answers can be right or wrong. Where not, the text is known, and only how well it is told counts."""
+        return not (self.verbatim or self.continued)
 
 
 @dataclass(frozen=True)
@@ -298,6 +309,31 @@ def _strings(rng: random.Random, length: int, _questions: int, measure: Measure)
     return Exercise("strings", text, (Question(REPEAT, text, (text,), ((0, len(text)),)),), verbatim=True)
 
 
+def _continuation(rng: random.Random, length: int, _questions: int, measure: Measure) -> Exercise:
+    """Real text that goes on: a bundled document up to some word, and what follows there.
+
+    Where a document is too short for the length, it begins after the others.
+    """
+    folder = documents_folder()
+    texts = [path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.md")) if path.name != "README.md"]
+    rng.shuffle(texts)
+    *others, text = texts
+    most = len(text) - CONTINUED_CHARACTERS
+    least = min(len(_end(text[:most], length, measure)), most // 2)
+    place = rng.choice([found.start() for found in re.finditer(r"\s+(?=\S)", text) if least <= found.start() <= most])
+    context = _end("\n\n".join([*others, text[:place]]), length, measure)
+    answer = text[place : place + CONTINUED_CHARACTERS]
+    return Exercise("continuation", context, (Question("", answer, (answer,), ()),), continued=True)
+
+
+def _end(text: str, length: int, measure: Measure) -> str:
+    """The end of a text, from a word on: about ``length`` units or, of a shorter one, all of it."""
+    size = min(len(text), length)
+    while size < len(text) and (found := measure(text[-size:])) < length:
+        size = min(len(text), size * length // max(1, found) + 16)
+    return text[max(0, text.rfind(" ", 0, len(text) - size + 1)) :].lstrip()
+
+
 TASKS: dict[str, Callable[[random.Random, int, int, Measure], Exercise]] = {
     "needle": _needle,
     "multi_key": _multi_key,
@@ -311,8 +347,10 @@ TASKS: dict[str, Callable[[random.Random, int, int, Measure], Exercise]] = {
     "multi_turn": _multi_turn,
     "repeat": _repeat,
     "strings": _strings,
+    "continuation": _continuation,
 }
-"""Every task by name. ``repeat`` and ``strings`` ask for the whole context back; the others for facts in it."""
+"""Every task by name. ``repeat`` and ``strings`` ask for the whole context back, ``continuation`` for what follows it;
+the others ask for facts in it."""
 
 DEFAULT_TASKS = (
     "needle", "multi_key", "lookup", "variables", "functions", "prose", "persona", "multi_turn", "repeat",

@@ -1,5 +1,7 @@
 """An evaluation as a picture: accuracy against the share of the cache that is kept, profiles next to their controls.
 
+Where the full cache's answers are too seldom right to be compared, it is agreement with the full cache.
+
 It draws what ``summary.json`` of an evaluation holds and computes nothing.
 """
 
@@ -43,8 +45,9 @@ def _draw(summary: Mapping[str, Any]) -> Figure:
 
     figure = Figure(figsize=(8.0, 5.0), layout="constrained")
     axes = figure.subplots()
-    rows = summary["rows"]
-    full = next(row for row in rows if row["kind"] == "full")["accuracy"]["value"]
+    shown = "accuracy" if summary["answers"]["compared"] else "agreement"
+    rows = [{**row, "shown": row[shown], "shown_by_seed": row[f"{shown}_by_seed"]} for row in summary["rows"]]
+    full = next(row for row in rows if row["kind"] == "full")["shown"]["value"]
     axes.axhline(full, color="black", linewidth=1.0, linestyle=(0, (5, 3)), label="full cache")
     names = dict.fromkeys(row["name"] for row in rows if row["kind"] == "profile")
     for number, name in enumerate(names):
@@ -56,7 +59,7 @@ def _draw(summary: Mapping[str, Any]) -> Figure:
         _line(axes, [row for row in rows if row["kind"] == kind], {"linewidth": 1.2, "markersize": 5, **style})
     for row in rows:
         if row["kind"] == "streaming":
-            place = row["retention_realised"], row["accuracy"]["value"]
+            place = row["retention_realised"], row["shown"]["value"]
             axes.plot(*place, "x", color="black", markersize=7, label="no head full")
     axes.set_ylim(-0.03, 1.04)
     axes.set_xlim(right=1.01)
@@ -65,7 +68,7 @@ def _draw(summary: Mapping[str, Any]) -> Figure:
     axes.grid(axis="y", color="#e4e4e4", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.set_xlabel("share of the cache kept, sinks and window included")
-    axes.set_ylabel("accuracy")
+    axes.set_ylabel("accuracy" if shown == "accuracy" else "first choices that are the full cache's")
     axes.set_title(_title(summary), fontsize=10)
     _legend(figure, axes, ["full cache", *names])
     return figure
@@ -80,14 +83,14 @@ def _legend(figure: Figure, axes: Axes, first: Sequence[str]) -> None:
 
 
 def _line(axes: Axes, rows: Sequence[Mapping[str, Any]], style: Mapping[str, Any], bars: bool = False) -> None:
-    """Accuracy of one name at its retentions, with interval bars if wanted and where they are known."""
+    """What is drawn of one name at its retentions, with interval bars if wanted and where they are known."""
     if not rows:
         return
     places = [row["retention_realised"] for row in rows]
-    values = [row["accuracy"]["value"] for row in rows]
+    values = [row["shown"]["value"] for row in rows]
     reach = None
     if bars:
-        bounds = [_bounds(row["accuracy"]) for row in rows]
+        bounds = [_bounds(row["shown"]) for row in rows]
         reach = list(
             zip(*((value - low, high - value) for value, (low, high) in zip(values, bounds, strict=True)), strict=True)
         )
@@ -105,8 +108,8 @@ def _band(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
     if not rows:
         return
     places = [row["retention_realised"] for row in rows]
-    values = [row["accuracy"]["value"] for row in rows]
-    low, high = ([pick(row["accuracy_by_seed"]) for row in rows] for pick in (min, max))
+    values = [row["shown"]["value"] for row in rows]
+    low, high = ([pick(row["shown_by_seed"]) for row in rows] for pick in (min, max))
     seeds = rows[0]["seeds"]
     label = f"random, {seeds} draw{'s' if seeds > 1 else ''}"
     axes.fill_between(places, low, high, color="#d9d9d9", linewidth=0, zorder=1)

@@ -29,7 +29,8 @@ def made_up_items(profile, contexts=30, questions=4):
                 items.append(
                     replace(
                         ITEM, exercise=f"needle/300/{number}", question=question, variant=variant.key, right=right,
-                        accuracy=float(right), nll=0.1 if right else 2.0, kl=0.0 if variant.kind == "full" else 0.5,
+                        accuracy=float(right), agreement=1.0 if variant.kind == "full" else tokens["tokens_right"] / 7,
+                        nll=0.1 if right else 2.0, kl=0.0 if variant.kind == "full" else 0.5,
                         retention_realised=variant.full_heads / 24, outside=question > 1, **tokens,
                     )
                 )  # fmt: skip
@@ -41,6 +42,6 @@ def made_up_summary():
     items, variants = made_up_items(make_profile())
     return {
         "model": {"name": "a$model$"},
-        "settings": {"sink_tokens": 16, "recent_tokens": 64},
+        "settings": {"sink_tokens": 16, "recent_tokens": 64, "generate": True},
         **summarise(Results.of(items, variants)),
     }

@@ -40,6 +40,19 @@ def test_questions_follow_the_context(tokenizer, words):
         assert asked.prompt(number) == row.ids[: reference.start]
 
 
+def test_a_text_goes_on_in_the_same_turn(tokenizer, words):
+    asked = asked_exercise("continuation", tokenizer, words)
+    (row,) = asked.rows
+    (reference,) = row.references
+    assert len(reference.answer_ids) == encoding.CONTINUED_TOKENS
+    assert (reference.question, reference.start) == (0, 1)
+    assert row.ids[1:] == reference.answer_ids[:-1]
+    told = tokenizer.decode((*asked.context_ids, row.ids[0], *reference.answer_ids))
+    assert f"<|user|>\n{asked.exercise.context}{asked.exercise.questions[0].answer}".startswith(told)
+    assert (asked.depths, asked.outside) == ((None,), (None,))
+    assert asked.positions == len(asked.context_ids) + encoding.CONTINUED_TOKENS
+
+
 def test_a_conversation_is_what_the_template_renders(tokenizer, words):
     asked = asked_exercise("multi_turn", tokenizer, words, questions=3)
     (row,) = asked.rows

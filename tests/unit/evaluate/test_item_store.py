@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import suppress
 from dataclasses import replace
 
 import pytest
 
 from kvprofile.errors import InputError
-from kvprofile.evaluate.item_store import ItemStore, read_items
+from kvprofile.evaluate.item_store import AnswerSpan, ItemStore, read_items
 from tests.helpers.evaluations import ITEM
 
 
 def lines(exercises):
     return [replace(ITEM, exercise=name, question=number) for name, count in exercises for number in range(count)]
+
+
+def test_spans_survive_the_file_and_older_items_have_none(tmp_path):
+    spans = (AnswerSpan(1, 64, 60, 0.5, 0.9, 0.123456789), AnswerSpan(65, 70, 6, 0.25, 1.0, 0.0))
+    item = replace(ITEM, spans=spans)
+    older = {name: value for name, value in json.loads(ITEM.to_line()).items() if name != "spans"}
+    path = tmp_path / "items.jsonl"
+    path.write_text(item.to_line() + json.dumps(older) + "\n")
+    found = read_items(path)
+    assert found[0].spans == (replace(spans[0], kl=0.123457), spans[1])
+    assert found[0].spans[0].right_share == 60 / 64
+    assert found[1] == replace(ITEM, nll=0.123457)
+    for broken in ({**older, "spans": 3}, {**older, "spans": [{"first": 1}]}, {**older, "more": 1}):
+        path.write_text(json.dumps(broken) + "\n")
+        with pytest.raises(InputError, match="line 1 is not an item"):
+            read_items(path)
 
 
 def test_items_survive_the_file(tmp_path):

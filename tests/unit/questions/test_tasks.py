@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvprofile.questions.tasks import DEFAULT_TASKS, TASKS, exercise
+from kvprofile.corpus.sources import bundled_names, documents_folder, load_corpus
+from kvprofile.questions.tasks import CONTINUED_CHARACTERS, DEFAULT_TASKS, TASKS, exercise
 
-FACT_TASKS = sorted(set(TASKS) - {"repeat", "strings"})
+FACT_TASKS = sorted(set(TASKS) - {"repeat", "strings", "continuation"})
 VERBATIM = ("repeat", "strings")
 LONGEST_BLOCK = 300
 """Characters; a function of four lines, or a fact that is told five times."""
@@ -42,7 +43,7 @@ def test_default_tasks_are_tasks():
 def test_evidence_holds_what_is_expected(task, seed, length):
     made = exercise(task, "evaluate", seed, length, 8)
     assert made.task == task
-    assert not made.verbatim
+    assert made.answered
     assert 1 <= len(made.questions) <= 8
     assert made.conversation == (task == "multi_turn")
     for question in made.questions:
@@ -64,9 +65,32 @@ def test_the_context_is_asked_back(task, seed, length):
     made = exercise(task, "evaluate", seed, length, 8)
     (question,) = made.questions
     assert made.verbatim
+    assert not made.answered
     assert question.answer == made.context
     assert question.expected == (made.context,)
     assert question.evidence == ((0, len(made.context)),)
+
+
+@given(SEEDS, st.integers(400, 60_000))
+@settings(max_examples=60)
+def test_a_continuation_is_what_a_bundled_document_says_next(seed, length):
+    texts = [path.read_text() for path in documents_folder().glob("0*.md")]
+    made = exercise("continuation", "evaluate", seed, length, 8)
+    (question,) = made.questions
+    assert made.continued
+    assert not made.answered
+    assert not question.evidence
+    assert len(question.answer) == CONTINUED_CHARACTERS
+    assert question.answer[0].isspace()
+    (text,) = (text for text in texts if question.answer in text)
+    before = text[: text.index(question.answer)]
+    assert made.context.endswith(before) or before.endswith(made.context)
+    assert question.answer not in made.context
+
+
+def test_profiling_corpora_are_never_continued():
+    scored = {text.text for name in bundled_names() for text in load_corpus(name).texts}
+    assert not scored & {path.read_text() for path in documents_folder().glob("*.md")}
 
 
 @given(st.sampled_from(FACT_TASKS), SEEDS, LENGTHS)
