@@ -236,11 +236,11 @@ def write_budget(folder: Path, shape: dict[str, int], retention: float, recent_t
     return path
 
 
-def request_bytes(shape: dict[str, int], retention: float, tokens: int) -> float:
-    """What a request's heads need while it decodes, by formula: no blocks, no groups."""
+def request_bytes(shape: dict[str, int], retention: float, tokens: int, output: int) -> float:
+    """What a request's heads need while it decodes, ``output`` of its tokens written: no blocks, no groups."""
     heads = shape["layers"] * shape["kv_heads"]
     full = round(retention * heads)
-    held = full * tokens + (heads - full) * min(tokens, SINKS + WINDOW)
+    held = full * tokens + (heads - full) * min(tokens, SINKS + WINDOW + output)
     return held * 2 * shape["head_size"] * 2
 
 
@@ -248,8 +248,8 @@ def measure_memory(folder: Path, _rounds: int) -> list[dict[str, Any]]:
     """Requests in flight and bytes held, at several retentions in pools of equal size."""
     shape = SHAPES["memory"]
     write_checkpoint(folder, shape)
-    pool = int(STOCK_REQUESTS * request_bytes(shape, 1.0, REQUEST_TOKENS))
     output = 96
+    pool = int(STOCK_REQUESTS * request_bytes(shape, 1.0, REQUEST_TOKENS, output))
     rows = []
     for retention in MEMORY_RETENTIONS:
         share = 1.0 if retention is None else retention
@@ -257,7 +257,7 @@ def measure_memory(folder: Path, _rounds: int) -> list[dict[str, Any]]:
             "max_model_len": REQUEST_TOKENS, "enforce_eager": True, "max_num_batched_tokens": 4096, "max_num_seqs": 512,
             "enable_prefix_caching": False, "kv_cache_memory_bytes": pool + pool // STOCK_REQUESTS // 8,
         }  # fmt: skip
-        saved = request_bytes(shape, 1.0, REQUEST_TOKENS) / request_bytes(shape, share, REQUEST_TOKENS)
+        saved = request_bytes(shape, 1.0, REQUEST_TOKENS, output) / request_bytes(shape, share, REQUEST_TOKENS, output)
         expected = STOCK_REQUESTS * saved
         with Leg(f"memory-{share}", "memory", folder, retention, engine) as leg:
             found = leg.run(requests=int(expected * 1.15), prompt=REQUEST_TOKENS - output, output=output)
@@ -269,7 +269,8 @@ def measure_memory(folder: Path, _rounds: int) -> list[dict[str, Any]]:
                 **found,
                 "bound": bound,
                 "of_bound": found["in_flight"] / bound,
-                "held_over_formula": found["decode_bytes"] / request_bytes(shape, share, REQUEST_TOKENS - output // 2),
+                "held_over_formula": found["decode_bytes"]
+                / request_bytes(shape, share, REQUEST_TOKENS - output // 2, output // 2),
                 "prefill_over_stock": found["prefill_bytes"] / stock["prefill_bytes"],
             }
         )
@@ -328,9 +329,10 @@ def measure_pool(folder: Path, rounds: int) -> dict[str, Any]:
     shape = SHAPES["speed"]
     write_checkpoint(folder, shape)
     fits = 8
-    pool = int(fits * request_bytes(shape, 1.0, REQUEST_TOKENS))
+    output = 128
+    pool = int(fits * request_bytes(shape, 1.0, REQUEST_TOKENS, output))
     engine = {"max_model_len": REQUEST_TOKENS, "kv_cache_memory_bytes": pool, "max_num_seqs": 64}
-    load = {"requests": 24, "prompt": 1536, "output": 128, "shared": 1024}
+    load = {"requests": 24, "prompt": 1536, "output": output, "shared": 1024}
     found: dict[str, list[dict[str, Any]]] = {"stock": [], "half": []}
     with (
         Leg("pool-stock", "speed", folder, None, engine) as stock,
@@ -344,7 +346,8 @@ def measure_pool(folder: Path, rounds: int) -> dict[str, Any]:
                 found[name].append(leg.run(**load, seed=number))
             say(f"pool, round {number + 1}: {_rate(found['half'][-1]) / _rate(found['stock'][-1]):.3f} of stock's")
     pairs = list(zip(found["half"], found["stock"], strict=True))
-    bound = request_bytes(shape, 1.0, REQUEST_TOKENS) / request_bytes(shape, 0.5, REQUEST_TOKENS)
+    whole, half_kept = (request_bytes(shape, share, REQUEST_TOKENS, output) for share in (1.0, 0.5))
+    bound = whole / half_kept
     ratio = statistics.median(_rate(a) / _rate(b) for a, b in pairs)
     return {
         "load": load,

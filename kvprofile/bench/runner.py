@@ -29,7 +29,10 @@ PACKAGES = (*provenance.PACKAGES, "openai", "sacrebleu", "rouge-score")
 MOST_SAMPLES = 2000
 """Samples kept of a leg; of longer ones every second, third, ... is."""
 
-HOW = "1 / (r + (1 - r) * (S + W) / n), memory-bound decoding; reached: output throughput over the baseline's"
+HOW = (
+    "1 / (r + (1 - r) * (S + W + o) / n), o of the n tokens being output, memory-bound decoding; reached: output "
+    "throughput over the baseline's"
+)
 
 
 def run(plan: BenchPlan, folder: Path, say: Say, force: bool = False) -> record.RunRecord:
@@ -251,10 +254,11 @@ def _bounded(leg: record.Leg, baseline: float | None) -> record.Leg:
     heads, lengths = leg.heads, [row.input_tokens for row in leg.requests if row.input_tokens]
     if heads is None or leg.retention_realised is None or not lengths:
         return leg
-    # the bound for the mean prompt, from the retention that is in force, not the one asked for
-    context = round(statistics.fmean(lengths))
+    # the bound for the mean request half-way through its output, from the retention in force, not the one asked for
+    written = statistics.fmean(row.output_tokens or 0 for row in leg.requests if row.input_tokens) / 2
+    context = round(statistics.fmean(lengths) + written)
     sinks, recent = heads.sink_tokens or 0, heads.recent_tokens or 0
-    speedup = max(1.0, 1.0 / effective_retention(leg.retention_realised, sinks, recent, context))
+    speedup = max(1.0, 1.0 / effective_retention(leg.retention_realised, sinks, recent, context, written))
     # what the leg gained, over the baseline that ran next to it
     ours = leg.metrics.output_throughput
     reached = ours / baseline if baseline and ours is not None else None

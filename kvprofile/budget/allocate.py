@@ -62,15 +62,21 @@ def preset_budgets(scores: Scores, statistic: str) -> dict[str, HeadBudgets]:
     return {retention_key(r): allocate(present[statistic], r, others) for r in PRESETS}
 
 
-def effective_retention(retention: float, sink_tokens: int, recent_tokens: int, context_tokens: int) -> float:
-    """Share of the cache kept at a context length, sinks and window of the trimmed heads counted.
+def effective_retention(
+    retention: float, sink_tokens: int, recent_tokens: int, context_tokens: int, output_tokens: float = 0
+) -> float:
+    """Share of the cache kept at a context length, what trimmed heads keep counted.
 
-    r + (1 - r) * min(1, (sink + recent) / n): the trimmed heads hold that many tokens however long the context is.
-    Raises InputError for a context of no tokens.
+    r + (1 - r) * min(1, (sink + recent + output) / n): trimmed heads hold sinks, window and, where the window is
+    anchored, the ``output_tokens`` among the n, however long the prompt is. Raises InputError for a context of no
+    tokens, or of less than its output.
     """
     if context_tokens < 1:
         raise InputError(f"context of {context_tokens} tokens; give at least 1")
-    return retention + (1.0 - retention) * min(1.0, (sink_tokens + recent_tokens) / context_tokens)
+    if not 0 <= output_tokens < context_tokens:
+        raise InputError(f"{output_tokens:g} of {context_tokens} tokens are output; give fewer, but at least 0")
+    kept = sink_tokens + recent_tokens + output_tokens
+    return retention + (1.0 - retention) * min(1.0, kept / context_tokens)
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,8 @@ class CapacityAtRetention:
 
     ``requests`` decode at once when nothing prefills; ``requests_beside_prefill`` counts one that does: it holds the
     whole cache of its prompt until it starts to decode. ``speed_bound`` is what a memory-bound decode step can gain
-    over the full cache: the ratio of cache bytes read, 1 / (r + (1 - r) * (S + W) / n) where no layer slides.
+    over the full cache: the ratio of cache bytes read, 1 / (r + (1 - r) * (S + W + o) / n) where no layer slides and o
+    of the n tokens are output.
     """
 
     retention: float
@@ -84,6 +85,7 @@ class Capacity:
     model: str
     geometry: Geometry
     context_tokens: int
+    output_tokens: int
     sink_tokens: int
     recent_tokens: int
     sliding_window_tokens: int | None
@@ -106,6 +108,7 @@ def plan(
     gpu: GpuMemory,
     context_tokens: int,
     *,
+    output_tokens: int = 0,
     retentions: Sequence[float] = (),
     tensor_parallel_size: int = 1,
     dtype: str | None = None,
@@ -113,6 +116,8 @@ def plan(
     memory_utilization: float = DEFAULT_MEMORY_UTILIZATION,
 ) -> Capacity:
     """Count what fits. ``dtype`` is the cache's, ``weight_bytes`` those of all GPUs together; null takes the model's.
+
+    ``output_tokens`` of the context are output, which trimmed heads keep.
 
     Without ``retentions`` those of a budget file without scores are taken, else DEFAULT_RETENTIONS. Raises InputError
     for a context, size or share that makes no sense, ranks that the heads cannot be dealt to, or a retention that a
@@ -131,7 +136,9 @@ def plan(
     value_bytes = CACHE_DTYPES[cache_dtype]
     per_token = kv_bytes_per_token(shape.layers, value_bytes)
     wanted = sorted({1.0, *(retentions or _default_retentions(shape))}, reverse=True)
-    rows = tuple(_row(shape, retention, context_tokens, holders, value_bytes, pool) for retention in wanted)
+    rows = tuple(
+        _row(shape, retention, (context_tokens, output_tokens), holders, value_bytes, pool) for retention in wanted
+    )
     decisions = [
         *shape.decisions,
         dtype_decision,
@@ -144,6 +151,7 @@ def plan(
         model=shape.name,
         geometry=geometry,
         context_tokens=context_tokens,
+        output_tokens=output_tokens,
         sink_tokens=shape.sink_tokens,
         recent_tokens=shape.recent_tokens,
         sliding_window_tokens=shape.window_tokens,
@@ -207,8 +215,10 @@ def parse_gpu_memory(text: str) -> GpuMemory:
 
 
 def _row(
-    shape: ModelShape, retention: float, context_tokens: int, holders: int, dtype_bytes: float, pool: int | None
+    shape: ModelShape, retention: float, tokens: tuple[int, int], holders: int, dtype_bytes: float, pool: int | None
 ) -> CapacityAtRetention:
+    """One retention, for requests of ``tokens`` (all of them, those of the output)."""
+    context_tokens, output_tokens = tokens
     heads = len(shape.geometry.profiled_layers) * shape.geometry.kv_heads
     if shape.profile is not None and retention < 1.0:
         choice = choose(shape.profile, retention, Constraints(tensor_parallel_size=holders))
@@ -217,7 +227,7 @@ def _row(
         # every rank holds equally many full heads of a layer, so full heads come in multiples of the ranks
         full_heads = full_head_count(retention, heads // holders) * holders
         realised = full_heads / heads
-    effective = effective_retention(realised, shape.sink_tokens, shape.recent_tokens, context_tokens)
+    effective = effective_retention(realised, shape.sink_tokens, shape.recent_tokens, context_tokens, output_tokens)
     whole = kv_bytes_read_per_step(shape, 1.0, context_tokens, dtype_bytes)
     held = kv_bytes_read_per_step(shape, effective, context_tokens, dtype_bytes)
     on_gpu, whole_on_gpu = math.ceil(held / holders), math.ceil(whole / holders)

@@ -29,6 +29,9 @@ def plan(
     ],
     gpu_memory: Annotated[str, typer.Option(help="Memory of one GPU with its unit (24GiB, 80GB), or a GPU's name.")],
     context: Annotated[int, typer.Option(help="Tokens of one request, prompt and answer.", min=1)],
+    output_tokens: Annotated[
+        int, typer.Option(help="How many of them are the answer's, which trimmed heads keep.", min=0)
+    ] = 0,
     retention: Annotated[
         list[float] | None,
         typer.Option(help="Retention to plan for; repeatable; 0.9 to 0.3 unless given.", min=0, max=1),
@@ -52,6 +55,7 @@ def plan(
         _shape_of_gguf(model) if model.lower().endswith(".gguf") else find_shape(model),
         capacity.parse_gpu_memory(gpu_memory),
         context,
+        output_tokens=output_tokens,
         retentions=tuple(retention or ()),
         tensor_parallel_size=tensor_parallel_size,
         dtype=dtype,
@@ -109,7 +113,8 @@ def render(plan: Capacity, console: Console) -> None:
     line()
     line(f"requests of {plan.context_tokens:,} tokens", "bold")
     console.print(_table(plan))
-    line(f"effective: with {plan.sink_tokens} sinks and the last {plan.recent_tokens} tokens of trimmed heads.")
+    answer = f", and {plan.output_tokens:,} of the answer" if plan.output_tokens else ""
+    line(f"effective: with {plan.sink_tokens} sinks and {plan.recent_tokens} recent tokens of trimmed heads{answer}.")
     line("during a prefill: while one of them prefills, which holds its whole cache.")
     line("speed bound: what a memory-bound decode step can gain, from cache bytes read.")
     if pool is not None and pool <= 0:

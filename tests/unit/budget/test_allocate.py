@@ -225,3 +225,9 @@ def test_effective_retention_lies_between_the_retention_and_one(retention, sink,
     assert retention <= found <= 1.0 + 1e-12
     if context <= sink + recent:
         assert found == pytest.approx(1.0)
+
+
+def test_effective_retention_counts_the_output_that_trimmed_heads_keep():
+    assert effective_retention(0.5, 128, 256, 9500, 500) == pytest.approx(0.5 + 0.5 * (384 + 500) / 9500)
+    with pytest.raises(InputError, match="9500 of 9500 tokens are output"):
+        effective_retention(0.5, 128, 256, 9500, 9500)

@@ -76,6 +76,9 @@ def test_llama_8b_numbers_by_hand(tmp_path):
     assert (rows[1.0].requests, rows[0.5].requests) == (6, 11)
     # one prefills with 1,179,648,000; the rest holds 9.6 more
     assert (rows[1.0].requests_beside_prefill, rows[0.5].requests_beside_prefill) == (6, 10)
+    # 1,000 of the tokens are output, which trimmed heads keep: 128 x 9000 + 128 x (128 + 256 + 1000)
+    found = plan(shape(tmp_path), GIB_24, 9000, output_tokens=1000, retentions=(0.5,), weight_bytes=15 * 2**30)
+    assert found.at[1].kv_bytes_read_per_step_per_gpu == 512 * (128 * 9000 + 128 * 1384)
 
 
 def test_weights_estimate_of_llama_8b(tmp_path):
