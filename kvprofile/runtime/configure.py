@@ -39,10 +39,16 @@ def configuring(stock: Callable[..., Any]) -> Callable[..., Any]:
         config = stock(self, *args, **kwargs)
         settings = from_environment(os.environ)
         found = _unsupported(config)
-        if not settings.allow_untested:
-            found += _untested(config)
+        allowed = []
+        for name, what in _untested(config).items():
+            if name in settings.allow_untested:
+                allowed.append(what)
+            else:
+                found.append(f"{what}, unless {PREFIX}ALLOW_UNTESTED={name}")
         if found:
             raise ValueError(f"kvprofile does not serve with {'; '.join(found)}")
+        if allowed:
+            logger.warning("kvprofile serves with what it was not tested with: %s", "; ".join(allowed))
         budget, origin = find(settings, _served(config))
         budget = replace(budget, permute_weights=_may_permute(config))
         stats.share()
@@ -95,6 +101,7 @@ def _unsupported(config: Any) -> list[str]:
         "prefix caching of a model with layers that keep a state; add --no-enable-prefix-caching": (
             model.is_hybrid and config.cache_config.enable_prefix_caching
         ),
+        "overlapped micro-batches, whose rows do not say where their prompts end": config.parallel_config.use_ubatching,
         "bidirectional attention inside images": model.is_mm_prefix_lm,
         "hierarchical sparse attention": config.attention_config.hisparse_config is not None,
         "scheduler_reserve_full_isl off, which hides where prefill ends": (
@@ -108,21 +115,22 @@ def _unsupported(config: Any) -> list[str]:
     return unsupported.holding(reasons)
 
 
-def _untested(config: Any) -> list[str]:
-    """What may well work but has not been tried, each as a phrase with the way around it."""
+def _untested(config: Any) -> dict[str, str]:
+    """What may well work but has not been tried: a phrase for each, by its name in ``settings.UNTESTED``."""
     parallel, model = config.parallel_config, config.model_config
-    kind = model.hf_text_config.model_type
-    reasons = {
-        f"platform {current_platform.device_type} (tested: {', '.join(TESTED_PLATFORMS)})": (
-            current_platform.device_type not in TESTED_PLATFORMS
+    kind, device = model.hf_text_config.model_type, current_platform.device_type
+    found = {
+        "platform": (
+            f"platform {device} (tested: {', '.join(TESTED_PLATFORMS)})",
+            device not in TESTED_PLATFORMS,
         ),
-        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
-        "data parallelism": parallel.data_parallel_size > 1,
-        "overlapped micro-batches": parallel.use_ubatching,
-        "LoRA adapters": config.lora_config is not None,
-        "several modalities": model.is_multimodal_model,
-        f"layers that keep a state in a model of type {kind} (tested: {', '.join(STATE_MODELS)})": (
-            model.is_hybrid and kind not in STATE_MODELS
+        "pipeline-parallelism": ("pipeline parallelism", parallel.pipeline_parallel_size > 1),
+        "data-parallelism": ("data parallelism", parallel.data_parallel_size > 1),
+        "lora": ("LoRA adapters", config.lora_config is not None),
+        "modalities": ("several modalities", model.is_multimodal_model),
+        "states": (
+            f"layers that keep a state in a model of type {kind} (tested: {', '.join(STATE_MODELS)})",
+            model.is_hybrid and kind not in STATE_MODELS,
         ),
     }
-    return [f"{reason}, unless {PREFIX}ALLOW_UNTESTED=1" for reason in unsupported.holding(reasons)]
+    return {name: what for name, (what, holds) in found.items() if holds}

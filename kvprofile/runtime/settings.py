@@ -28,11 +28,26 @@ class Variable(NamedTuple):
 
 
 SWITCH = Variable("1 loads the plugin into vLLM; then it serves with budgets or does not start", "0")
+UNTESTED = {
+    "release": "releases of vLLM",
+    "platform": "platforms, such as GPUs",
+    "pipeline-parallelism": "several pipeline stages",
+    "data-parallelism": "several engines behind one server",
+    "lora": "LoRA adapters",
+    "modalities": "models that read images or sound too",
+    "states": "types of models with layers that keep a state",
+}
+"""What is refused unless it is allowed by name: it may well work, but has not been tried."""
+
 FLAGS = {
-    "ALLOW_UNTESTED": Variable("1 serves with releases, platforms and features outside of the tested list", "0"),
     "POISON": Variable("debugging on the CPU: 1 fills freed blocks with NaN, so that reading one shows", "0"),
 }
 VALUES = {
+    "ALLOW_UNTESTED": Variable(
+        f"what to serve with although it was not tested, by name, separated by commas: {', '.join(UNTESTED)}; 1 is all "
+        "of them",
+        "none",
+    ),
     "BUDGET": Variable("a budget file or a runtime file", "found in the folder by the served model"),
     "BUDGET_DIR": Variable(
         "where the file of the served model is looked for, by the model named inside", str(BUDGET_DIR)
@@ -69,7 +84,7 @@ class Settings:
     recent_tokens: int | None
     window: str
     stats: Path | None
-    allow_untested: bool
+    allow_untested: frozenset[str]
     poison: bool
 
 
@@ -89,7 +104,7 @@ def from_environment(environ: Mapping[str, str]) -> Settings:
         recent_tokens=_tokens("RECENT", given["RECENT"], least=1),
         window=_window(given["WINDOW"]),
         stats=_path(given["STATS"]),
-        allow_untested=_flag(environ, "ALLOW_UNTESTED"),
+        allow_untested=_untested(given["ALLOW_UNTESTED"]),
         poison=_flag(environ, "POISON"),
     )
 
@@ -101,10 +116,10 @@ def is_tested(version: str) -> bool:
 
 def require_tested(version: str, asked: Settings) -> None:
     """Raise ValueError for a release of vLLM that was not tested, unless that is asked for."""
-    if not is_tested(version) and not asked.allow_untested:
+    if not is_tested(version) and "release" not in asked.allow_untested:
         raise ValueError(
             f"kvprofile was tested with vLLM {', '.join(TESTED_VERSIONS)}, this is {version}; "
-            f"{PREFIX}ALLOW_UNTESTED=1 serves with it all the same"
+            f"{PREFIX}ALLOW_UNTESTED=release serves with it all the same"
         )
 
 
@@ -117,6 +132,19 @@ def _flag(environ: Mapping[str, str], name: str) -> bool:
     if text not in ("", "0", "1"):
         raise ValueError(f"{PREFIX}{name} is {text!r}; give 1 or 0")
     return text == "1"
+
+
+def _untested(text: str | None) -> frozenset[str]:
+    if text in (None, "0"):
+        return frozenset()
+    if text == "1":
+        return frozenset(UNTESTED)
+    names = frozenset(name.strip() for name in str(text).split(","))
+    if not names <= UNTESTED.keys():
+        raise ValueError(
+            f"{PREFIX}ALLOW_UNTESTED is {text!r}; give some of {', '.join(UNTESTED)}, or 1 for all of them"
+        )
+    return names
 
 
 def _share(name: str, text: str | None) -> float | None:

@@ -54,5 +54,5 @@ def test_an_anchored_window_keeps_the_answer_and_a_sliding_one_moves_on():
 
 @pytest.mark.parametrize("sizes", [(-1, 4, 16), (0, 0, 16), (0, 4, 0), (0, 4, 16, "rolling")])
 def test_what_means_nothing_is_refused(sizes):
-    with pytest.raises(ValueError, match="must be >= 0|the window is anchored or sliding, not 'rolling'"):
+    with pytest.raises(ValueError, match=r"must be >= 0|the window is anchored or sliding, not 'rolling'"):
         TrimRule(*sizes)

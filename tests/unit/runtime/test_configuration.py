@@ -78,6 +78,9 @@ def test_settings_are_read_and_unknown_names_warned_about(caplog):
         ("SINK", "-1"),
         ("RECENT", "0"),
         ("ENABLED", "yes"),
+        ("WINDOW", "rolling"),
+        ("ALLOW_UNTESTED", "gpu"),
+        ("ALLOW_UNTESTED", "lora,"),
     ],
 )
 def test_bad_settings_are_one_line(name, value):
@@ -88,11 +91,12 @@ def test_bad_settings_are_one_line(name, value):
 
 def test_releases_that_were_not_tested_are_refused_by_name():
     require_tested("0.32.0+cpu", settings())
-    require_tested("0.28.0", settings(ALLOW_UNTESTED=1))
-    with pytest.raises(
-        ValueError, match=r"tested with vLLM 0\.30\.0, 0\.31\.0, 0\.32\.0, this is 0\.28\.0; LLM_KVZIP_ALLOW_UNTESTED=1"
-    ):
-        require_tested("0.28.0", settings())
+    for allowed in ("1", "release", "lora, release"):
+        require_tested("0.28.0", settings(ALLOW_UNTESTED=allowed))
+    words = r"tested with vLLM 0\.30\.0, 0\.31\.0, 0\.32\.0, this is 0\.28\.0; LLM_KVZIP_ALLOW_UNTESTED=release"
+    for others in ("", "0", "platform,lora"):
+        with pytest.raises(ValueError, match=words):
+            require_tested("0.28.0", settings(ALLOW_UNTESTED=others))
 
 
 def test_a_profile_gives_the_budget_at_a_retention():
