@@ -10,8 +10,8 @@ DEMO := models/pocket --context-tokens 480 --chunk-tokens 480 --sink-tokens 16 -
 BENCH := --preset seed --model models/pocket --provider loopback --dtype float32 --max-model-len 4096 --block-tokens 32 \
 	--pool-memory 64MiB --enforce-eager --concurrency 8 --requests 30 --max-output-tokens 32
 
-.PHONY: install install-vllm browser demo real-model test-fast test test-slow test-real test-vllm-matrix lint format audit docs bench \
-	bench-runtime bench-profile bench-train clean
+.PHONY: install install-vllm browser demo real-model test-fast test test-slow test-real test-matrix test-vllm-matrix lint \
+	format audit docs bench bench-runtime bench-profile bench-train clean
 
 install: $(VENV)/installed
 install-vllm: $(VENV)/installed-vllm
@@ -52,6 +52,9 @@ test: install-vllm browser
 test-slow: install-vllm
 	$(MAKE) --no-print-directory real-model || echo "no real model, and none can be made here: its smoke test will be skipped"
 	$(BIN)/python -m pytest -m slow
+
+test-matrix: install
+	$(BIN)/python scripts/matrix.py
 
 # What needs the pretrained model: not part of test, because CI has no package registry to rely on.
 test-real: real-model
@@ -105,4 +108,4 @@ bench-train: install
 	$(BIN)/python scripts/evaluate_pocket.py
 
 clean:
-	rm -rf $(VENV) .audit .vllm-matrix .peers .mypy_cache .ruff_cache .pytest_cache .hypothesis dist site
+	rm -rf $(VENV) .audit .matrix .vllm-matrix .peers .mypy_cache .ruff_cache .pytest_cache .hypothesis dist site

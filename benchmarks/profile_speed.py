@@ -1,7 +1,7 @@
 """Profiling one context, ours against NVIDIA kvpress' KVzipPress: `make bench-profile`.
 
 Same random model, same context, same chunks, 1k to 16k tokens. Sides take turns, each measurement in a process of its
-own, and a short context warms each up. kvpress comes from PyPI into `.peers/`, beside this environment's torch. Both
+own, and a short context warms each up. kvpress comes from PyPI into `.peers/`, with this environment's torch. Both
 score every token of the context, so agreement is measured on the way. Beside the seconds stands what the count of
 products allows (`kvprofile.scoring.work`) at the rate that large products reach here in the same run.
 
@@ -31,7 +31,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 
-from beside import interpreter
+from environments import interpreter
 
 ROOT = Path(__file__).resolve().parents[1]
 PEERS = ROOT / ".peers"

@@ -19,7 +19,6 @@ def of_config(config: Any) -> dict[str, bool]:
         "multi-head latent attention (MLA)": model.use_mla,
         "a model that is not a decoder": model.runner_type != "generate" or model.is_encoder_decoder,
         "a model without attention": model.is_attention_free,
-        "a model with Mamba layers": model.is_hybrid,
         "reference sliding-window attention": model.rswa_window is not None,
         f"the quantised KV cache {cache.cache_dtype}": cache.cache_dtype not in PLAIN_CACHES,
         "speculative decoding": config.speculative_config is not None,

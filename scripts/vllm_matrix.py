@@ -1,6 +1,6 @@
 """Try the runtime on other vLLM releases: `make test-vllm-matrix`, or `python scripts/vllm_matrix.py 0.31.0 ...`.
 
-Each release goes into a folder of its own, beside everything else of this environment. It passes if the runtime's
+Each release goes into a folder of its own, with everything else from this environment. It passes if the runtime's
 engine tests do; otherwise it has to be refused by name, which is tested too.
 """
 
@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from beside import interpreter
+from environments import interpreter
 
 from kvprofile.runtime.settings import TESTED_VERSIONS
 

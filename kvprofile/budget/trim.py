@@ -1,8 +1,10 @@
 """Which tokens a trimmed KV head keeps: one rule, for the simulation and the vLLM runtime alike. Standard library only.
 
-Prefill is full attention for every head. Once all tokens below ``prefill_end`` are processed, a trimmed head
-sees the first ``sink_tokens`` and the last ``recent_tokens`` before and including the token being processed, both
-rounded outwards to whole blocks of the paged cache. Keys carry their positions already; nothing is renumbered.
+Prefill is full attention for every head. Once the ``prompt_tokens`` of a request are processed, a trimmed head sees
+the first ``sink_tokens``, and a window: the last ``recent_tokens`` before and including the token being processed, both
+rounded outwards to whole blocks of the paged cache. An *anchored* window begins, for all later tokens, where it began
+for the first one after the prompt, so everything that is generated stays; a *sliding* one moves on with every token.
+Keys carry their positions already; nothing is renumbered.
 """
 
 from __future__ import annotations
@@ -12,18 +14,25 @@ from dataclasses import dataclass
 DEFAULT_BLOCK_TOKENS = 16
 """vLLM's block size on GPUs."""
 
+ANCHORED, SLIDING = "anchored", "sliding"
+WINDOWS = (ANCHORED, SLIDING)
+DEFAULT_WINDOW = ANCHORED
+
 
 @dataclass(frozen=True)
 class TrimRule:
-    """Sinks, window and block size, in tokens. Raises ValueError for sizes that mean nothing."""
+    """Sinks, window and block size, in tokens. Raises ValueError for sizes and windows that mean nothing."""
 
     sink_tokens: int
     recent_tokens: int
     block_tokens: int = DEFAULT_BLOCK_TOKENS
+    window: str = DEFAULT_WINDOW
 
     def __post_init__(self) -> None:
         if self.sink_tokens < 0 or self.recent_tokens < 1 or self.block_tokens < 1:
             raise ValueError(f"sinks must be >= 0, window and block >= 1, not {self}")
+        if self.window not in WINDOWS:
+            raise ValueError(f"the window is {' or '.join(WINDOWS)}, not {self.window!r}")
 
     @property
     def sink_blocks(self) -> int:
@@ -35,18 +44,24 @@ class TrimRule:
         """Position after the last sink, rounded up to a block."""
         return self.sink_blocks * self.block_tokens
 
-    def first_recent_block(self, position: int) -> int:
+    @property
+    def anchored(self) -> bool:
+        """Whether the window stays where it was when the prompt ended."""
+        return self.window == ANCHORED
+
+    def first_recent_block(self, position: int, prompt_tokens: int) -> int:
         """First block of the window of the token at ``position``; never before the end of the sinks."""
-        return max(self.sink_blocks, (position + 1 - self.recent_tokens) // self.block_tokens)
+        at = min(position, prompt_tokens) if self.anchored else position
+        return max(self.sink_blocks, (at + 1 - self.recent_tokens) // self.block_tokens)
 
-    def window_start(self, position: int) -> int:
+    def window_start(self, position: int, prompt_tokens: int) -> int:
         """First position of the window of the token at ``position``, rounded down to a block."""
-        return self.first_recent_block(position) * self.block_tokens
+        return self.first_recent_block(position, prompt_tokens) * self.block_tokens
 
-    def sees(self, position: int, key: int) -> bool:
+    def sees(self, position: int, key: int, prompt_tokens: int) -> bool:
         """Whether a trimmed head's query at ``position`` sees the key at position ``key``."""
-        return key <= position and (key < self.sink_end or key >= self.window_start(position))
+        return key <= position and (key < self.sink_end or key >= self.window_start(position, prompt_tokens))
 
-    def held_tokens(self, processed: int) -> int:
+    def held_tokens(self, processed: int, prompt_tokens: int) -> int:
         """Tokens that a trimmed head holds when ``processed`` tokens are and the next one comes."""
-        return processed - max(0, min(self.window_start(processed), processed) - self.sink_end)
+        return processed - max(0, min(self.window_start(processed, prompt_tokens), processed) - self.sink_end)

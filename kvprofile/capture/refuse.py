@@ -21,6 +21,7 @@ def problems(config: Any) -> list[str]:
         {
             f"an engine started without worker_extension_cls={WORKER!r}": parallel.worker_extension_cls != WORKER,
             **unsupported.of_config(config),
+            "layers that keep a state (linear attention, Mamba, convolutions)": model.is_hybrid,
             "a model of several modalities": model.is_multimodal_model,
             "data parallelism": parallel.data_parallel_size > 1,
             "overlapped micro-batches": parallel.use_ubatching,

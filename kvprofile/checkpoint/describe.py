@@ -13,6 +13,7 @@ from kvprofile.checkpoint.gguf import gguf_config, read_gguf
 from kvprofile.checkpoint.quantisation import Quantisation, as_multiplied_out, quantisation_of
 from kvprofile.checkpoint.rehearsal import rehearse, rehearse_gguf
 from kvprofile.checkpoint.source import Source, fetch_weights
+from kvprofile.checkpoint.states import states_of, why_not_followed
 from kvprofile.checkpoint.weights import Tensor, fingerprint, read_header, weight_files
 from kvprofile.errors import InputError, first_line, plain
 
@@ -42,6 +43,11 @@ class Description:
     weights_sha256: str
     trust_remote_code: bool
     notes: tuple[str, ...] = ()
+
+    @property
+    def keeps_states(self) -> bool:
+        """Whether some layers keep a state, in place of a cache or next to one: linear attention, convolutions."""
+        return any(states_of(self.config))
 
 
 def describe(source: Source, trust_remote_code: bool = False) -> Description:
@@ -169,19 +175,27 @@ def _unsupported(config: PretrainedConfig, cache: ModelCache, trust_remote_code:
     """Why a model whose cache can be read is not one that can be scored; None for one that can."""
     if getattr(config, "num_kv_shared_layers", 0):
         return "its layers share their caches"
-    if NO_CACHE in cache.geometry.layer_types:
-        return "some layers keep a state instead of a cache (linear attention)"
     if not cache.is_uniform:
         return "its layers differ in their heads, or keys and values in their size"
     if config.model_type == "jetmoe":
         return "each token chooses query heads of its own (mixture of attention heads)"
-    if trust_remote_code and getattr(config, "auto_map", None):
+    own_code = trust_remote_code and bool(getattr(config, "auto_map", None))
+    states = states_of(config)
+    if own_code and (any(states) or NO_CACHE in cache.geometry.layer_types):
+        return "some layers keep a state instead of a cache, in code of its own that kvprofile does not follow"
+    if any(
+        not states or not states[layer] for layer, kind in enumerate(cache.geometry.layer_types) if kind == NO_CACHE
+    ):
+        return "some layers keep neither a cache of the text nor a state that transformers knows of"
+    if own_code:
         return None
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return "transformers has no causal language model for it"
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    if not getattr(model_class, "_supports_attention_backend", False):
+    says_so = getattr(model_class, "_supports_attention_backend", False)
+    # most classes with states do not say that their attention goes through the interface, although it does
+    if not (says_so or (any(states) and model_class._can_set_attn_implementation())):
         return "its attention does not go through transformers' attention interface"
-    return None
+    return why_not_followed(model_class, config) if any(states) else None

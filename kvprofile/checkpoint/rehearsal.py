@@ -76,18 +76,26 @@ def rehearse(
 
 def rehearse_gguf(file: GgufFile, config: PretrainedConfig, geometry: Geometry) -> None:
     """Raise InputError where a GGUF file holds more or fewer values than its model, or layers of other heads."""
-    import torch
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-
     try:
-        with torch.device("meta"):
-            model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._from_config(copy.deepcopy(config), dtype=torch.bfloat16)
+        model = on_meta(config)
     except Exception as error:  # model classes raise all kinds
         raise InputError(f"{file.path} describes a model that cannot be built: {first_line(error)}") from error
     _check_heads(file.path, model, geometry)
     tied = set(getattr(model, "all_tied_weights_keys", None) or ()) if config.tie_word_embeddings else set()
     own = {name: values for name, values in model.state_dict().items() if name not in tied}
     check_values(file, list(own), sum(values.numel() for values in own.values()))
+
+
+def on_meta(config: PretrainedConfig) -> PreTrainedModel:
+    """The causal language model of a config on the meta device, in bfloat16. Raises whatever its class raises."""
+    import torch
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    with torch.device("meta"):
+        model: PreTrainedModel = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._from_config(
+            copy.deepcopy(config), dtype=torch.bfloat16
+        )
+    return model
 
 
 def check_found(folder: Path, found: Mapping[str, Any], *, needs_head: bool) -> tuple[str, ...]:
@@ -152,19 +160,30 @@ def _check_heads(folder: Path, model: PreTrainedModel, geometry: Geometry) -> No
     import torch
 
     seen: dict[int, tuple[int, int, int]] = {}
+    biased: list[int] = []
 
     def attend(
-        module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
+        module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **options: Any
     ) -> tuple[torch.Tensor, None]:
-        seen[int(module.layer_idx)] = (query.shape[1], key.shape[1], key.shape[-1])  # type: ignore[arg-type]
+        layer = int(module.layer_idx)  # type: ignore[arg-type]
+        seen[layer] = (query.shape[1], key.shape[1], key.shape[-1])
+        if options.get("position_bias") is not None:
+            biased.append(layer)
         return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1]), None
 
     ids = torch.zeros(1, 2, dtype=torch.long, device="meta")
     try:
-        with _attention(model, attend), torch.inference_mode():
+        with probing(model, attend), torch.inference_mode():
             model.base_model(input_ids=ids, position_ids=ids, use_cache=True)
     except Exception:  # noqa: S110 - what depends on values cannot run here; scoring checks each layer as it comes
         pass
+    if biased:
+        raise InputError(f"{folder} cannot be profiled: layer {biased[0]} adds a bias of its own to attention's logits")
+    unnumbered = sorted(set(seen) - set(geometry.cached_layers))
+    if unnumbered:
+        raise InputError(
+            f"{folder} cannot be profiled: layers share one attention, which calls itself layer {unnumbered[0]}"
+        )
     for layer, heads in sorted(seen.items()):
         try:
             refuse_other_heads(geometry, layer, *heads)
@@ -173,7 +192,7 @@ def _check_heads(folder: Path, model: PreTrainedModel, geometry: Geometry) -> No
 
 
 @contextmanager
-def _attention(model: PreTrainedModel, attend: Any) -> Iterator[None]:
+def probing(model: PreTrainedModel, attend: Any) -> Iterator[None]:
     """Route attention through a function without masks, until the end of the block."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface

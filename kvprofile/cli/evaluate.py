@@ -12,6 +12,7 @@ from rich.text import Text
 from kvprofile import checkpoint
 from kvprofile.budget import store
 from kvprofile.budget.profile import PRESETS
+from kvprofile.budget.trim import DEFAULT_WINDOW
 from kvprofile.cli import quality_table
 from kvprofile.cli.output import load_profile, print_json, resolve_profile, say, stdout_console
 from kvprofile.cli.progress_bar import TokenProgress
@@ -65,6 +66,12 @@ def evaluate(
         int | None, typer.Option(help="Last tokens that a trimmed head keeps; the profile's unless given.")
     ] = None,
     block_tokens: Annotated[int, typer.Option(help="Tokens of a block, to which sinks and window are rounded.")] = 16,
+    window: Annotated[
+        str,
+        typer.Option(
+            help="anchored: trimmed heads keep all that comes after the context; sliding: the last tokens of it only."
+        ),
+    ] = DEFAULT_WINDOW,
     only_outside: Annotated[
         bool,
         typer.Option(
@@ -107,6 +114,7 @@ def evaluate(
         sink_tokens=sink_tokens,
         recent_tokens=recent_tokens,
         block_tokens=block_tokens,
+        window=window,
         random_seeds=random_seeds,
         controls=controls,
         only_outside=only_outside,
@@ -165,7 +173,9 @@ def _announce(planned: EvaluationPlan, reasons: tuple[str, ...]) -> None:
     budgets = len({variant.budget for variant in planned.variants})
     say(f"  {planned.questions:,} questions on {len(planned.asked):,} contexts, {budgets} budgets each")
     blocks = f"in blocks of {rule.block_tokens}"
-    say(f"  trimmed heads keep {rule.sink_tokens} sinks and the last {rule.recent_tokens} tokens, {blocks}")
+    kept = f"{rule.sink_tokens} sinks and the last {rule.recent_tokens} tokens"
+    after = " of the context and all that follows" if rule.anchored else ""
+    say(f"  trimmed heads keep {kept}{after}, {blocks}")
     for warning in planned.warnings:
         say(f"  warning: {warning}")
 

@@ -9,6 +9,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from kvprofile.budget.trim import SLIDING
 from kvprofile.questions.tasks import TASKS
 
 _NAME_WIDTH = 13
@@ -35,7 +36,8 @@ def heading(summary: Mapping[str, Any]) -> Iterator[str]:
     shortest, longest = summary["context_tokens"]
     tokens = f"{shortest:,}" if shortest == longest else f"{shortest:,} to {longest:,}"
     yield f"{summary['model']['name']}: {summary['questions']:,} questions on {summary['exercises']:,} contexts"
-    yield f"of {tokens} tokens; {settings['sink_tokens']} sinks, window {settings['recent_tokens']}"
+    window = f"{settings.get('window', SLIDING)} window of {settings['recent_tokens']}"
+    yield f"of {tokens} tokens; {settings['sink_tokens']} sinks, {window}"
     known, outside = summary["questions_with_known_evidence"], summary["questions_outside"]
     if known:
         yield f"evidence outside of sinks and window: {outside:,} of {known:,} ({outside / known:.0%})"

@@ -129,7 +129,7 @@ def ask(
     ids, found = _tokenise(tokenizer, exercise.context, [span for spans in evidence for span in spans])
     prefix = words.frame.prefix_ids
     prompt_tokens = len(prefix) + len(ids)
-    window_start = rule.window_start(prompt_tokens)
+    window_start = rule.window_start(prompt_tokens, prompt_tokens)
     tokens = iter((start + len(prefix), stop + len(prefix)) for start, stop in found)
     depths: list[float | None] = []
     outside: list[bool | None] = []

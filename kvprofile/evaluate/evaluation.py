@@ -86,6 +86,7 @@ def plan(
         runtime.sink_tokens if options.sink_tokens is None else options.sink_tokens,
         runtime.recent_tokens if options.recent_tokens is None else options.recent_tokens,
         options.block_tokens,
+        options.window,
     )
     variants = build(
         contenders,
@@ -290,7 +291,7 @@ def _profile_warnings(description: Description, contenders: Sequence[Contender])
 
 def _length_warnings(planned: EvaluationPlan) -> Iterator[str]:
     shortest = min(len(asked.context_ids) for asked in planned.asked)
-    share = planned.rule.held_tokens(shortest) / shortest
+    share = planned.rule.held_tokens(shortest, shortest) / shortest
     if share > 1 / 3:
         yield f"trimmed heads keep {share:.0%} of a context of {shortest:,} tokens; longer ones tell heads apart better"
 

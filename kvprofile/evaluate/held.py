@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+
+from kvprofile.scoring.kernels import Visible
 
 
 @dataclass
@@ -97,3 +100,19 @@ def joined(spans: list[Span]) -> Span:
         keys, values = (torch.cat([getattr(span, name) for span in spans], 2) for name in ("keys", "values"))
         spans[:] = [Span(keys, values, spans[0].first)]
     return spans[0]
+
+
+@dataclass
+class HeldHeads:
+    """KV heads of one layer that live under one rule, and what they hold of the context: spans shared by all branches.
+
+    ``sees`` None stands for plain causal attention. ``first_seen`` gives the first of the tokens after the context that
+    the token at a position still sees, None where that is all of them. ``budgets`` are the numbers of those, of several
+    side by side, under which the heads live so; None for all.
+    """
+
+    index: torch.Tensor
+    sees: Visible | None
+    context: list[Span]
+    first_seen: Callable[[int], int] | None = None
+    budgets: tuple[int, ...] | None = None

@@ -20,9 +20,10 @@ from transformers import PreTrainedTokenizerBase
 
 from kvprofile.budget.profile import Matrix
 from kvprofile.errors import InputError
+from kvprofile.evaluate.branch import Branch
 from kvprofile.evaluate.encoding import SPARE_TOKENS, Asked, AskedRow, Reference, Wording
 from kvprofile.evaluate.item_store import SPANS, AnswerSpan
-from kvprofile.evaluate.simulate import Branch, Simulation
+from kvprofile.evaluate.simulate import Simulation
 from kvprofile.questions.judge import is_right, score
 
 SLICE_LOGITS = 32 * 2**20

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from kvprofile.budget.allocate import require_retention
 from kvprofile.budget.profile import PRESETS
-from kvprofile.budget.trim import DEFAULT_BLOCK_TOKENS
+from kvprofile.budget.trim import DEFAULT_BLOCK_TOKENS, DEFAULT_WINDOW, WINDOWS
 from kvprofile.errors import InputError
 from kvprofile.questions.columns import Columns
 from kvprofile.questions.tasks import DEFAULT_TASKS, TASKS
@@ -30,6 +30,7 @@ class EvaluationOptions:
     sink_tokens: int | None = None
     recent_tokens: int | None = None
     block_tokens: int = DEFAULT_BLOCK_TOKENS
+    window: str = DEFAULT_WINDOW
     random_seeds: int = 3
     controls: bool = True
     only_outside: bool = False
@@ -47,6 +48,8 @@ class EvaluationOptions:
             if value is not None and not bound <= value <= MOST:
                 flag = f"--{name.replace('_', '-')}"
                 raise InputError(f"{flag} must lie between {bound} and {MOST:,}, not {value}")
+        if self.window not in WINDOWS:
+            raise InputError(f"--window is {' or '.join(WINDOWS)}, not {self.window!r}")
         for tokens in self.context_tokens:
             if not 1 <= tokens <= MOST:
                 raise InputError(f"--context-tokens must lie between 1 and {MOST:,}, not {tokens}")

@@ -3,10 +3,14 @@
 The view is made where a backend's metadata is built: from each row that decodes, the block table drops the blocks
 between sinks and window, and the sequence gets shorter by as many tokens. Kernels never know. Nothing here waits for
 the device, and what CUDA graphs capture lives in buffers that stay where they are.
+
+An anchored window begins where it began when the prompt ended. How long the prompts of a batch are is not in the
+metadata, so the model runners note it before they make it (``noting_prompts``).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -20,6 +24,37 @@ LAYOUT = KVCacheLayout.BLHNC
 
 KERNELS_TAKE_STRIDES = frozenset({"CPU_ATTN"})
 """Backends that do not declare LAYOUT but read caches by their strides, as tests on the real engine show."""
+
+
+_prompt_tokens: list[torch.Tensor] = []
+"""Tokens of each row's prompt, on the CPU, in the batch whose metadata is being made; padding may lack them.
+
+Empty while an engine warms up, on batches of no request."""
+
+
+def note_prompts(tokens: torch.Tensor) -> None:
+    """Tokens of each row's prompt, on the CPU, in the batch whose metadata is made next."""
+    _prompt_tokens[:] = [tokens]
+
+
+def noting_prompts(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """``GPUModelRunner._build_attention_metadata`` of model runner V1, for the batch that it reads too."""
+
+    def _build_attention_metadata(self: Any, *args: Any, **kwargs: Any) -> Any:
+        note_prompts(self.input_batch.num_prompt_tokens_cpu_tensor)
+        return stock(self, *args, **kwargs)
+
+    return _build_attention_metadata
+
+
+def noting_prompts_v2(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """``GPUModelRunner.prepare_attn`` of model runner V2, which comes before metadata is made."""
+
+    def prepare_attn(self: Any, input_batch: Any, *args: Any, **kwargs: Any) -> Any:
+        note_prompts(torch.from_numpy(self.req_states.prompt_len.np[input_batch.idx_mapping_np]))
+        return stock(self, input_batch, *args, **kwargs)
+
+    return prepare_attn
 
 
 @cache
@@ -104,6 +139,9 @@ class TrimmedView:
         decodes[: len(flagged)] &= ~flagged
         decodes[len(flagged) :] = False
         position = metadata.seq_lens_cpu_upper_bound[:count].to(torch.int64) - 1
+        if self.trim.anchored:
+            prompts = _prompt_tokens[0][:count] if _prompt_tokens else position.new_zeros(count)
+            position[: len(prompts)].clamp_(max=prompts)
         first_recent = (position + 1 - self.trim.recent_tokens).div(self.trim.block_tokens, rounding_mode="floor")
         skipped: torch.Tensor = (first_recent - self.trim.sink_blocks).clamp_(min=0) * decodes
         return skipped

@@ -25,6 +25,9 @@ TESTED_PLATFORMS = ("cpu",)
 ALIBI_MODELS, SINK_MODELS = ("bloom", "mpt", "baichuan"), ("gpt_oss",)
 """Known by name here, so that the refusal is one line; ``layer`` refuses whatever else has such heads."""
 
+STATE_MODELS = ("granitemoehybrid", "nemotron_h")
+"""Types of models with layers that keep a state whose tokens were compared with transformers'."""
+
 
 def configuring(stock: Callable[..., Any]) -> Callable[..., Any]:
     """``EngineArgs.create_engine_config`` that adds the budget to the configuration.
@@ -89,6 +92,9 @@ def _unsupported(config: Any) -> list[str]:
         "ALiBi": text.model_type in ALIBI_MODELS or getattr(text, "alibi", False),
         "learned attention sinks": text.model_type in SINK_MODELS,
         "layers that share caches": bool(getattr(text, "num_kv_shared_layers", 0)),
+        "prefix caching of a model with layers that keep a state; add --no-enable-prefix-caching": (
+            model.is_hybrid and config.cache_config.enable_prefix_caching
+        ),
         "bidirectional attention inside images": model.is_mm_prefix_lm,
         "hierarchical sparse attention": config.attention_config.hisparse_config is not None,
         "scheduler_reserve_full_isl off, which hides where prefill ends": (
@@ -104,7 +110,8 @@ def _unsupported(config: Any) -> list[str]:
 
 def _untested(config: Any) -> list[str]:
     """What may well work but has not been tried, each as a phrase with the way around it."""
-    parallel = config.parallel_config
+    parallel, model = config.parallel_config, config.model_config
+    kind = model.hf_text_config.model_type
     reasons = {
         f"platform {current_platform.device_type} (tested: {', '.join(TESTED_PLATFORMS)})": (
             current_platform.device_type not in TESTED_PLATFORMS
@@ -113,6 +120,9 @@ def _untested(config: Any) -> list[str]:
         "data parallelism": parallel.data_parallel_size > 1,
         "overlapped micro-batches": parallel.use_ubatching,
         "LoRA adapters": config.lora_config is not None,
-        "several modalities": config.model_config.is_multimodal_model,
+        "several modalities": model.is_multimodal_model,
+        f"layers that keep a state in a model of type {kind} (tested: {', '.join(STATE_MODELS)})": (
+            model.is_hybrid and kind not in STATE_MODELS
+        ),
     }
     return [f"{reason}, unless {PREFIX}ALLOW_UNTESTED=1" for reason in unsupported.holding(reasons)]

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from kvprofile.budget.trim import DEFAULT_WINDOW
+
 CONFIG_KEY = "kvprofile"
 
 
@@ -24,7 +26,8 @@ class RankHeads:
 
 @dataclass(frozen=True)
 class EngineBudget:
-    """Full KV heads by layer, in the model's own numbering; None for layers that slide and stay as they are.
+    """Full KV heads by layer, in the model's own numbering; None for layers that stay as they are: they
+    slide, or keep a state.
 
     ``permute_weights``: projections may load their heads half by half, which spares gathering them at every step.
     """
@@ -33,6 +36,7 @@ class EngineBudget:
     kv_heads: int
     sink_tokens: int
     recent_tokens: int
+    window: str = DEFAULT_WINDOW
     permute_weights: bool = False
 
     @classmethod

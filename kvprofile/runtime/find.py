@@ -66,6 +66,7 @@ def find(settings: Settings, served: Served) -> tuple[EngineBudget, str]:
         kept.model.geometry.kv_heads,
         kept.sink_tokens if settings.sink_tokens is None else settings.sink_tokens,
         kept.recent_tokens if settings.recent_tokens is None else settings.recent_tokens,
+        settings.window,
     )
     if not budget.heads:
         raise ValueError(f"{path}: every layer of {kept.model.name} slides, there is nothing to trim")

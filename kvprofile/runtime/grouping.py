@@ -7,8 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from vllm.utils.math_utils import cdiv
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec, UniformTypeKVCacheSpecs
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec, MambaSpec, UniformTypeKVCacheSpecs
 
+from kvprofile.budget.trim import ANCHORED
 from kvprofile.runtime.engine_budget import EngineBudget
 from kvprofile.runtime.packing import Piece, pack
 from kvprofile.runtime.settings import logger
@@ -43,13 +44,15 @@ def budgeted(stock: Callable[[Any, dict[str, Any]], Groups]) -> Callable[[Any, d
 
 def _groups(specs: Mapping[str, Any], budget: EngineBudget, vllm_config: Any) -> Groups:
     tokens = min(TYPICAL_TOKENS, vllm_config.model_config.max_model_len)
+    specs = {name: _unpadded(spec) for name, spec in specs.items()}
     packing = pack([_piece(name, spec, tokens) for name, spec in specs.items()])
     logger.info(
-        "kvprofile applied: %d of %d KV heads keep the whole context, the others %d sinks and the last %d tokens; %s",
+        "kvprofile applied: %d of %d KV heads keep the whole context, the others %d sinks and the last %d tokens%s; %s",
         budget.full,
         budget.heads,
         budget.sink_tokens,
         budget.recent_tokens,
+        " of the prompt and all that follows" if budget.window == ANCHORED else "",
         packing.reason(),
     )
     kinds = [specs[group[0].name] for group in packing.groups]
@@ -58,12 +61,20 @@ def _groups(specs: Mapping[str, Any], budget: EngineBudget, vllm_config: Any) ->
     groups = []
     for group in packing.groups:
         names = [piece.name for piece in group]
+        if isinstance(specs[names[0]], MambaSpec):  # vLLM looks for states among specs that stand alone
+            groups.append(KVCacheGroupSpec(names, specs[names[0]]))
+            continue
         placed = {name: _placed(specs[name], packing.width, counts) for name in names}
         uniform = UniformTypeKVCacheSpecs.from_specs(placed)
         if uniform is None:
             raise ValueError(f"caches of one kind differ in block size: {', '.join(names)}")
         groups.append(KVCacheGroupSpec(names, uniform))
     return groups
+
+
+def _unpadded(spec: Any) -> Any:
+    """A state's spec without the padding to a page of attention, which blocks of one width do not need."""
+    return replace(spec, page_size_padded=None) if isinstance(spec, MambaSpec) else spec
 
 
 def _placed(spec: Any, block_bytes: int, groups: tuple[int, int]) -> Any:
@@ -75,11 +86,13 @@ def _piece(name: str, spec: Any, tokens: int) -> Piece:
     """What ``packing`` needs to know of a cache: what a request of that many tokens holds of it."""
     window = getattr(spec, "sliding_window", None)
     whole = tokens if window is None else min(tokens, window)
-    held = spec.trim.held_tokens(tokens) if isinstance(spec, StreamSpec) else whole
+    held = spec.trim.held_tokens(tokens, tokens) if isinstance(spec, StreamSpec) else whole
     blocks = cdiv(held, spec.block_size), cdiv(whole, spec.block_size)
     return Piece(name, _kind(spec), spec.page_size_bytes, *blocks)
 
 
 def _kind(spec: Any) -> str:
-    """Caches of one kind may share a group: same type, same block size, same window where there is one."""
+    """Caches of one kind may share a group: same type, block size and window where there is one; states of one form."""
+    if isinstance(spec, MambaSpec):
+        return repr(spec)
     return f"{type(spec).__name__}:{spec.block_size}:{getattr(spec, 'sliding_window', None)}"

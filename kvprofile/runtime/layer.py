@@ -48,6 +48,7 @@ class StreamHalf(Attention):  # type: ignore[misc]
             drop=_FULL_ATTENTION_ONLY,
             sink_tokens=self.budget.sink_tokens,
             recent_tokens=self.budget.recent_tokens,
+            window=self.budget.window,
         )
 
 

@@ -42,7 +42,9 @@ def _filling(stock: Callable[..., None]) -> Callable[..., None]:
         freed, new = [~block for block in block_ids if block < 0], [block for block in block_ids if block >= 0]
         for blocks, value in ((freed, float("nan")), (new, 0.0)):  # in this order: a freed block may be new again
             for name in names:
-                layers[name].kv_cache.index_fill_(0, torch.tensor(blocks, dtype=torch.int64), value)
+                held = layers[name].kv_cache  # of a layer that keeps a state a tuple of them
+                for each in held if isinstance(held, tuple) else (held,):
+                    each.index_fill_(0, torch.tensor(blocks, dtype=torch.int64), value)
 
     return _zero_block_ids
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from kvprofile.budget.trim import DEFAULT_WINDOW, WINDOWS
 from kvprofile.environment import ENABLED, PREFIX
 from kvprofile.files import BUDGET_DIR
 
@@ -41,6 +42,10 @@ VALUES = {
     ),
     "SINK": Variable("first tokens that a trimmed head keeps", "that of the file"),
     "RECENT": Variable("last tokens that a trimmed head keeps", "that of the file"),
+    "WINDOW": Variable(
+        "anchored: a trimmed head keeps all that comes after the prompt; sliding: the last RECENT tokens of it only",
+        DEFAULT_WINDOW,
+    ),
     "STATS": Variable(
         "file to append statistics to, as JSON lines: the pool, at most once a second, and each request that gave its "
         "blocks back",
@@ -62,6 +67,7 @@ class Settings:
     retention: float | None
     sink_tokens: int | None
     recent_tokens: int | None
+    window: str
     stats: Path | None
     allow_untested: bool
     poison: bool
@@ -81,6 +87,7 @@ def from_environment(environ: Mapping[str, str]) -> Settings:
         retention=_share("RETENTION", given["RETENTION"]),
         sink_tokens=_tokens("SINK", given["SINK"], least=0),
         recent_tokens=_tokens("RECENT", given["RECENT"], least=1),
+        window=_window(given["WINDOW"]),
         stats=_path(given["STATS"]),
         allow_untested=_flag(environ, "ALLOW_UNTESTED"),
         poison=_flag(environ, "POISON"),
@@ -120,6 +127,12 @@ def _share(name: str, text: str | None) -> float | None:
     if value is not None and not 0.0 < value <= 1.0:
         raise ValueError(f"{PREFIX}{name} is {text!r}; give a share above 0 and up to 1, like 0.5")
     return value
+
+
+def _window(text: str | None) -> str:
+    if text is not None and text not in WINDOWS:
+        raise ValueError(f"{PREFIX}WINDOW is {text!r}; give {' or '.join(WINDOWS)}")
+    return text or DEFAULT_WINDOW
 
 
 def _tokens(name: str, text: str | None, least: int) -> int | None:

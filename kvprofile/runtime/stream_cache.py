@@ -23,7 +23,7 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager, regi
 from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, replace_as
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from kvprofile.budget.trim import TrimRule
+from kvprofile.budget.trim import DEFAULT_WINDOW, TrimRule
 from kvprofile.runtime.stats import Life, counters
 
 
@@ -36,6 +36,7 @@ class StreamSpec(AttentionSpec):  # type: ignore[misc]
 
     sink_tokens: int
     recent_tokens: int
+    window: str = DEFAULT_WINDOW
     pool_block_bytes: int | None = None
     """Bytes of one block of the pool, once groups are packed."""
     groups: tuple[int, int] = (0, 1)
@@ -44,14 +45,14 @@ class StreamSpec(AttentionSpec):  # type: ignore[misc]
     @property
     def trim(self) -> TrimRule:
         """The trim rule in blocks of this spec."""
-        return TrimRule(self.sink_tokens, self.recent_tokens, self.block_size)
+        return TrimRule(self.sink_tokens, self.recent_tokens, self.block_size, self.window)
 
     def max_memory_usage_bytes(self, vllm_config: Any) -> int:
         """Bytes of the longest request: in prefill it holds everything."""
         return int(cdiv(vllm_config.model_config.max_model_len, self.block_size) * self.page_size_bytes)
 
 
-_OWN_FIELDS = ("sink_tokens", "recent_tokens", "pool_block_bytes", "groups")
+_OWN_FIELDS = ("sink_tokens", "recent_tokens", "window", "pool_block_bytes", "groups")
 
 
 class StreamManager(FullAttentionManager):  # type: ignore[misc]
@@ -95,14 +96,20 @@ class StreamManager(FullAttentionManager):  # type: ignore[misc]
     def remove_skipped_blocks(
         self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
     ) -> None:
-        """Free the blocks between sinks and window of the next token, once prefill has been processed."""
-        del num_prompt_tokens  # ends too early for a resumed request
+        """Free the blocks between sinks and window of the next token, once prefill has been processed.
+
+        Raises ValueError where a window is anchored and vLLM does not say where the prompt ended.
+        """
         prefill_end = self._prefill_end.get(request_id)
         if prefill_end is None or processed_computed_tokens < prefill_end:
             return
-        free = self.block_pool.get_num_free_blocks()
-        first_recent = self._trim.first_recent_block(processed_computed_tokens)
+        if num_prompt_tokens is None and self._trim.anchored:
+            raise ValueError("this vLLM does not say how long a prompt is; set LLM_KVZIP_WINDOW=sliding")
         life = self._lives.get(request_id)
+        if life is not None and self._trim.anchored:
+            return  # all that an anchored window gives up went at its first step
+        free = self.block_pool.get_num_free_blocks()
+        first_recent = self._trim.first_recent_block(processed_computed_tokens, num_prompt_tokens or 0)
         if life is None:  # this runs for every request at every step, and counting what it holds takes a while
             life = self._lives[request_id] = Life(self._held(request_id))
         self._remove_blocks_in_range(request_id, self._trim.sink_blocks, first_recent)

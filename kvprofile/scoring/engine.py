@@ -52,8 +52,19 @@ def check_engine(asked: str, method: str) -> None:
 
 
 def choose_engine(asked: str, description: Description, method: str) -> tuple[str, str]:
-    """'hf' or 'vllm', and why. Raises InputError as ``check_engine``."""
+    """'hf' or 'vllm', and why. Raises InputError as ``check_engine``, and where the model does not go with either."""
     check_engine(asked, method)
+    states = description.keeps_states
+    if states and METHODS[method].loss_aware:
+        raise InputError(
+            f"--method {method} does not run {description.source.name}, some layers of which keep a state (linear "
+            "attention, Mamba, convolutions); use kvzip or kvzip-mean"
+        )
+    if states and asked == "vllm":
+        raise InputError(
+            f"--engine vllm does not run {description.source.name}, some layers of which keep a state (linear "
+            "attention, Mamba, convolutions); use hf"
+        )
     if asked == "vllm" and description.source.gguf:
         raise InputError(f"--engine vllm does not run {description.source.gguf}; leave it out, or give the checkpoint")
     if asked != "auto":
@@ -62,6 +73,8 @@ def choose_engine(asked: str, description: Description, method: str) -> tuple[st
     quantisation = found.method if found else None
     if found and found.multiplied_out:
         return "hf", f"engine hf: multiplies out the weights ({quantisation})"
+    if quantisation and states:
+        return "hf", f"engine hf: the weights are quantised ({quantisation}), but some layers keep a state"
     if quantisation and METHODS[method].loss_aware:
         return "hf", f"engine hf: the weights are quantised ({quantisation}), but --method {method} needs gradients"
     if quantisation and not vllm_is_installed():

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvprofile.budget.trim import TrimRule
+from kvprofile.budget.trim import SLIDING, TrimRule
 from kvprofile.checkpoint import Placement, load_model
 from kvprofile.progress import Progress
 from kvprofile.scoring.attention import Recorder, recording
@@ -104,7 +104,7 @@ def _score_chunks(plan: ScoringPlan, scorer: Scorer, store: ChunkStore, keep_tok
 def _score_losses(plan: ScoringPlan, model: PreTrainedModel, store: ChunkStore, progress: Progress) -> None:
     """Loss-aware scores of every document that has none yet."""
     options = plan.options
-    rule = TrimRule(options.sink_tokens, options.recent_tokens, block_tokens=1)
+    rule = TrimRule(options.sink_tokens, options.recent_tokens, block_tokens=1, window=SLIDING)
     sizes: dict[str, Any] = {"document_tokens": plan.document_tokens, "chunk_tokens": options.chunk_tokens}
     with gating(model, plan.description.geometry, rule, plan.frame, advance=progress.advance, **sizes) as gated:
         for index, document in enumerate(plan.documents):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from kvprofile.checkpoint.states import states_of
 from kvprofile.errors import InputError
 from kvprofile.scoring.attention import AllLayersDone, Recorder
 from kvprofile.scoring.prompts import Chunk, Frame, FramedDocument, chunks, longest_repeat
@@ -62,6 +63,7 @@ class Scorer:
             capacity=document_tokens + repeat,
             window=window,
             step_tokens=max(repeat, slice_tokens),
+            states=states_of(model.config),
         )
 
     @torch.inference_mode()
@@ -81,6 +83,7 @@ class Scorer:
         ids = (*document.prefix_ids, *document.context_ids)
         for start in range(0, len(ids), self.slice_tokens):
             self._forward(ids[start : start + self.slice_tokens], start)
+        self.cache.keep_states()
         check_routed(self.recorder)
         for chunk in waiting:
             yield ChunkScores(chunk, self._repeat(chunk, len(ids)))
@@ -106,7 +109,7 @@ class Scorer:
 
     def _forward(self, ids: tuple[int, ...], start: int) -> None:
         """Run the decoder without its LM head over ids at positions start.., up to the last layer that matters."""
-        self.recorder.query_start = start
+        self.recorder.query_start = self.cache.past_tokens = start
         tokens = torch.tensor([ids], device=self.device)
         positions = torch.arange(start, start + len(ids), device=self.device)[None]
         with contextlib.suppress(AllLayersDone):

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin
 
-from kvprofile.budget.profile import FULL_ATTENTION
+from kvprofile.budget.profile import FULL_ATTENTION, NO_CACHE
+from kvprofile.scoring.state_layers import StatefulCache, StateLayer
 
 
 def cache_argument(module: torch.nn.Module) -> str:
@@ -20,14 +21,18 @@ def cache_argument(module: torch.nn.Module) -> str:
     return "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
 
 
-class PreallocatedLayer(CacheLayerMixin):  # type: ignore[misc]
-    """Keys and values [1, G, capacity, D] of a full-attention layer; readers get views of the filled part."""
+class PreallocatedLayer(CacheLayerMixin, StateLayer):  # type: ignore[misc]
+    """Keys and values [1, G, capacity, D] of a full-attention layer; readers get views of the filled part.
+
+    ``states``: how many states the layer keeps besides.
+    """
 
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, capacity: int) -> None:
-        super().__init__()
+    def __init__(self, capacity: int, states: int = 0) -> None:
+        CacheLayerMixin.__init__(self)
+        StateLayer.__init__(self, states)
         self.capacity = capacity
         self.length = 0
         self.allocations = 0
@@ -56,12 +61,14 @@ class PreallocatedLayer(CacheLayerMixin):  # type: ignore[misc]
         return self.keys[:, :, :end], self.values[:, :, :end]
 
     def cut_back(self, length: int) -> None:
-        """Forget everything after the first ``length`` tokens; nothing is copied."""
+        """Forget everything after the first ``length`` tokens; no key or value is copied."""
         self.length = length
+        StateLayer.cut_back(self, length)
 
     def reset(self) -> None:
         """Forget everything but keep the memory for the next document."""
         self.length = 0
+        StateLayer.reset(self)
 
     def get_seq_length(self) -> int:
         """Tokens seen so far."""
@@ -75,6 +82,11 @@ class PreallocatedLayer(CacheLayerMixin):  # type: ignore[misc]
         """(number of keys, position of the first) while ``query_length`` tokens are being added."""
         return self.length + query_length, 0
 
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        tensors = (self.keys, self.values) if self.is_initialized else ()
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors) + StateLayer.nbytes(self)
+
 
 class SlidingLayer(PreallocatedLayer):
     """A sliding-window layer: the last window - 1 tokens before the cursor, and room for one forward pass after them.
@@ -84,8 +96,8 @@ class SlidingLayer(PreallocatedLayer):
 
     is_sliding = True
 
-    def __init__(self, window: int, step_tokens: int) -> None:
-        super().__init__(window - 1 + step_tokens)
+    def __init__(self, window: int, step_tokens: int, states: int = 0) -> None:
+        super().__init__(window - 1 + step_tokens, states)
         self.window = window
         self.first = 0  # position of the first key in memory
 
@@ -115,11 +127,12 @@ class SlidingLayer(PreallocatedLayer):
         """
         if length < self.first:
             raise ValueError(f"position {length} has left the window")
-        self.length = length
+        super().cut_back(length)
 
     def reset(self) -> None:
         """Forget everything but keep the memory."""
-        self.length = self.first = 0
+        super().reset()
+        self.first = 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """(number of keys, position of the first) while ``query_length`` tokens are being added."""
@@ -127,23 +140,40 @@ class SlidingLayer(PreallocatedLayer):
         return self.length - first + query_length, first
 
 
-class ReconstructionCache(Cache):  # type: ignore[misc]
-    """The cache of one document: full layers hold every token, sliding layers their window."""
+class ReconstructionCache(StatefulCache):
+    """The cache of one document: full layers hold every token, sliding layers their window, others a state.
 
-    def __init__(self, layer_types: Sequence[str], capacity: int, window: int | None, step_tokens: int) -> None:
-        layers = [
-            PreallocatedLayer(capacity)
-            if kind == FULL_ATTENTION or window is None
-            else SlidingLayer(window, step_tokens)
-            for kind in layer_types
-        ]
-        super().__init__(layers=layers)
+    ``states`` says how many states each layer keeps, next to keys and values or alone; empty where none does.
+    """
+
+    def __init__(
+        self,
+        layer_types: Sequence[str],
+        capacity: int,
+        window: int | None,
+        step_tokens: int,
+        states: Sequence[int] = (),
+    ) -> None:
+        def layer(kind: str, count: int) -> StateLayer:
+            if kind == NO_CACHE:
+                return StateLayer(count)
+            if kind == FULL_ATTENTION or window is None:
+                return PreallocatedLayer(capacity, count)
+            return SlidingLayer(window, step_tokens, count)
+
+        counts = states or [0] * len(layer_types)
+        super().__init__(layers=[layer(kind, count) for kind, count in zip(layer_types, counts, strict=True)])
+
+    def keep_states(self) -> None:
+        """Copy all states, for :meth:`cut_back`, which can then go back to this length and to no other."""
+        for layer in self.layers:
+            layer.keep()
 
     def cut_back(self, length: int) -> None:
-        """Forget everything after the first ``length`` tokens in every layer."""
+        """Forget everything after the first ``length`` tokens in every layer. Raises ValueError without kept states."""
         for layer in self.layers:
             layer.cut_back(length)
 
     def nbytes(self) -> int:
         """Bytes allocated over all layers."""
-        return sum(t.numel() * t.element_size() for x in self.layers if x.is_initialized for t in (x.keys, x.values))
+        return sum(layer.nbytes() for layer in self.layers)

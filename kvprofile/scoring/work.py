@@ -1,7 +1,8 @@
 """What profiling cannot do without: products counted from shapes, and how fast this machine multiplies.
 
 Counted are multiply-adds of linear layers and of attention, every row against the keys it sees and no others. Not
-counted are exponentials, norms and copies, so no run reaches the time that follows from the count.
+counted are exponentials, norms, copies and what a layer that keeps a state does besides its MLP, so no run reaches the
+time that follows from the count.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 
-from kvprofile.budget.profile import Geometry
+from kvprofile.budget.profile import SLIDING_ATTENTION, Geometry
 from kvprofile.scoring.effort import sparse_rest
 from kvprofile.scoring.prompts import Chunk, FramedDocument
 
@@ -22,7 +23,8 @@ from kvprofile.scoring.prompts import Chunk, FramedDocument
 class DecoderShape:
     """A decoder as counting sees it: its heads, the width of its rows, what one MLP multiplies a row with, the window.
 
-    ``mlp`` is in multiply-adds for each row; of a mixture of experts, those of the experts that a row visits.
+    ``mlp`` is in multiply-adds for each row; of a mixture of experts, those of the experts that a row visits. 0 where
+    MLPs are layers of their own, which are not counted.
     """
 
     geometry: Geometry
@@ -36,6 +38,10 @@ class DecoderShape:
         experts = int(getattr(config, "num_experts_per_tok", None) or 1)
         inner = getattr(config, "moe_intermediate_size", None) if experts > 1 else None
         inner = int(inner or getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
+        if getattr(config, "block_auto_adjust_ff_dim", False):
+            inner = 2 * inner // 3  # LFM2 states the size before gating
+        if {"mlp", "moe"} & {*(getattr(config, "layer_types", None) or ())}:
+            inner = 0
         width = int(config.hidden_size)
         return cls(geometry, width, 3 * width * inner * experts, getattr(config, "sliding_window", None))
 
@@ -84,19 +90,19 @@ def count(shape: DecoderShape, prefix: int, context: int, repeats: Iterable[Repe
     geometry = shape.geometry
     last = max(geometry.profiled_layers)
     full = len(geometry.profiled_layers) - 1
-    sliding = last - full
+    sliding = geometry.layer_types[:last].count(SLIDING_ATTENTION)
     length = prefix + context
     pair = geometry.attention_heads * geometry.head_size  # multiply-adds of one row and one key, once
-    linear = shape.projections("qkvo") + shape.mlp
+    linear = (full + sliding) * shape.projections("qkvo") + last * shape.mlp
 
-    prefill = length * (last * linear + shape.projections("k"))
+    prefill = length * (linear + shape.projections("k"))
     prefill += 2 * pair * (full * _causal(length, 0) + sliding * _causal(length, 0, shape.window))
     scoring = 0
     for repeat in repeats:
         rows = repeat.rows
         scored = rows * (prefix + repeat.chunk) + _causal(rows, 0)
         seen = scored + rows * repeat.rest
-        scoring += rows * (last * linear + shape.projections("qk"))
+        scoring += rows * (linear + shape.projections("qk"))
         scoring += pair * (full * (2 * seen + rows * repeat.chunk) + scored)
         scoring += 2 * pair * sliding * _causal(rows, length, shape.window)
     return Work(prefill, scoring)

@@ -12,6 +12,7 @@ from kvprofile.budget.profile import (
     DEFAULT_RECENT_TOKENS,
     DEFAULT_SINK_TOKENS,
     FULL_ATTENTION,
+    NO_CACHE,
     SCHEMA_VERSION,
     SLIDING_ATTENTION,
     CorpusRecord,
@@ -34,14 +35,16 @@ def make_geometry(
     query_groups: int = 2,
     head_size: int = 64,
     sliding: Sequence[int] = (),
+    stateful: Sequence[int] = (),
 ) -> Geometry:
-    """A geometry; ``sliding`` names the layers with a sliding window."""
+    """A geometry; ``sliding`` names the layers with a sliding window, ``stateful`` those with a state and no cache."""
+    kinds = dict.fromkeys(sliding, SLIDING_ATTENTION) | dict.fromkeys(stateful, NO_CACHE)
     return Geometry(
         layers=layers,
         attention_heads=kv_heads * query_groups,
         kv_heads=kv_heads,
         head_size=head_size,
-        layer_types=[SLIDING_ATTENTION if layer in set(sliding) else FULL_ATTENTION for layer in range(layers)],
+        layer_types=[kinds.get(layer, FULL_ATTENTION) for layer in range(layers)],
     )
 
 
@@ -64,6 +67,7 @@ def make_profile(
     query_groups: int = 2,
     head_size: int = 64,
     sliding: Sequence[int] = (),
+    stateful: Sequence[int] = (),
     scores: Matrix | None = None,
     mean: Matrix | None = None,
     seed: int = 0,
@@ -78,7 +82,9 @@ def make_profile(
     recent_tokens: int = DEFAULT_RECENT_TOKENS,
 ) -> Profile:
     """A valid profile. ``imported`` gives one without corpora, weights, tokenizer and chunk length."""
-    geometry = make_geometry(layers, kv_heads, query_groups=query_groups, head_size=head_size, sliding=sliding)
+    geometry = make_geometry(
+        layers, kv_heads, query_groups=query_groups, head_size=head_size, sliding=sliding, stateful=stateful
+    )
     matrix = random_scores(geometry, seed) if scores is None else scores
     statistics = Scores(significant_digits=6, max=matrix, mean=mean, p99=None, spread=None)
     source = ImportedFrom(

@@ -12,24 +12,26 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 
-def visible(query, key, sinks, recent, block):
+def visible(query, key, sinks, recent, block, anchor=None):
     """Whether a trimmed head's query at a position sees a key: whole blocks, one token at a time."""
     if key > query:
         return False
     if key < -(-sinks // block) * block:
         return True
-    return key // block >= (query + 1 - recent) // block
+    first = query if anchor is None else min(query, anchor)
+    return key // block >= (first + 1 - recent) // block
 
 
 @torch.no_grad()
-def logits(model, ids, context_tokens, heads, sinks, recent, block):
-    """Logits [len(ids), V] where the rows behind the context obey the budget ``heads`` [L][G]."""
+def logits(model, ids, context_tokens, heads, sinks, recent, block, window):
+    """Logits [len(ids), V] where the rows after the context obey the budget ``heads`` [L][G]."""
+    anchor = context_tokens if window == "anchored" else None
     model = copy.deepcopy(model)
     if not any("experts" in name for name, _ in model.named_parameters()):
         model = model.double()  # torch multiplies grouped experts in float32 at most
     count = len(ids)
     causal = torch.ones(count, count, dtype=torch.bool).tril()
-    trimmed = torch.tensor([[visible(i, j, sinks, recent, block) for j in range(count)] for i in range(count)])
+    trimmed = torch.tensor([[visible(i, j, sinks, recent, block, anchor) for j in range(count)] for i in range(count)])
     trimmed[:context_tokens] = causal[:context_tokens]
 
     def attend(module, query, key, value, _mask=None, scaling=None, softcap=None, sliding_window=None, s_aux=None, **_):

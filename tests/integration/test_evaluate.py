@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from unittest import mock
 
@@ -107,8 +107,7 @@ def oracle(measured, tiny_checkpoint):
 
     def log_probs(asked, ids, heads):
         context = list(asked.context_ids)
-        sizes = (rule.sink_tokens, rule.recent_tokens, rule.block_tokens)
-        logits = masked.logits(model.eval(), [*context, *ids], len(context), heads, *sizes)
+        logits = masked.logits(model.eval(), [*context, *ids], len(context), heads, *astuple(rule))
         return torch.log_softmax(logits[len(context) :].float(), -1)
 
     return log_probs
@@ -159,7 +158,8 @@ def test_the_full_cache_is_the_measure(measured):
     for asked, outcomes in zip(planned.asked, found, strict=True):
         for outcome in outcomes[0]:
             assert (outcome.kl, outcome.agreement, outcome.retention_realised) == (0.0, 1.0, 1.0)
-        held = planned.rule.held_tokens(len(asked.context_ids)) / len(asked.context_ids)
+        count = len(asked.context_ids)
+        held = planned.rule.held_tokens(count, count) / count
         for variant, by_question in zip(planned.variants, outcomes, strict=True):
             kept = variant.full_heads / 6
             assert by_question[0].retention_realised == pytest.approx(kept + (1 - kept) * held)

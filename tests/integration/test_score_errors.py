@@ -319,7 +319,7 @@ def test_latent_attention(capsys, workplace, checkpoint):
     assert "multi-head latent attention" in refused(capsys, workplace, [checkpoint, *FAST])
 
 
-@pytest.mark.parametrize("config", ["MambaConfig", "Qwen3NextConfig", "FalconConfig"])
+@pytest.mark.parametrize("config", ["MambaConfig", "RecurrentGemmaConfig", "FalconConfig"])
 def test_attention_of_another_kind(capsys, workplace, checkpoint, config):
     getattr(transformers, config)().save_pretrained(checkpoint)
     assert "cannot be profiled" in refused(capsys, workplace, [checkpoint, *FAST])

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import random
+from dataclasses import astuple
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from kvprofile.budget.profile import SLIDING_ATTENTION
-from kvprofile.budget.trim import TrimRule
+from kvprofile.budget.profile import FULL_ATTENTION
+from kvprofile.budget.trim import ANCHORED, SLIDING, WINDOWS, TrimRule
 from kvprofile.checkpoint import Source, describe
 from kvprofile.errors import InputError
 from kvprofile.evaluate.simulate import simulating
 from tests.helpers import masked
-from tests.helpers.models import FAMILIES, POCKET, random_model
+from tests.helpers.models import FAMILIES, HYBRIDS, POCKET, random_model
 
-MODELS = ["pocket", *FAMILIES]
+MODELS = ["pocket", *FAMILIES, *HYBRIDS]
 
 
 def near(found, expected, model):
@@ -51,7 +52,7 @@ def draw_heads(rng, geometry):
     share = rng.choice((0.0, 0.3, 0.7, 1.0, None))
     return [
         [None] * geometry.kv_heads
-        if kind == SLIDING_ATTENTION
+        if kind != FULL_ATTENTION
         else [float(rng.random() < (rng.random() if share is None else share)) for _ in range(geometry.kv_heads)]
         for kind in geometry.layer_types
     ]
@@ -65,12 +66,11 @@ def draw_ids(rng, count):
 def test_logits_equal_the_naive_masked_implementation(subject, seed):
     model, geometry = subject
     rng = random.Random(f"{model.config.model_type}:{seed}")
-    rule = TrimRule(rng.choice((0, 1, 5, 16)), rng.choice((1, 7, 24, 200)), rng.choice((1, 4, 16, 32)))
+    sizes = rng.choice((0, 1, 5, 16)), rng.choice((1, 7, 24, 200)), rng.choice((1, 4, 16, 32))
+    rule = TrimRule(*sizes, WINDOWS[seed % 2])
     heads = draw_heads(rng, geometry)
     context, rest = draw_ids(rng, rng.randrange(1, 150)), draw_ids(rng, rng.randrange(1, 60))
-    expected = masked.logits(
-        model, context + rest, len(context), heads, rule.sink_tokens, rule.recent_tokens, rule.block_tokens
-    )
+    expected = masked.logits(model, context + rest, len(context), heads, *astuple(rule))
     with simulating(model, geometry, heads, rule) as simulation:
         last = simulation.prefill(context)
         simulation.trim()
@@ -89,7 +89,7 @@ def test_logits_equal_the_naive_masked_implementation(subject, seed):
 def test_rows_of_a_batch_equal_rows_alone(subject, seed):
     model, geometry = subject
     rng = random.Random(f"batch:{model.config.model_type}:{seed}")
-    rule = TrimRule(rng.choice((0, 5, 40)), rng.choice((3, 24)), rng.choice((1, 8)))
+    rule = TrimRule(rng.choice((0, 5, 40)), rng.choice((3, 24)), rng.choice((1, 8)), WINDOWS[seed % 2])
     heads = draw_heads(rng, geometry)
     context = draw_ids(rng, rng.randrange(1, 120))
     rows = [[draw_ids(rng, rng.randrange(1, 25)) for _ in range(3)] for _ in range(4)]
@@ -101,9 +101,7 @@ def test_rows_of_a_batch_equal_rows_alone(subject, seed):
         together = [branch.read([row[turn] for row in rows]) for turn in range(3)]
     for index, row in enumerate(rows):
         ids = [token for turn in row for token in turn]
-        expected = masked.logits(
-            model, context + ids, len(context), heads, rule.sink_tokens, rule.recent_tokens, rule.block_tokens
-        )
+        expected = masked.logits(model, context + ids, len(context), heads, *astuple(rule))
         found = torch.cat([together[turn][index] for turn in range(3)])
         near(found, expected[len(context) :], model)
 
@@ -112,7 +110,7 @@ def test_rows_of_a_batch_equal_rows_alone(subject, seed):
 def test_budgets_side_by_side_equal_each_alone(subject, seed):
     model, geometry = subject
     rng = random.Random(f"side by side:{model.config.model_type}:{seed}")
-    rule = TrimRule(rng.choice((0, 5, 40)), rng.choice((3, 24)), rng.choice((1, 8)))
+    rule = TrimRule(rng.choice((0, 5, 40)), rng.choice((3, 24)), rng.choice((1, 8)), WINDOWS[seed % 2])
     budgets = [draw_heads(rng, geometry) for _ in range(rng.choice((2, 4)))]
     context = draw_ids(rng, rng.randrange(1, 120))
     rows = [[draw_ids(rng, rng.randrange(1, 25)) for _ in range(2)] for _ in range(2)]
@@ -134,8 +132,7 @@ def test_budgets_side_by_side_equal_each_alone(subject, seed):
             assert simulation.nbytes() == size
 
     def expected(budget, ids):
-        sizes = (rule.sink_tokens, rule.recent_tokens, rule.block_tokens)
-        return masked.logits(model, context + ids, len(context), budgets[budget], *sizes)[len(context) :]
+        return masked.logits(model, context + ids, len(context), budgets[budget], *astuple(rule))[len(context) :]
 
     for index in range(len(budgets) * len(rows)):
         budget, row = divmod(index, len(rows))
@@ -189,7 +186,7 @@ def test_bytes_held_are_those_of_the_formula(llama, context_tokens, rule):
         )
         bytes_per_token_and_head = 2 * geometry.head_size * 4
         assert simulation.nbytes() == (3 * context_tokens + 3 * kept) * bytes_per_token_and_head
-        assert rule.held_tokens(context_tokens) == kept
+        assert rule.held_tokens(context_tokens, context_tokens) == kept
         allocated = {
             tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
             for layer in simulation.layers
@@ -200,17 +197,21 @@ def test_bytes_held_are_those_of_the_formula(llama, context_tokens, rule):
         assert sum(allocated.values()) == simulation.nbytes()  # real memory, no views of more
 
 
-def test_a_long_answer_holds_only_the_window(llama):
+@pytest.mark.parametrize("window", WINDOWS)
+def test_a_long_answer_is_held_as_its_window_says(llama, window):
+    """Sliding, an answer holds no more than its window; anchored, all of it is held."""
     model, geometry = llama
     rng = random.Random(2)
-    with simulating(model, geometry, [[0.0, 0.0]] * 3, TrimRule(4, 16, 4)) as simulation:
+    with simulating(model, geometry, [[0.0, 0.0]] * 3, TrimRule(4, 16, 4, window)) as simulation:
         simulation.prefill(draw_ids(rng, 50))
         branch = simulation.start()
         sizes = []
         for _ in range(200):
             branch.read([draw_ids(rng, 1)])
             sizes.append(branch.nbytes())
-    assert max(sizes[100:]) <= max(sizes[:100])
+    whole = 200 * geometry.layers * 2 * geometry.kv_heads * geometry.head_size * 4
+    assert (max(sizes[100:]) <= max(sizes[:100])) == (window == SLIDING)
+    assert (sizes[-1] >= whole) == (window == ANCHORED)
 
 
 def test_questions_restart_from_the_same_trimmed_context(llama):

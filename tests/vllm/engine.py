@@ -74,7 +74,7 @@ def start(jobs, env, driver="tests.vllm.driver"):
     return run
 
 
-def job(subject, batches, budget=None, every_step=False, reload_before=None, **engine):
+def job(subject, batches, budget=None, every_step=False, reload_before=None, window=None, **engine):
     """One engine's work: batches of (prompt, max_tokens), and vLLM's arguments."""
     options = {
         "model": str(subject.folder),
@@ -87,6 +87,7 @@ def job(subject, batches, budget=None, every_step=False, reload_before=None, **e
     }
     requests = [[{"prompt": prompt, "max_tokens": most} for prompt, most in batch] for batch in batches]
     own = {} if budget is None else {"LLM_KVZIP_BUDGET": str(budget)}
+    own |= {} if window is None else {"LLM_KVZIP_WINDOW": window}
     return {
         "engine": options,
         "batches": requests,
@@ -134,7 +135,7 @@ def compare(simulation, prompt, output, v2):
     count = ties = 0
     for prefill_end, first, end in expected_lives(prompt, output, v2):
         logits = [simulation.prefill(tokens[:prefill_end])]
-        simulation.trim()
+        simulation.trim(prompt_tokens=len(prompt))
         simulation.forget_context()
         if end - 1 > prefill_end:
             logits += simulation.start().read([tokens[prefill_end : end - 1]])[0]

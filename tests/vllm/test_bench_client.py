@@ -44,7 +44,7 @@ def test_an_engine_in_this_process():
         assert all(text in answer["text"] for text in answer["expected"])
         cache, look, prompt = answer["cache"], answer["look"], answer["input_tokens"]
         assert cache["blocks_after_prefill"] % math.ceil(prompt / 32) == 0
-        freed = rule.first_recent_block(prompt) - rule.sink_blocks
+        freed = rule.first_recent_block(prompt, prompt) - rule.sink_blocks
         assert (cache["blocks_after_prefill"] - cache["blocks_after_trim"]) % freed == 0
         assert 0.3 < answer["eviction_ratio"] < 0.6
         # what the runtime says of the request at its end is what the pool held in its last step

@@ -93,7 +93,7 @@ def test_requests_are_found_in_the_statistics_file(server):
         prompt_blocks = math.ceil(answer.input_tokens / 32)
         groups, rest = divmod(held.blocks_after_prefill, prompt_blocks)
         assert rest == 0
-        freed = rule.first_recent_block(answer.input_tokens) - rule.sink_blocks
+        freed = rule.first_recent_block(answer.input_tokens, answer.input_tokens) - rule.sink_blocks
         streams, rest = divmod(held.blocks_after_prefill - held.blocks_after_trim, freed)
         assert rest == 0
         assert 1 <= streams < groups

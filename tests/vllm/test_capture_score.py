@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from scipy.stats import spearmanr
 
@@ -144,12 +145,17 @@ def test_refusals_name_the_reason(tmp_path):
     """What a session cannot do is found from the configuration, each in a phrase."""
     (tmp_path / "mla").mkdir()
     (tmp_path / "mla" / "config.json").write_text(json.dumps(MLA))
+    shape = {"num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 2, "mamba_n_heads": 2}
+    transformers.GraniteMoeHybridConfig(
+        **shape, architectures=["GraniteMoeHybridForCausalLM"], layer_types=["linear_attention", "full_attention"]
+    ).save_pretrained(tmp_path / "states")
     speculative = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
     cases = [
         ({"model": str(POCKET)}, True, None),
         ({"model": str(POCKET)}, False, "worker_extension_cls"),
         ({"model": str(POCKET), "speculative_config": speculative}, True, "speculative decoding"),
         ({"model": str(tmp_path / "mla")}, True, "multi-head latent attention (MLA)"),
+        ({"model": str(tmp_path / "states")}, True, "layers that keep a state (linear attention, Mamba, convolutions)"),
         ({"model": str(POCKET), "kv_cache_dtype": "fp8_e4m3"}, True, "the quantised KV cache fp8_e4m3"),
     ]
     run = subprocess.run(

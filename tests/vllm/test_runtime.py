@@ -11,7 +11,9 @@ import sys
 import pytest
 import transformers
 
-from kvprofile.budget.trim import TrimRule
+from kvprofile.budget.profile import FULL_ATTENTION
+from kvprofile.budget.trim import SLIDING, WINDOWS, TrimRule
+from tests.helpers.models import HYBRIDS
 from tests.vllm.engine import compare_all, environment, make_subject, serve, write_budget
 
 pytest.importorskip("vllm")
@@ -50,9 +52,10 @@ def finite(result):
     )
 
 
-def test_pressure_chunks_and_prefix_hits(subject, tmp_path):
+@pytest.mark.parametrize("window", WINDOWS)
+def test_pressure_chunks_and_prefix_hits(subject, tmp_path, window):
     """A pool for one and a half requests, prompts in chunks of at most 70 tokens, blocks poisoned when freed."""
-    rng, rule = random.Random("pressure"), TrimRule(16, 64, 32)
+    rng, rule = random.Random("pressure"), TrimRule(16, 64, 32, window)
     shared = draw(rng, 200)
     batches = [draw_batch(rng, 20, shared=shared) for _ in range(3)]
     turns = [draw(rng, 150)]
@@ -63,6 +66,7 @@ def test_pressure_chunks_and_prefix_hits(subject, tmp_path):
         subject,
         batches,
         environment(write_budget(tmp_path / "b.json", subject, UNEVEN, rule), LLM_KVZIP_POISON="1"),
+        window=window,
         num_gpu_blocks_override=52,
         max_num_batched_tokens=70,
         max_num_seqs=12,
@@ -81,7 +85,11 @@ def test_pressure_chunks_and_prefix_hits(subject, tmp_path):
 
 @pytest.mark.parametrize(
     ("heads", "rule", "prefix_caching"),
-    [(SPARSE, TrimRule(40, 100, 64), False), (UNEVEN, TrimRule(0, 1, 64), True), (UNEVEN, TrimRule(1, 33, 96), True)],
+    [
+        (SPARSE, TrimRule(40, 100, 64), False),
+        (UNEVEN, TrimRule(0, 1, 64), True),
+        (UNEVEN, TrimRule(1, 33, 96, SLIDING), True),
+    ],
     ids=["sparse-64", "no-sinks-64", "odd-96"],
 )
 def test_block_sizes_and_memory(subject, tmp_path, heads, rule, prefix_caching):
@@ -93,6 +101,7 @@ def test_block_sizes_and_memory(subject, tmp_path, heads, rule, prefix_caching):
         batches,
         environment(write_budget(tmp_path / "b.json", subject, heads, rule), LLM_KVZIP_POISON="1"),
         every_step=True,
+        window=rule.window,
         block_size=rule.block_tokens,
         enable_prefix_caching=prefix_caching,
     )
@@ -103,7 +112,8 @@ def test_block_sizes_and_memory(subject, tmp_path, heads, rule, prefix_caching):
             for (start_at, tokens), held in zip(output["chunks"][0], output["held"], strict=True):
                 processed = start_at + tokens
                 whole = -(-processed // rule.block_tokens)
-                freed = rule.first_recent_block(start_at) - rule.sink_blocks if start_at >= len(prompt) else 0
+                first_recent = rule.first_recent_block(start_at, len(prompt))
+                freed = first_recent - rule.sink_blocks if start_at >= len(prompt) else 0
                 expected = {"FullAttentionSpec": whole, "StreamSpec": whole - freed}
                 assert held == [expected[kind] for kind, _ in found["groups"]]
     assert finite(found)
@@ -127,6 +137,44 @@ def test_sliding_layers_stay_as_they_are(tmp_path):
     assert {kind for kind, _ in found["groups"]} == {"StreamSpec", "FullAttentionSpec", "SlidingWindowSpec"}
     assert found["batches"][2]["outputs"][0]["hits"] == [288]
     compare_all(subject, heads, rule, batches, found)
+
+
+STATEFUL = {
+    "granitemoehybrid": {"mamba_d_head": 64},
+    "nemotron_h": {
+        "mamba_head_dim": 64,  # vLLM's CPU backend has no experts with an activation without gate
+        "layers_block_type": ["mamba", "mlp", "attention", "mamba", "mlp", "attention", "mamba", "mlp"],
+    },
+}
+"""Of the classes with states that vLLM 0.32 has, those whose tokens on its CPU backend are transformers' in float32."""
+
+
+@pytest.mark.parametrize("family", STATEFUL)
+def test_layers_that_keep_a_state_stay_as_they_are(family, tmp_path):
+    """Their states share the pool with split layers, through prefill in chunks, preemptions and poisoned blocks."""
+    layers = HYBRIDS[family][1]["num_hidden_layers"]
+    subject = make_subject(tmp_path / family, family, hidden_size=256, num_hidden_layers=layers, **STATEFUL[family])
+    rows = iter(([1.0, 0.0, 0.0, 1.0], [0.0, 1.0, 0.0, 0.0]))
+    heads = [next(rows) if kind == FULL_ATTENTION else [None] * 4 for kind in subject.geometry.layer_types]
+    rng, rule = random.Random(family), TrimRule(16, 64, 64)  # vLLM widens blocks to 64 tokens, so that a state fits
+    batches = [draw_batch(rng, 14), [(draw(rng, 300), 70)]]
+    found = serve(
+        subject,
+        batches,
+        environment(write_budget(tmp_path / "b.json", subject, heads, rule), LLM_KVZIP_POISON="1"),
+        enable_prefix_caching=False,
+        num_gpu_blocks_override=44,
+        max_model_len=768,
+        max_num_batched_tokens=128,
+    )
+    assert {kind for kind, _ in found["groups"]} == {"StreamSpec", "FullAttentionSpec", "MambaSpec"}
+    assert found["reclaimed"]["reported"] == found["reclaimed"]["counted"] > 0
+    assert sum(batch["preemptions"] for batch in found["batches"]) > 0
+    assert found["free_blocks"] == found["blocks"] - 1
+    assert finite(found)
+    count, ties = compare_all(subject, heads, rule, batches, found)
+    assert count > 400
+    print(f"{count} tokens equal the simulation's, {ties} of them near ties")
 
 
 def test_poison_shows_a_view_that_is_not_trimmed(subject, tmp_path):
@@ -154,6 +202,8 @@ def test_off_and_retention_one_are_stock(subject, tmp_path):
         "Attention.__init__",
         "BaseModelLoader.create_model",
         "EngineArgs.create_engine_config",
+        "GPUModelRunner._build_attention_metadata",
+        "GPUModelRunner.prepare_attn",
         "InputProcessor.process_inputs",
         "MultiProcessCollector.collect",
         "vllm.v1.core.kv_cache_utils.get_kv_cache_groups",
@@ -202,6 +252,13 @@ for settings, model, arguments in cases:
 """Every refusal happens where vLLM makes its configuration: in the parent, before any engine is built."""
 
 
+_STATES = {
+    "num_hidden_layers": 2, "hidden_size": 64, "num_attention_heads": 2, "mamba_n_heads": 2, "mamba_d_head": 64,
+    "layer_types": ["linear_attention", "full_attention"],
+}  # fmt: skip
+_CONVOLUTIONS = {"num_attention_heads": 2, "num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]}
+
+
 def test_refusals_name_the_reason(subject, tmp_path):
     rule = TrimRule(16, 64, 32)
     good = str(write_budget(tmp_path / "good.json", subject, UNEVEN, rule))
@@ -213,6 +270,8 @@ def test_refusals_name_the_reason(subject, tmp_path):
     latent = save_config(tmp_path / "mla", "DeepseekV2Config", num_hidden_layers=2, hidden_size=64, **ranks)
     sinks = save_config(tmp_path / "sinks", "GptOssConfig", num_hidden_layers=2, hidden_size=64, head_dim=32)
     alibi = save_config(tmp_path / "alibi", "BloomConfig", n_layer=2, hidden_size=64, n_head=2)
+    states = save_config(tmp_path / "states", "GraniteMoeHybridConfig", **_STATES)
+    convolutions = save_config(tmp_path / "lfm2", "Lfm2Config", num_hidden_layers=2, hidden_size=64, **_CONVOLUTIONS)
     connector = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
     plain, found = str(subject.folder), {"LLM_KVZIP_BUDGET": good}
     drafts = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
@@ -233,6 +292,8 @@ def test_refusals_name_the_reason(subject, tmp_path):
         (found, plain, {"disable_hybrid_kv_cache_manager": True}, "serve with --disable-hybrid-kv-cache-manager"),
         (found, plain, {"pipeline_parallel_size": 2}, "pipeline parallelism"),
         (found, plain, {"enable_lora": True}, "LoRA adapters"),
+        (found, states, {}, "prefix caching of a model with layers that keep a state; add --no-enable-prefix-caching"),
+        (found, convolutions, {"enable_prefix_caching": False}, "layers that keep a state in a model of type lfm2"),
         (found, plain, {}, None),
     ]
     run = subprocess.run(

@@ -12,7 +12,7 @@ import random
 
 import pytest
 
-from kvprofile.budget.trim import TrimRule
+from kvprofile.budget.trim import WINDOWS, TrimRule
 from kvprofile.runtime.packing import Piece, pack
 from tests.vllm.engine import compare_all, environment, job, make_subject, serve_all, write_budget
 
@@ -36,7 +36,7 @@ def groups_of(heads, rule):
     pieces = []
     for layer, row in enumerate(heads):
         whole = -(-LONGEST // rule.block_tokens)
-        held = -(-rule.held_tokens(LONGEST) // rule.block_tokens)
+        held = -(-rule.held_tokens(LONGEST, LONGEST) // rule.block_tokens)
         for kind, value, blocks in (("full", 1.0, whole), ("stream", 0.0, held)):
             if row.count(value):
                 pieces.append(Piece(f"{layer}.{kind}", kind, row.count(value), blocks, whole))
@@ -49,7 +49,8 @@ def draw_engine(seed, folder, requests):
     family = FAMILIES[seed % len(FAMILIES)]
     subject = make_subject(folder / f"{family}-{seed}", family, hidden_size=256)
     heads = draw_heads(rng, RETENTIONS[seed % len(RETENTIONS)])
-    rule = TrimRule(rng.choice((0, 1, 16, 40)), rng.choice((1, 33, 64, 100)), rng.choice((32, 32, 64, 96)))
+    sizes = rng.choice((0, 1, 16, 40)), rng.choice((1, 33, 64, 100)), rng.choice((32, 32, 64, 96))
+    rule = TrimRule(*sizes, WINDOWS[seed % 2])
     request_blocks = groups_of(heads, rule) * -(-LONGEST // rule.block_tokens)
     shared = [rng.randrange(4, 1000) for _ in range(200)]
 
@@ -65,6 +66,7 @@ def draw_engine(seed, folder, requests):
         batches,
         budget,
         reload_before=rng.choice((None, 1)),
+        window=rule.window,
         max_model_len=LONGEST,
         block_size=rule.block_tokens,
         num_gpu_blocks_override=int(request_blocks * rng.uniform(1.02, 1.25)) + 2,

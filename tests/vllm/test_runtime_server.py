@@ -121,7 +121,7 @@ def test_vllm_serve_applies_budgets_and_says_so(server, tmp_path):
     assert grafana.metrics() <= grafana.names_in(text), "the dashboard queries what this server does not have"
     values = dict(line.split(maxsplit=1) for line in text.splitlines() if line.startswith("kvprofile_"))
     assert float(values["kvprofile_full_heads"]) == 8
-    first_freed, last_freed = RULE.sink_blocks, RULE.first_recent_block(len(prompt) + asked - 1)
+    first_freed, last_freed = RULE.sink_blocks, RULE.first_recent_block(len(prompt) + asked - 1, len(prompt))
     groups = float(values["kvprofile_kv_blocks_reclaimed_total"]) / (last_freed - first_freed)
     assert groups == int(groups) >= 1  # each streaming group gave back the same blocks
     assert float(values["kvprofile_kv_bytes_reclaimed_total"]) > 0
@@ -137,7 +137,7 @@ def test_vllm_serve_applies_budgets_and_says_so(server, tmp_path):
     prompt_blocks, end_blocks = -(-len(prompt) // 32), -(-(len(prompt) + asked - 1) // 32)
     all_groups, rest = divmod(request["blocks_after_prefill"], prompt_blocks)
     assert rest == 0
-    freed_at_once = groups * (RULE.first_recent_block(len(prompt)) - first_freed)
+    freed_at_once = groups * (RULE.first_recent_block(len(prompt), len(prompt)) - first_freed)
     assert request["blocks_after_trim"] == request["blocks_after_prefill"] - freed_at_once
     assert request["blocks_at_end"] == all_groups * end_blocks - reclaimed
 

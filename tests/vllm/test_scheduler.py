@@ -13,7 +13,7 @@ from collections import Counter, deque
 import pytest
 import torch
 
-from kvprofile.budget.trim import TrimRule
+from kvprofile.budget.trim import SLIDING, WINDOWS, TrimRule
 from tests.helpers.models import POCKET
 
 pytest.importorskip("vllm")
@@ -39,7 +39,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from kvprofile.runtime import stats, stream_cache
-from kvprofile.runtime.backend import TrimmedView
+from kvprofile.runtime.backend import TrimmedView, note_prompts
 from kvprofile.runtime.settings import SHARED
 
 BLOCK, BLOCKS, ROWS, LONGEST = 8, 56, 8, 160
@@ -61,7 +61,7 @@ def config():
 
 def make_scheduler(kind, config, rule, caching):
     shape = {"block_size": BLOCK, "num_kv_heads": 1, "head_size": 32, "dtype": torch.float32}
-    trim = {"sink_tokens": rule.sink_tokens, "recent_tokens": rule.recent_tokens}
+    trim = {"sink_tokens": rule.sink_tokens, "recent_tokens": rule.recent_tokens, "window": rule.window}
     specs = {"full": FullAttentionSpec(**shape), "stream": stream_cache.StreamSpec(**shape, **trim)}
     groups = [KVCacheGroupSpec([f"layer.{i}"], specs[name]) for i, name in enumerate(GROUPS)]
     pool = KVCacheConfig(num_blocks=BLOCKS, kv_cache_tensors=[], kv_cache_groups=groups)
@@ -119,7 +119,8 @@ class Worker:
         found = {}
         for name, start, count in rows:
             decodes = count == 1 and not self.flagged(name, start)
-            found[name] = self.rule.first_recent_block(start) - self.rule.sink_blocks if decodes else 0
+            first_recent = self.rule.first_recent_block(start, self.prompt[name])
+            found[name] = first_recent - self.rule.sink_blocks if decodes else 0
         return found
 
     def identity(self, name, position):
@@ -142,7 +143,7 @@ class Worker:
         for row, (name, start, count) in enumerate(rows):
             last = start + count - 1
             trimmed = stream and skips[name] > 0
-            positions = [k for k in range(last + 1) if not trimmed or self.rule.sees(last, k)]
+            positions = [k for k in range(last + 1) if not trimmed or self.rule.sees(last, k, self.prompt[name])]
             self.trimmed_rows += trimmed
             assert int(lengths[row]) == len(positions)
             for place, position in enumerate(positions):
@@ -166,6 +167,8 @@ class Worker:
         counts = torch.tensor([0, *(count for _, _, count in rows), *([0] * (padded - len(rows)))])
         starts = counts.cumsum(0).to(torch.int32)
         flags = torch.tensor([self.flagged(name, start) for name, start, _ in rows], dtype=torch.bool)
+        prompts = [self.prompt[name] for name, _, _ in rows]
+        note_prompts(torch.tensor(prompts if self.v2 else [*prompts, *[999] * ROWS], dtype=torch.int32))
         return CommonAttentionMetadata(
             query_start_loc=starts,
             query_start_loc_cpu=starts,
@@ -193,9 +196,10 @@ class Worker:
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("v2", [False, True], ids=["v1", "v2"])
 @pytest.mark.parametrize("kind", [Scheduler, AsyncScheduler])
-def test_no_step_reads_a_freed_or_foreign_block(config, kind, v2, seed):
+@pytest.mark.parametrize("window", WINDOWS)
+def test_no_step_reads_a_freed_or_foreign_block(config, window, kind, v2, seed):
     rng = random.Random(f"{kind.__name__}:{v2}:{seed}")
-    rule = TrimRule(rng.choice((0, 5, 16)), rng.choice((1, 9, 24, 60)), BLOCK)
+    rule = TrimRule(rng.choice((0, 5, 16)), rng.choice((1, 9, 24, 60 if window == SLIDING else 33)), BLOCK, window)
     scheduler = make_scheduler(kind, config, rule, caching=rng.random() < 0.7)
     hasher = get_request_block_hasher(BLOCK, sha256)
     worker, in_flight = Worker(rule, v2), deque()

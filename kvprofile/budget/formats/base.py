@@ -24,6 +24,7 @@ from kvprofile.budget.profile import (
     DEFAULT_RECENT_TOKENS,
     DEFAULT_SINK_TOKENS,
     SCHEMA_VERSION,
+    SLIDING_ATTENTION,
     Geometry,
     HeadBudgets,
     ImportedFrom,
@@ -48,7 +49,7 @@ SIGNIFICANT_DIGITS = 9
 class ForeignScores:
     """What a foreign file says, before it is known where it was published.
 
-    scores: [L][G] in [0, 1], higher for heads that need the context more; null rows for sliding layers.
+    scores: [L][G] in [0, 1], higher for heads that need the context more; null rows for layers without budgets.
     spread: [L][G], standard deviation between the files of one model, where there were several.
     dtype: of the numbers in the files.
     files: those that the numbers were read from.
@@ -130,13 +131,14 @@ class Export:
         return shares
 
     def dense_scores(self, format_name: str) -> list[list[float]]:
-        """Scores without nulls, or InputError where sliding layers leave the format nothing to write."""
+        """Scores without nulls, or InputError where layers without scores leave the format nothing to write."""
         scores = self.unit_scores
-        sliding = [layer for layer, row in enumerate(scores) if any(value is None for value in row)]
-        if sliding:
+        empty = next((layer for layer, row in enumerate(scores) if any(value is None for value in row)), None)
+        if empty is not None:
+            kind = self.profile.model.geometry.layer_types[empty]
             raise InputError(
-                f"{format_name} files have a number for every layer, but layer {sliding[0]} of "
-                f"{self.profile.model.name} slides and has none; use --format vllm or csv"
+                f"{format_name} files have a number for every layer, but layer {empty} of {self.profile.model.name} "
+                f"{'slides' if kind == SLIDING_ATTENTION else 'has no cache'} and has none; use --format vllm or csv"
             )
         return [[value for value in row if value is not None] for row in scores]
 

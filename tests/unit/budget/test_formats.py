@@ -144,9 +144,10 @@ def test_csv_has_one_row_for_each_profiled_head_and_brings_the_budget_back(tmp_p
 
 
 @pytest.mark.parametrize("name", ["kvzip", "duo-attention", "lu-kv"])
-def test_forms_without_a_place_for_sliding_layers_refuse_them(name, tmp_path):
-    with pytest.raises(InputError, match="layer 2 of example/model slides"):
-        written(make_profile(sliding=(2,)), name, tmp_path, retention=0.5)
+@pytest.mark.parametrize(("kind", "words"), [("sliding", "slides"), ("stateful", "has no cache")])
+def test_forms_without_a_place_for_layers_without_scores_refuse_them(name, kind, words, tmp_path):
+    with pytest.raises(InputError, match=f"layer 2 of example/model {words} and has none"):
+        written(make_profile(**{kind: (2,)}), name, tmp_path, retention=0.5)
     assert not any(tmp_path.iterdir())
 
 

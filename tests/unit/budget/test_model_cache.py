@@ -385,7 +385,6 @@ def test_a_plan_says_nothing_of_a_librarys(config, document, capfd):
 @pytest.mark.parametrize(
     ("document", "reason"),
     [
-        (NEMOTRON_H, "keep a state instead of a cache"),
         (GEMMA_4_HUB, "its layers differ in their heads"),
         (MIMO, "its layers differ in their heads"),
     ],
@@ -394,6 +393,12 @@ def test_score_refuses_other_layers_by_name_and_large_numbers_are_no_reason(conf
     """vocab_size_per_layer_input and time_step_limit are no counts of layers."""
     with pytest.raises(InputError, match=f"cannot be profiled: .*{reason}"):
         describe(locate(str(config(document).parent)))
+
+
+def test_layers_that_keep_a_state_are_no_reason_to_refuse(config):
+    """All that is missing is what is not there: the weights."""
+    with pytest.raises(InputError, match=r"has no \*\.safetensors"):
+        describe(locate(str(config(NEMOTRON_H).parent)))
 
 
 def test_a_theta_for_each_layer_is_no_count_of_layers(config):

@@ -120,7 +120,7 @@ def test_outside_means_that_no_trimmed_head_sees_the_evidence(tokenizer, words, 
     ends = [len(tokenizer.decode(ids[prefix:stop])) for stop in range(prefix, len(ids) + 1)]
     for question, outside, depth in zip(asked.exercise.questions, asked.outside, asked.depths, strict=True):
         seen = {
-            rule.sees(len(ids), prefix + token)
+            rule.sees(len(ids), prefix + token, len(ids))
             for start, stop in question.evidence
             for token in range(len(ids) - prefix)
             if ends[token] < stop and ends[token + 1] > start

@@ -1,4 +1,4 @@
-"""Environments of other releases, beside everything else that this environment has."""
+"""Environments of other releases, which take from this environment whatever they do not name."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ import venv
 from pathlib import Path
 
 
-def interpreter(folder: Path, *requirements: str) -> Path:
+def interpreter(folder: Path, *requirements: str, dependencies: bool = False) -> Path:
     """Python of an environment in ``folder`` with pinned ``requirements``, made where it is missing or incomplete.
 
-    Whatever they need and the requirements do not name comes from the environment that this runs in.
+    Packages that the requirements do not name come from the environment that this runs in, at the release that is
+    there; with ``dependencies`` those that a requirement wants newer or that are missing are installed too.
     """
     python = folder / "bin" / "python"
     if not (folder / "complete").exists():
         venv.create(folder, with_pip=True, clear=True)
         site = next(folder.glob("lib/python*/site-packages"))
         (site / "rest.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
-        command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        command += [] if dependencies else ["--no-deps"]
         subprocess.run([*command, *requirements], check=True)  # noqa: S603
         (folder / "complete").touch()
     return python
