@@ -46,8 +46,10 @@ real-model: install
 test-fast: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit
 
+# First what one process hardly needs two cores for, in two processes; then what starts engines and browsers.
 test: install-vllm browser
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit tests/integration
+	$(BIN)/python -m pytest tests/vllm tests/browser
 
 test-slow: install-vllm
 	$(MAKE) --no-print-directory real-model || echo "no real model, and none can be made here: its smoke test will be skipped"

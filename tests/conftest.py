@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # two processes share the cores: threads that wait for each other would spin
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 from hypothesis import settings
 

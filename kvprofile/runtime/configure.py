@@ -39,6 +39,8 @@ def configuring(stock: Callable[..., Any]) -> Callable[..., Any]:
         config = stock(self, *args, **kwargs)
         settings = from_environment(os.environ)
         found = _unsupported(config)
+        if settings.poison and not can_poison(config):
+            found.append(f"{PREFIX}POISON=1, which is for debugging on a CPU with model runner V1")
         allowed = []
         for name, what in _untested(config).items():
             if name in settings.allow_untested:
@@ -58,6 +60,11 @@ def configuring(stock: Callable[..., Any]) -> Callable[..., Any]:
         return config
 
     return create_engine_config
+
+
+def can_poison(config: Any) -> bool:
+    """Whether freed blocks can be filled with NaN. Model runner V2 would take their marked numbers for other blocks."""
+    return current_platform.device_type == "cpu" and not config.use_v2_model_runner
 
 
 def _may_permute(config: Any) -> bool:

@@ -7,6 +7,7 @@ import math
 import random
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import transformers
@@ -257,6 +258,16 @@ _STATES = {
     "layer_types": ["linear_attention", "full_attention"],
 }  # fmt: skip
 _CONVOLUTIONS = {"num_attention_heads": 2, "num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]}
+
+
+def test_blocks_are_poisoned_where_workers_know_the_marks(monkeypatch):
+    from kvprofile.runtime import configure
+
+    v1, v2 = (SimpleNamespace(use_v2_model_runner=which) for which in (False, True))
+    assert configure.can_poison(v1)
+    assert not configure.can_poison(v2)
+    monkeypatch.setattr(configure, "current_platform", SimpleNamespace(device_type="cuda"))
+    assert not configure.can_poison(v1)
 
 
 def test_refusals_name_the_reason(subject, tmp_path):
