@@ -13,7 +13,7 @@ from kvprofile.checkpoint.gguf import gguf_config, read_gguf
 from kvprofile.checkpoint.quantisation import Quantisation, as_multiplied_out, quantisation_of
 from kvprofile.checkpoint.rehearsal import rehearse, rehearse_gguf
 from kvprofile.checkpoint.source import Source, fetch_weights
-from kvprofile.checkpoint.states import states_of, why_not_followed
+from kvprofile.checkpoint.states import remembers_nothing, states_of, why_not_followed
 from kvprofile.checkpoint.weights import Tensor, fingerprint, read_header, weight_files
 from kvprofile.errors import InputError, first_line, plain
 
@@ -183,9 +183,8 @@ def _unsupported(config: PretrainedConfig, cache: ModelCache, trust_remote_code:
     states = states_of(config)
     if own_code and (any(states) or NO_CACHE in cache.geometry.layer_types):
         return "some layers keep a state instead of a cache, in code of its own that kvprofile does not follow"
-    if any(
-        not states or not states[layer] for layer, kind in enumerate(cache.geometry.layer_types) if kind == NO_CACHE
-    ):
+    unknown = [layer for layer, kind in enumerate(cache.geometry.layer_types) if kind == NO_CACHE]
+    if any(not states or not (states[layer] or remembers_nothing(config, layer)) for layer in unknown):
         return "some layers keep neither a cache of the text nor a state that transformers knows of"
     if own_code:
         return None

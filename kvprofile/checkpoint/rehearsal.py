@@ -7,6 +7,7 @@ numbers. Here each of these is an error, or a decision that is said.
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -132,6 +133,14 @@ def check_found(folder: Path, found: Mapping[str, Any], *, needs_head: bool) -> 
 def left_out(name: str) -> str | None:
     """What a tensor is that a text model does without; None for all others."""
     return next((what for what, pattern in _LEFT_OUT.items() if re.search(pattern, name)), None)
+
+
+def cache_argument(module: torch.nn.Module) -> str:
+    """The name by which a model's forward takes its cache: ``past_key_values``, or ``cache`` where it was renamed.
+
+    transformers 5.24 takes both and warns about the old name, which it says goes in 5.40.
+    """
+    return "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
 
 
 def refuse_other_heads(geometry: Geometry, layer: int, attention_heads: int, kv_heads: int, head_size: int) -> None:

@@ -11,12 +11,16 @@ import contextlib
 import sys
 from typing import TYPE_CHECKING, Any
 
-from kvprofile.checkpoint.rehearsal import on_meta, probing
+from kvprofile.checkpoint.rehearsal import cache_argument, on_meta, probing
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel
     from transformers.cache_utils import Cache
+
+
+_FEED_FORWARD = ("mlp", "moe")
+"""Types of layers, as transformers names them, that carry nothing from token to token."""
 
 
 def states_of(config: PretrainedConfig) -> tuple[int, ...]:
@@ -28,6 +32,12 @@ def states_of(config: PretrainedConfig) -> tuple[int, ...]:
     if not any(issubclass(each, LinearAttentionCacheLayerMixin) for each in classes):
         return ()
     return tuple(getattr(layer, "number_of_states", 0) for layer in DynamicCache(config=config).layers)
+
+
+def remembers_nothing(config: PretrainedConfig, layer: int) -> bool:
+    """Whether a layer is a feed-forward part alone, which Nemotron-H counts as a layer."""
+    kinds = getattr(config.get_text_config(decoder=True), "layer_types", None) or ()
+    return layer < len(kinds) and kinds[layer] in _FEED_FORWARD
 
 
 def why_not_followed(model_class: type[PreTrainedModel], config: PretrainedConfig) -> str | None:
@@ -96,4 +106,5 @@ def _read(model: PreTrainedModel, cache: Cache) -> None:
 
     ids = torch.zeros(1, 2, dtype=torch.long, device="meta")
     with contextlib.suppress(Exception):  # what depends on values cannot run here, such as the experts of a token
-        model.base_model(input_ids=ids, position_ids=ids, past_key_values=cache, use_cache=True)
+        held = {cache_argument(model.base_model): cache}
+        model.base_model(input_ids=ids, position_ids=ids, use_cache=True, **held)

@@ -19,6 +19,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from kvprofile.budget.profile import Geometry, Matrix
 from kvprofile.budget.trim import TrimRule
+from kvprofile.checkpoint.rehearsal import cache_argument
 from kvprofile.checkpoint.states import states_of
 from kvprofile.errors import InputError
 from kvprofile.evaluate.branch import Branch
@@ -27,7 +28,6 @@ from kvprofile.evaluate.held import HeldHeads, Span, joined
 from kvprofile.scoring import kernels
 from kvprofile.scoring.attention import routed
 from kvprofile.scoring.kernels import Visible
-from kvprofile.scoring.reconstruction_cache import cache_argument
 
 NAME = "kvprofile_budgeted"
 PREFILL_SLICE_TOKENS = 1024

@@ -22,12 +22,12 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from kvprofile.budget.profile import Geometry
 from kvprofile.budget.trim import TrimRule
+from kvprofile.checkpoint.rehearsal import cache_argument
 from kvprofile.errors import InputError
 from kvprofile.scoring import attention
 from kvprofile.scoring.gated_attention import GatedCache, GatedLayer, Sight, mixed
 from kvprofile.scoring.prompts import Chunk, Frame, FramedDocument, chunks, longest_repeat
 from kvprofile.scoring.reconstruction import DEFAULT_CHUNK_TOKENS, PREFILL_SLICE_TOKENS, check_routed, input_device
-from kvprofile.scoring.reconstruction_cache import cache_argument
 
 NAME = "kvprofile_gates"
 DEFAULT_ROWS_AT_ONCE = 2304

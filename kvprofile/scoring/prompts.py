@@ -195,10 +195,34 @@ def _rendered(
         "tokenize": False,
         "enable_thinking": False,
         "date_string": _FIXED_DATE.strftime("%d %b %Y"),
-        "strftime_now": _FIXED_DATE.strftime,
     }
-    with _at_most(TEMPLATE_TIMEOUT_S):
+    with _at_most(TEMPLATE_TIMEOUT_S), _fixed_date():
         return tokenizer.apply_chat_template(messages, **options)
+
+
+class _StoppedClock(datetime.datetime):
+    """A day that does not end, so that the same template gives the same text tomorrow."""
+
+    @classmethod
+    def now(cls, _tz: datetime.tzinfo | None = None) -> datetime.datetime:  # type: ignore[override]
+        """The fixed date."""
+        return _FIXED_DATE
+
+
+@contextlib.contextmanager
+def _fixed_date() -> Iterator[None]:
+    """Let templates that ask for the date (``strftime_now``) get a fixed one.
+
+    A function among the options would do before transformers 5.24, which makes plain text of whatever it is given.
+    """
+    from transformers.utils import chat_template_utils
+
+    clock = chat_template_utils.datetime
+    chat_template_utils.datetime = _StoppedClock
+    try:
+        yield
+    finally:
+        chat_template_utils.datetime = clock
 
 
 def _closed(tokenizer: PreTrainedTokenizerBase, user: dict[str, str], suffix: str) -> str:

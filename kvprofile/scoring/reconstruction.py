@@ -13,11 +13,12 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from kvprofile.checkpoint.rehearsal import cache_argument
 from kvprofile.checkpoint.states import states_of
 from kvprofile.errors import InputError
 from kvprofile.scoring.attention import AllLayersDone, Recorder
 from kvprofile.scoring.prompts import Chunk, Frame, FramedDocument, chunks, longest_repeat
-from kvprofile.scoring.reconstruction_cache import ReconstructionCache, cache_argument
+from kvprofile.scoring.reconstruction_cache import ReconstructionCache
 
 DEFAULT_CHUNK_TOKENS = 2000
 PREFILL_SLICE_TOKENS = 1024

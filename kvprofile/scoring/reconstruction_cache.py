@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,14 +10,6 @@ from transformers.cache_utils import CacheLayerMixin
 
 from kvprofile.budget.profile import FULL_ATTENTION, NO_CACHE
 from kvprofile.scoring.state_layers import StatefulCache, StateLayer
-
-
-def cache_argument(module: torch.nn.Module) -> str:
-    """The name by which a model's forward takes its cache: ``past_key_values``, or ``cache`` where it was renamed.
-
-    transformers 5.24 takes both and warns about the old name, which it says goes in 5.40.
-    """
-    return "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
 
 
 class PreallocatedLayer(CacheLayerMixin, StateLayer):  # type: ignore[misc]

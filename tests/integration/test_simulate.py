@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from kvprofile.budget.profile import FULL_ATTENTION
 from kvprofile.budget.trim import ANCHORED, SLIDING, WINDOWS, TrimRule
 from kvprofile.checkpoint import Source, describe
+from kvprofile.checkpoint.rehearsal import cache_argument
 from kvprofile.errors import InputError
 from kvprofile.evaluate.simulate import simulating
 from tests.helpers import masked
@@ -171,10 +172,10 @@ def test_retention_one_is_the_plain_model_bit_for_bit(llama):
     rng = random.Random(0)
     context, rest = draw_ids(rng, 300), draw_ids(rng, 40)
     steps = [rest[:10], *([token] for token in rest[10:])]
-    cache, plain = DynamicCache(), []
+    cache, plain, name = DynamicCache(), [], cache_argument(model)
     with torch.inference_mode():
         for ids, kept in [(context, 1), *((step, 0) for step in steps)]:
-            plain.append(model(torch.tensor([ids]), past_key_values=cache, logits_to_keep=kept).logits[0])
+            plain.append(model(torch.tensor([ids]), **{name: cache}, logits_to_keep=kept).logits[0])
     with simulating(model, geometry, [[1.0] * 2] * 3, TrimRule(4, 16)) as simulation:
         found = [simulation.prefill(context)]
         branch = simulation.start()
