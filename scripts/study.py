@@ -22,7 +22,7 @@ from scipy.stats import spearmanr
 from kvprofile.budget import store
 from kvprofile.budget.allocate import preset_budgets
 from kvprofile.budget.profile import Profile
-from kvprofile.budget.trim import TrimRule
+from kvprofile.budget.trim import SLIDING, TrimRule
 from kvprofile.checkpoint import describe, load_model, load_tokenizer, locate, place
 from kvprofile.corpus.sources import bundled_names, load_corpus
 from kvprofile.evaluate.evaluation import evaluate_checkpoint
@@ -102,7 +102,7 @@ class Model:
     def gated(self, planned: ScoringPlan) -> Any:
         """The model with gates, as a context manager."""
         model = load_model(self.description, place(self.description, "float32", "cpu", planned.positions))
-        rule = TrimRule(SINKS, WINDOW, 1)
+        rule = TrimRule(SINKS, WINDOW, 1, SLIDING)
         sizes = {"document_tokens": planned.document_tokens, "chunk_tokens": self.scored_tokens}
         return gates.gating(model, self.description.geometry, rule, planned.frame, **sizes)
 
@@ -151,6 +151,7 @@ def compare(model: Model, arguments: argparse.Namespace) -> dict[str, Any]:
         contexts=model.contexts,
         sink_tokens=SINKS,
         recent_tokens=WINDOW,
+        window=SLIDING,
         block_tokens=BLOCK,
         random_seeds=arguments.random_seeds,
         only_outside=True,
@@ -230,6 +231,7 @@ def guides(model: Model, arguments: argparse.Namespace) -> dict[str, Any]:
             contexts=arguments.guides,
             sink_tokens=sinks,
             recent_tokens=WINDOW,
+            window=SLIDING,
             block_tokens=BLOCK,
             random_seeds=3,
             generate=False,
