@@ -134,10 +134,15 @@ class Bootstrap:
         self.totals = self.weights @ self.counts if self.weights is not None else self.counts
         self.tail = _tail(len(order) - len(pooled)) if pooled else 0.025
 
-    def share(self, values: Values) -> Estimate:
-        """Mean of values in [0, 1]; with several seeds, over questions and seeds."""
+    def share(self, values: Values, trials: int | None = None) -> Estimate:
+        """Mean of values in [0, 1]; with several seeds, over questions and seeds.
+
+        The interval is never narrower than that of as many independent ``trials``: one for each question, or the tokens
+        of their answers where the values are shares of tokens.
+        """
         rows = self._rows(values)
-        floor = wilson(float(np.clip(rows.mean(0), 0.0, 1.0).sum()), rows.shape[1])
+        trials = rows.shape[1] if trials is None else trials
+        floor = wilson(float(np.clip(rows.mean(0), 0.0, 1.0).mean()) * trials, trials)
         return _estimate(float(rows.mean()), self._draw(rows), self.tail, floor, Interval(0.0, 1.0))
 
     def mean(self, values: Values) -> Estimate:

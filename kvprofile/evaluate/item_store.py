@@ -40,9 +40,14 @@ class AnswerSpan:
     kl: float
 
     @property
+    def reference_tokens(self) -> int:
+        """Tokens of the span."""
+        return self.last - self.first + 1
+
+    @property
     def right_share(self) -> float:
         """Share of the span's tokens that are the first choice."""
-        return self.tokens_right / (self.last - self.first + 1)
+        return self.tokens_right / self.reference_tokens
 
 
 @dataclass(frozen=True)

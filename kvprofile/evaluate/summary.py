@@ -85,9 +85,14 @@ class Results:
         ]
         return np.array(values, dtype=np.float64)
 
-    def share(self, row: str, field: str, span: int | None = None) -> Estimate:
+    def share(self, row: str, field: str) -> Estimate:
         """Mean of a number in [0, 1]."""
-        return self.bootstrap.share(self.column(row, field, span))
+        return self.bootstrap.share(self.column(row, field))
+
+    def share_of_tokens(self, row: str, field: str, span: int | None = None) -> Estimate:
+        """Mean of a share of each answer's tokens, or of one of its spans."""
+        parts = [item if span is None else _span(item, span) for item in self.questions]
+        return self.bootstrap.share(self.column(row, field, span), sum(part.reference_tokens for part in parts))
 
     def accuracy(self, row: str) -> Estimate:
         """Mean accuracy of a row."""
@@ -254,12 +259,12 @@ def _row(results: Results, variant: Variant) -> dict[str, Any]:
         "exact": sum(item.exact for item in every) / len(every),
         "loss": float(results.column(row, "nll").mean()),
         "loss_rise": asdict(results.rise(row, "nll")),
-        "agreement": asdict(results.share(row, "agreement")),
+        "agreement": asdict(results.share_of_tokens(row, "agreement")),
         "agreement_by_seed": results.column(row, "agreement").mean(1).tolist(),
         "agreement_against_random": asdict(results.difference(row, random, "agreement")) if rivals else None,
         "kl": asdict(results.rise(row, "kl")),
         "kl_against_random": asdict(results.rise(row, "kl", random)) if rivals else None,
-        "tokens_right": asdict(results.share(row, "right_share")),
+        "tokens_right": asdict(results.share_of_tokens(row, "right_share")),
         "answers": sum(item.right is not None for item in full),
         "lost": lost,
         "gained": gained,
@@ -272,9 +277,9 @@ def _part(results: Results, row: str) -> dict[str, Any]:
         "questions": len(results.questions),
         "accuracy": asdict(results.accuracy(row)),
         "relative": asdict(results.relative(row)) if row != FULL else None,
-        "agreement": asdict(results.share(row, "agreement")),
+        "agreement": asdict(results.share_of_tokens(row, "agreement")),
         "kl": asdict(results.rise(row, "kl")),
-        "tokens_right": asdict(results.share(row, "right_share")),
+        "tokens_right": asdict(results.share_of_tokens(row, "right_share")),
     }
 
 
@@ -282,10 +287,10 @@ def _span_part(results: Results, row: str, span: int) -> dict[str, Any]:
     """One of the spans of continued texts, over those that reach it."""
     return {
         "texts": len(results.questions),
-        "agreement": asdict(results.share(row, "agreement", span)),
+        "agreement": asdict(results.share_of_tokens(row, "agreement", span)),
         "kl": asdict(results.rise(row, "kl", span=span)),
         "loss_rise": asdict(results.rise(row, "nll", span=span)),
-        "tokens_right": asdict(results.share(row, "right_share", span)),
+        "tokens_right": asdict(results.share_of_tokens(row, "right_share", span)),
     }
 
 

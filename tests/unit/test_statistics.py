@@ -108,6 +108,15 @@ def test_all_answers_right_is_not_certainty():
     assert many.low > 0.99, "a thousand questions can show what 99 % means"
 
 
+def test_a_share_of_many_tokens_is_as_sure_as_the_tokens_allow():
+    answers, all_right = Bootstrap(questions(5, 2)), [1.0] * 10
+    assert answers.share(all_right, trials=5000).low == pytest.approx(wilson(5000, 5000).low)
+    assert answers.share(all_right).low == pytest.approx(wilson(10, 10).low)
+    # where contexts differ, the bootstrap over contexts decides, however many tokens they have
+    uneven = [0.2, 0.2, 0.9, 0.9, 0.4, 0.4, 1.0, 1.0, 0.1, 0.1]
+    assert answers.share(uneven, trials=5000).low < wilson(0.52 * 5000, 5000).low - 0.1
+
+
 def test_none_right():
     found = Bootstrap(questions(5, 2)).share([0.0] * 10)
     assert (found.value, found.low) == (0.0, 0.0)
