@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Expected: a model class whose attention goes through the attention interface, passes keyword arguments down to it and
 # can slice logits says so: _supports_attention_backend is True, as in Llama, and so is is_backend_compatible().
-# Seen with transformers 5.19.0 on 2026-11-27: both are False for Qwen3-Next, Qwen3.5, Bamba, Nemotron-H and OLMo-Hybrid.
+# Seen with transformers 5.19.0 on 2026-11-27: both are False for Qwen3-Next, Qwen3.5, Bamba, Nemotron-H, OLMo-Hybrid.
 # A function registered with AttentionInterface is nevertheless called in each attention layer, with the arguments.
-# It matters because the flag looks like the way to ask whether attention weights can be watched or gated per head; whoever
+# It matters because the flag looks like the way to ask whether attention can be watched or gated per head; whoever
 # believes it refuses models that work. (The library says the flag also stands for other duties, such as a tensor
 # parallel plan; Qwen3-Next and OLMo-Hybrid have one.)
-# Seen: flag False, function called in layers [1, 3] of 4, argument seen, 0.000 off, for all five; Llama True, [0, 1, 2, 3].
+# Seen: flag False, function called in layers [1, 3] of 4, argument seen, 0.000 off, for all five; Llama: True, all.
 set -euo pipefail
 export OMP_NUM_THREADS=1 TRANSFORMERS_VERBOSITY=error
 folder=$(mktemp -d)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Expected: transformers takes the head size of a GGUF file from its key attention.key_length, where the file has one.
-# Seen with transformers 5.19.0 and gguf 0.19.0 on 2026-11-27: it does not for the architectures qwen3 and qwen2. For the
+# Seen with transformers 5.19.0 and gguf 0.19.0 on 2026-11-27: not for the architectures qwen3 and qwen2. For the
 # first every head is 128 wide, whatever the file says; for the second as wide as hidden size / heads. Loading succeeds
 # without a word. Then the first forward pass of qwen3 raises, and that of qwen2 runs with other heads and other logits.
 # It matters because what a KV cache holds is worked out from the config, and here scored on heads that do not exist.
