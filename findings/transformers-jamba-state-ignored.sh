@@ -1,13 +1,12 @@
 #!/usr/bin/env bash
-# Expected: a prompt read in two pieces with a cache gives the logits of the prompt read at once, or an error: every
-# layer of a hybrid model keeps what it needs in the cache. Llama and Bamba (Mamba-2 layers) do so here.
-# Seen with transformers 5.19.0 on 2026-11-27: Jamba's and Zamba's Mamba layers start from nothing whenever a pass
-# brings more than one token; the states in the cache may be anything, the logits stay the same. There is no warning.
-# It matters because pieces are how long prompts are read (also by generate's prefill_chunk_size) and how a cache is
-# trimmed between two of them: scores and answers are then those of a model that forgot the first piece.
-# Seen, 24 tokens in two pieces against at once: Llama 0.00, Bamba 0.00, Jamba 0.22 of 2.94; token by token 0.00. Random
-# states between the pieces change logits by 0.80 in Bamba, by 0.00 in Jamba and Zamba. generate(prefill_chunk_size=6)
-# answers the same in Llama and Bamba, and otherwise in Jamba. Full output: below, as recorded.
+# Expected: a prompt read in two pieces with a cache gives the logits of the prompt read at once, or an error; Llama and
+# Bamba (Mamba-2 layers) give them.
+# Seen with transformers 5.19.0 on 2026-11-27: Jamba's and Zamba's Mamba-1 layers start anew whenever a pass brings
+# more than one token, whatever the cache's states are. No warning; developers know (pull request 47087 of transformers).
+# Matters because long prompts are read in pieces (also by generate's prefill_chunk_size) and caches are trimmed between
+# them: scores and answers are then those of a model that forgot the first piece.
+# Seen, 24 tokens in two pieces against at once: Llama and Bamba 0.00, Jamba 0.22 of 2.94. Random states between the pieces
+# move logits by 0.80 in Bamba, 0.00 in Jamba and Zamba. generate in pieces answers otherwise in Jamba. All: as recorded.
 set -euo pipefail
 export OMP_NUM_THREADS=1 TRANSFORMERS_VERBOSITY=error
 folder=$(mktemp -d)
