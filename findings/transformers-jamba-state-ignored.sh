@@ -2,11 +2,11 @@
 # Expected: a prompt read in two pieces with a cache gives the logits of the prompt read at once, or an error; Llama and
 # Bamba (Mamba-2 layers) give them.
 # Seen with transformers 5.19.0 on 2026-11-27: Jamba's and Zamba's Mamba-1 layers start anew whenever a pass brings
-# more than one token, whatever the cache's states are. No warning; developers know (pull request 47087 of transformers).
+# more than one token, whatever the cache's states are. No warning; developers know (its pull request 47087).
 # Matters because long prompts are read in pieces (also by generate's prefill_chunk_size) and caches are trimmed between
 # them: scores and answers are then those of a model that forgot the first piece.
-# Seen, 24 tokens in two pieces against at once: Llama and Bamba 0.00, Jamba 0.22 of 2.94. Random states between the pieces
-# move logits by 0.80 in Bamba, 0.00 in Jamba and Zamba. generate in pieces answers otherwise in Jamba. All: as recorded.
+# Seen, 24 tokens in 2 pieces against at once: Llama and Bamba 0.00, Jamba 0.22 of 2.94. Random states between
+# move logits by 0.80 in Bamba, 0.00 in Jamba and Zamba. generate in pieces answers otherwise in Jamba. All: below.
 set -euo pipefail
 export OMP_NUM_THREADS=1 TRANSFORMERS_VERBOSITY=error
 folder=$(mktemp -d)
