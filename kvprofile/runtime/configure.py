@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import vllm
 from vllm.platforms import current_platform
 
 from kvprofile import unsupported
@@ -18,7 +19,7 @@ from kvprofile.runtime import metrics, stats
 from kvprofile.runtime.engine_budget import CONFIG_KEY
 from kvprofile.runtime.find import Served, find
 from kvprofile.runtime.permute import LOAD_FORMATS
-from kvprofile.runtime.settings import from_environment, logger
+from kvprofile.runtime.settings import STATE_RELEASE, from_environment, logger, release_of
 
 TESTED_PLATFORMS = ("cpu",)
 
@@ -136,8 +137,9 @@ def _untested(config: Any) -> dict[str, str]:
         "lora": ("LoRA adapters", config.lora_config is not None),
         "modalities": ("several modalities", model.is_multimodal_model),
         "states": (
-            f"layers that keep a state in a model of type {kind} (tested: {', '.join(STATE_MODELS)})",
-            model.is_hybrid and kind not in STATE_MODELS,
+            f"layers that keep a state in a model of type {kind} (tested: {', '.join(STATE_MODELS)}, on vLLM "
+            f"{STATE_RELEASE})",
+            model.is_hybrid and (kind not in STATE_MODELS or release_of(vllm.__version__) != STATE_RELEASE),
         ),
     }
     return {name: what for name, (what, holds) in found.items() if holds}

@@ -20,6 +20,10 @@ TESTED_VERSIONS = ("0.30.0", "0.31.0", "0.32.0")
 """vLLM releases, without build tags."""
 
 
+STATE_RELEASE = "0.32.0"
+"""The release with which models were compared that keep states. Kernels of 0.31 for a CPU take no float32 states."""
+
+
 class Variable(NamedTuple):
     """What an environment variable means, and what holds where it is not set; the reference is made from these."""
 
@@ -109,9 +113,14 @@ def from_environment(environ: Mapping[str, str]) -> Settings:
     )
 
 
+def release_of(version: str) -> str:
+    """The release of a version: builds of one release ('0.32.0+cpu') are one release."""
+    return version.partition("+")[0]
+
+
 def is_tested(version: str) -> bool:
-    """Whether this runtime was tested with a release of vLLM; builds of one release ('0.32.0+cpu') are one release."""
-    return version.partition("+")[0] in TESTED_VERSIONS
+    """Whether this runtime was tested with a release of vLLM."""
+    return release_of(version) in TESTED_VERSIONS
 
 
 def require_tested(version: str, asked: Settings) -> None:
