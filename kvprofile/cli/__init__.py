@@ -13,6 +13,7 @@ import keyword
 import os
 import signal
 import sys
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -70,6 +71,8 @@ for _name, _help in COMMANDS.items():
 
 COMPLETE = "_KVPROFILE_COMPLETE"
 _INTERRUPTED = 130
+_KEPT = "interrupted; finished work is kept, run the same command again to continue"
+_interrupts: list[int] = []
 
 
 def _print_version(wanted: bool) -> None:
@@ -94,8 +97,16 @@ def main(arguments: list[str] | None = None) -> None:
     _mend_streams()
     if COMPLETE in os.environ:  # a shell asks what a word may become; typer's own options for it are left out
         typer.completion.completion_init()  # type: ignore[attr-defined]
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: keep what is finished, leave nothing about
+    signal.signal(signal.SIGTERM, _interrupt)  # as Ctrl-C: keep what is finished, leave nothing about
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # in the background it may be ignored
+        signal.signal(signal.SIGINT, _interrupt)
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    """Stop, and remember it: libraries that are being imported may turn the exception into one of their own."""
+    _interrupts.append(number)
+    signal.default_int_handler(number, frame)
 
 
 def _mend_streams() -> None:
@@ -112,7 +123,9 @@ def run(arguments: list[str]) -> int:
     try:
         result = app(arguments, prog_name="kvprofile", standalone_mode=False)
     except InputError as error:
-        return _fail(str(error), 2)
+        if not _interrupts:
+            return _fail(str(error), 2)
+        result = _INTERRUPTED
     except KeyboardInterrupt:
         result = _INTERRUPTED
     except SystemExit as stop:  # typer and rich leave this way when nobody reads stdout any more
@@ -121,6 +134,8 @@ def run(arguments: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
+        if _interrupts:
+            return _fail(_KEPT, _INTERRUPTED)
         if hasattr(error, "format_message"):  # a usage error of typer's parser
             message = error.format_message()  # empty where the help was printed instead
             return _fail(f"{message} Try 'kvprofile --help'.", 2) if message else 2
@@ -128,7 +143,7 @@ def run(arguments: list[str]) -> int:
             raise
         return _fail(f"{type(error).__name__}: {error}; run with kvprofile --debug for the traceback", 1)
     if result == _INTERRUPTED:  # typer turns Ctrl-C into this code
-        return _fail("interrupted; finished work is kept, run the same command again to continue", _INTERRUPTED)
+        return _fail(_KEPT, _INTERRUPTED)
     return result if isinstance(result, int) else 0
 
 

@@ -30,7 +30,7 @@ SERVE, DOCTOR, CURL = (
 
 
 def given_back(address, env):
-    """Bytes that the page's doctor command reports, after comparing its line with the page's."""
+    """MiB that the page's doctor command reports, after comparing its line with the page's."""
     words = [word.replace("http://127.0.0.1:8000", address) for word in DOCTOR.words[1:]]
     run = subprocess.run(
         [sys.executable, "-m", "kvprofile", *words], env=env, capture_output=True, text=True, check=False

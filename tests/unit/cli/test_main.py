@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
 
-from kvprofile import __version__
+from kvprofile import __version__, cli
 from kvprofile.budget import store
 from kvprofile.cli import COMMANDS, load, run
 from kvprofile.errors import InputError, plain
@@ -139,3 +140,19 @@ def test_the_doctor_says_what_is_wrong_and_exits_with_one(capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["ok"] is False
     assert "does not answer" in found["checks"][0]["detail"]
+
+
+@pytest.mark.parametrize(
+    ("error", "alone"), [(ModuleNotFoundError("half of a library"), 1), (InputError("cannot load the weights"), 2)]
+)
+def test_what_a_library_makes_of_an_interruption_is_one(error, alone, monkeypatch, capsys):
+    """Libraries that are being imported, or that load files, may turn Ctrl-C into an error of their own."""
+
+    def fails(*_args, **_options):
+        raise error
+
+    monkeypatch.setattr(cli, "app", fails)
+    assert cli.run([]) == alone
+    monkeypatch.setattr(cli, "_interrupts", [signal.SIGINT])
+    assert cli.run([]) == 130
+    assert capsys.readouterr().err.splitlines()[-1].startswith("kvprofile: interrupted; finished work is kept")
