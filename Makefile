@@ -46,7 +46,7 @@ real-model: install
 test-fast: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit
 
-# First what one process hardly needs two cores for, in two processes; then what starts engines and browsers.
+# Unit and integration tests use one core each, so two processes share them; engines and browsers run alone.
 test: install-vllm browser
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit tests/integration
 	$(BIN)/python -m pytest tests/vllm tests/browser

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 import sysconfig
 import venv
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 
@@ -24,3 +26,13 @@ def interpreter(folder: Path, *requirements: str, dependencies: bool = False) ->
         subprocess.run([*command, *requirements], check=True)  # noqa: S603
         (folder / "complete").touch()
     return python
+
+
+def try_all(releases: Sequence[str], attempt: Callable[[str], tuple[bool, str]]) -> None:
+    """Print what became of each release, and exit: with 1 where one of them is not well."""
+    failed = False
+    for release in releases:
+        good, words = attempt(release)
+        print(f"{'ok ' if good else 'bad'} {words}", flush=True)
+        failed |= not good
+    sys.exit(failed)

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from environments import interpreter
+from environments import interpreter, try_all
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / ".matrix"
@@ -36,17 +36,9 @@ def try_releases(requirements: str) -> tuple[bool, str]:
             [*command, "-W", "error::FutureWarning"], cwd=ROOT, env=env, stdout=out, stderr=out, check=False
         )
     summary = log.read_text(errors="replace").strip().splitlines()[-1].strip("= ")
-    return run.returncode == 0, f"{versions.stdout.strip()}: {summary} ({log.relative_to(ROOT)})"
-
-
-def main() -> None:
-    failed = False
-    for requirements in sys.argv[1:] or RELEASES:
-        good, words = try_releases(requirements)
-        print(f"{'ok ' if good else 'bad'} Python {platform.python_version()}, {words}", flush=True)
-        failed |= not good
-    sys.exit(failed)
+    found = f"Python {platform.python_version()}, {versions.stdout.strip()}"
+    return run.returncode == 0, f"{found}: {summary} ({log.relative_to(ROOT)})"
 
 
 if __name__ == "__main__":
-    main()
+    try_all(sys.argv[1:] or RELEASES, try_releases)

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from environments import interpreter
+from environments import interpreter, try_all
 
 from kvprofile.runtime.settings import TESTED_VERSIONS
 
@@ -39,22 +39,13 @@ def try_release(release: str) -> tuple[bool, str]:
     summary = log.read_text(errors="replace").strip().splitlines()[-1].strip("= ")
     if run.returncode == 0:
         listed = "in" if release in TESTED_VERSIONS else "NOT in"
-        return True, f"passes ({summary}); it is {listed} the tested list"
+        return True, f"{release}: passes ({summary}); it is {listed} the tested list"
     env = {**os.environ, "PYTHONPATH": str(ROOT), "LLM_KVZIP_ENABLED": "1"}
     refused = subprocess.run([python, "-c", REFUSED], cwd=ROOT, env=env, capture_output=True, text=True, check=False)  # noqa: S603
     by_name = refused.returncode != 0 and f"this is {release}" in refused.stderr
     word = "is refused by name" if by_name else "IS NOT REFUSED"
-    return by_name, f"does not pass ({summary}; see {log.relative_to(ROOT)}) and {word}"
-
-
-def main() -> None:
-    failed = False
-    for release in sys.argv[1:] or RELEASES:
-        good, words = try_release(release)
-        print(f"{'ok ' if good else 'bad'} {release}: {words}", flush=True)
-        failed |= not good
-    sys.exit(failed)
+    return by_name, f"{release}: does not pass ({summary}; see {log.relative_to(ROOT)}) and {word}"
 
 
 if __name__ == "__main__":
-    main()
+    try_all(sys.argv[1:] or RELEASES, try_release)

@@ -32,16 +32,8 @@ class Variable(NamedTuple):
 
 
 SWITCH = Variable("1 loads the plugin into vLLM; then it serves with budgets or does not start", "0")
-UNTESTED = {
-    "release": "releases of vLLM",
-    "platform": "platforms, such as GPUs",
-    "pipeline-parallelism": "several pipeline stages",
-    "data-parallelism": "several engines behind one server",
-    "lora": "LoRA adapters",
-    "modalities": "models that read images or sound too",
-    "states": "types of models with layers that keep a state",
-}
-"""What is refused unless it is allowed by name: it may well work, but has not been tried."""
+UNTESTED = ("release", "platform", "pipeline-parallelism", "data-parallelism", "lora", "modalities", "states")
+"""What is refused unless it is allowed by name: it may well work, but has not been tried (docs/compatibility.md)."""
 
 FLAGS = {
     "POISON": Variable("debugging on the CPU: 1 fills freed blocks with NaN, so that reading one shows", "0"),
@@ -149,7 +141,7 @@ def _untested(text: str | None) -> frozenset[str]:
     if text == "1":
         return frozenset(UNTESTED)
     names = frozenset(name.strip() for name in str(text).split(","))
-    if not names <= UNTESTED.keys():
+    if not names <= set(UNTESTED):
         raise ValueError(
             f"{PREFIX}ALLOW_UNTESTED is {text!r}; give some of {', '.join(UNTESTED)}, or 1 for all of them"
         )
