@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
+from kvprofile.budget.classes import DEFAULT_CLASSES
 from kvprofile.budget.profile import PRESETS, HeadBudgets, Matrix, Scores, mean_budget, retention_key
 from kvprofile.errors import InputError
 
@@ -89,11 +90,13 @@ class Constraints:
         replicated head, so a layer is full or trimmed as a whole; t = G comes to the same.
     pipeline_stages: layers of each pipeline stage. A stage holds whole layers and has its own pool, and the tightest
         pool bounds all, so the stages' numbers of full heads are kept as near to equal as their layers allow.
+    classes: different shares that graded heads may keep; each is a cache group of its own.
     """
 
     floor: int = 0
     tensor_parallel_size: int = 1
     pipeline_stages: tuple[int, ...] = ()
+    classes: int = DEFAULT_CLASSES
 
 
 UNCONSTRAINED = Constraints()
@@ -147,7 +150,7 @@ def allocate_within(
     units = _units(scores, constraints, tie_breaks)
     unit_heads = len(next(iter(units.values()))[0])
     floor_units = _floor_units(constraints, units)
-    stages = _stages(constraints, len(scores))
+    stages = stages_of(constraints, len(scores))
     order = _admission_order(units, floor_units, stages, (scores, *tie_breaks))
 
     nearest = math.floor(round(retention * len(ranked) / unit_heads, 9) + 0.5)
@@ -173,8 +176,7 @@ def satisfies(heads: Matrix, constraints: Constraints) -> bool:
     The balance of pipeline stages is a preference of ``allocate_within`` and not asked here. Raises InputError for
     ranks that the heads cannot be dealt to.
     """
-    ranks = _ranks(constraints, len(heads[0]))
-    share = len(heads[0]) // ranks
+    share = len(heads[0]) // ranks(constraints, len(heads[0]))
     for row in heads:
         if row[0] is None:
             continue
@@ -226,7 +228,7 @@ def _score_sum(scores: Matrix, places: Iterable[Place]) -> float:
     return math.fsum(scores[layer][head] or 0.0 for layer, head in places)
 
 
-def _ranks(constraints: Constraints, kv_heads: int) -> int:
+def ranks(constraints: Constraints, kv_heads: int) -> int:
     """Ranks that hold different heads, min(t, G). Raises InputError where t ranks cannot share G heads evenly."""
     size = constraints.tensor_parallel_size
     if size < 1 or (kv_heads % size and size % kv_heads):
@@ -239,7 +241,7 @@ def _ranks(constraints: Constraints, kv_heads: int) -> int:
 def _units(scores: Matrix, constraints: Constraints, tie_breaks: Sequence[Matrix]) -> dict[int, list[Unit]]:
     """By profiled layer, the steps in which it can gain full heads, best first: one head on every rank."""
     kv_heads = len(scores[0])
-    share = kv_heads // _ranks(constraints, kv_heads)
+    share = kv_heads // ranks(constraints, kv_heads)
     matrices = (scores, *tie_breaks)
     found: dict[int, list[Unit]] = {}
     for layer, row in enumerate(scores):
@@ -262,7 +264,8 @@ def _floor_units(constraints: Constraints, units: dict[int, list[Unit]]) -> int:
     return math.ceil(constraints.floor / unit_heads)
 
 
-def _stages(constraints: Constraints, layers: int) -> list[range]:
+def stages_of(constraints: Constraints, layers: int) -> list[range]:
+    """The layers of each pipeline stage. Raises InputError where they do not add up to all layers."""
     sizes = constraints.pipeline_stages or (layers,)
     if min(sizes) < 1 or sum(sizes) != layers:
         raise InputError(f"pipeline stages of {', '.join(map(str, sizes))} layers do not add up to {layers} layers")

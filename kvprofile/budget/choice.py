@@ -1,8 +1,12 @@
 """Which heads a profile keeps at a retention, and how much of each: the one answer that every command and vLLM get.
 
+Budgets are of two kinds. *Whole* heads keep everything or nothing between sinks and window; they are ranked by score.
+*Graded* heads keep shares of it, which the file states at its presets, rounded to a few classes; which tokens those are
+is the probe's to say, so a file without a probe has no graded budgets.
+
 A budget that the file states goes before a choice by score: somebody may have edited it, or it came from elsewhere.
 ``choose`` gives what the file says, fractions of heads included. ``choose_whole`` is for whoever serves or simulates
-a budget, which takes whole heads only, and is the one place that refuses anything else.
+whole heads, and is the one place that refuses anything else.
 """
 
 from __future__ import annotations
@@ -21,8 +25,12 @@ from kvprofile.budget.allocate import (
     require_retention,
     satisfies,
 )
+from kvprofile.budget.graded import allocate_graded
 from kvprofile.budget.profile import Matrix, Profile, retention_key
 from kvprofile.errors import InputError
+
+WHOLE, GRADED = "whole", "graded"
+KINDS = (WHOLE, GRADED)
 
 _BUDGET_FORMATS = ("csv", "lu-kv")
 """Foreign formats whose imports bring budgets that were not chosen by score here."""
@@ -30,15 +38,20 @@ _BUDGET_FORMATS = ("csv", "lu-kv")
 
 @dataclass(frozen=True)
 class Choice:
-    """The budgets at a retention. ``stated``: they stand in the file; otherwise they were ranked by ``statistic``."""
+    """The budgets at a retention. ``stated``: they stand in the file; otherwise they were ranked by ``statistic``.
+
+    Graded ones that do not stand in the file lie ``between`` two retentions that do.
+    """
 
     allocation: Allocation
     stated: bool
     statistic: str
+    kind: str = WHOLE
+    between: tuple[float, float] | None = None
 
     @property
     def heads(self) -> Matrix:
-        """Share of the context that each KV head keeps, [L][G]: 1.0 full, 0.0 sinks and window, null unprofiled."""
+        """Share of the context between sinks and window that each KV head keeps, [L][G]; null unprofiled."""
         return self.allocation.budgets.heads
 
     @property
@@ -49,6 +62,8 @@ class Choice:
     @property
     def origin(self) -> str:
         """Where the budgets come from, in words."""
+        if self.between is not None:
+            return f"between those stored at {self.between[0]:g} and {self.between[1]:g}"
         return "stored in the file" if self.stated else f"preview, ranked now by {self.statistic}"
 
     @property
@@ -62,20 +77,29 @@ def choose(
     retention: float,
     constraints: Constraints = UNCONSTRAINED,
     statistic: str | None = None,
+    kind: str | None = None,
 ) -> Choice:
     """The budgets of a profile at a retention, fractions included where the file states them.
 
-    The file's own budget is taken where it states one and that keeps to the constraints; otherwise heads are ranked
-    by the file's statistic, ties broken by its others, and the reason says that the stated budget was left. Another
+    ``kind`` is graded where the file has a probe, and whole otherwise or where a ``statistic`` is given. The file's own
+    budget is taken where it states one of the kind that keeps to the constraints; otherwise heads are ranked by the
+    file's statistic, ties broken by its others, and the reason says that the stated budget was left. Another
     ``statistic`` than the file's ranks anew in any case. Raises InputError unless 0 < retention <= 1, for an unknown
-    statistic, for constraints that no retention can meet, where fractions cannot be made to fit constraints, and
-    where heads have to be ranked and the profile has no scores.
+    statistic or kind, for constraints that no retention can meet, where fractions cannot be made to fit constraints,
+    where heads have to be ranked and the profile has no scores, and for graded budgets of a file without a probe.
     """
     require_retention(retention)
     own = profile.scoring.statistic
     name = own if statistic is None else statistic
     scores, others = ranking_scores(profile, name), tie_breaks(profile, name)
+    if kind is None:
+        kind = WHOLE if statistic is not None else default_kind(profile)
+    if require_kind(kind) == GRADED:
+        allocation, between = allocate_graded(profile, retention, constraints, scores)
+        return Choice(allocation, between is None, own, GRADED, between)
     stated = profile.budgets.get(retention_key(retention)) if name == own else None
+    if stated is not None and profile.probe is not None and _first_fraction(stated.heads) is not None:
+        stated = None  # the file's budgets are graded
 
     # what the file states, as long as it keeps to the constraints
     if stated is not None and constraints == UNCONSTRAINED:
@@ -100,11 +124,26 @@ def choose_whole(
     constraints: Constraints = UNCONSTRAINED,
     statistic: str | None = None,
 ) -> Choice:
-    """As ``choose``, for whoever can act on whole heads only. Raises InputError where a head keeps a fraction."""
-    found = choose(profile, retention, constraints, statistic)
+    """As ``choose``, for whoever acts on whole heads only.
+
+    Raises InputError where the file states fractions and has no probe, so that they are all it says.
+    """
+    found = choose(profile, retention, constraints, statistic, WHOLE)
     if found.first_fraction is not None:
         raise InputError(_fraction_words(profile, retention, found.first_fraction, "only whole heads can be served"))
     return found
+
+
+def default_kind(profile: Profile) -> str:
+    """The kind of a profile's budgets unless one is asked for: graded where it has what they need."""
+    return WHOLE if profile.probe is None else GRADED
+
+
+def require_kind(kind: str) -> str:
+    """A kind. Raises InputError for an unknown one."""
+    if kind not in KINDS:
+        raise InputError(f"a budget is {' or '.join(KINDS)}, not {kind!r}")
+    return kind
 
 
 def has_scores(profile: Profile) -> bool:

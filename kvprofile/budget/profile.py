@@ -22,9 +22,15 @@ from pydantic import (
     model_validator,
 )
 
-SCHEMA_VERSION = 1
+WHOLE_VERSION, GRADED_VERSION = 1, 2
+SCHEMA_VERSIONS = (WHOLE_VERSION, GRADED_VERSION)
+"""1: budgets of whole heads, or fractions that came from elsewhere. 2: graded budgets, and the probe they need."""
+
 PRESETS: tuple[float, ...] = (0.9, 0.7, 0.5, 0.3)
 """Retentions whose budgets every profile carries."""
+
+GRADED_PRESETS: tuple[float, ...] = (*PRESETS, 0.2, 0.15)
+"""Retentions whose graded budgets a profile with a probe carries: few enough bytes for whole heads to fail."""
 
 DEFAULT_SINK_TOKENS = 128
 DEFAULT_RECENT_TOKENS = 256
@@ -237,7 +243,9 @@ class Scores(_Part):
 class HeadBudgets(_Part):
     """Budgets at one retention."""
 
-    heads: Matrix = Field(description="share of the context each KV head keeps: 1.0 full, 0.0 sinks and window")
+    heads: Matrix = Field(
+        description="share of the context between sinks and window that each KV head keeps: 1.0 all, 0.0 none"
+    )
     retention_realised: float = Field(ge=0, le=1, description="mean of the budgets over profiled heads")
 
 
@@ -248,16 +256,38 @@ class Runtime(_Part):
     recent_tokens: int = Field(ge=1, le=10_000_000)
 
 
+class ProbeRecord(_Part):
+    """The probe that says which tokens graded heads keep: a file of tensors next to the budget file."""
+
+    sha256: Sha256 = Field(description="of the file's bytes")
+    features: Printable = Field(min_length=1, description="what of a cached token it looks at")
+    target: Printable = Field(min_length=1, description="what it was fitted to")
+    tokens: int = Field(ge=1, description="context tokens it was fitted to, for each head")
+    r2: list[float | None] = Field(
+        description="by layer, mean over heads: share of the target's variance explained in documents left out of the "
+        "fit; null where the layer is not profiled or one document was scored"
+    )
+
+
 class Profile(_Part):
     """A budget file: ``models/kv_budget/<model>.json``."""
 
-    schema_version: Literal[1]
+    schema_version: Literal[1, 2]
     kvprofile_version: Printable
     model: ModelIdentity
     scoring: Scoring
     scores: Scores
     budgets: dict[str, HeadBudgets] = Field(min_length=1, description="by retention: '0.9', '0.7', '0.5', '0.3'")
+    probe: ProbeRecord | None = Field(default=None, description="in version 2 only: what graded budgets need")
     runtime: Runtime
+
+    @model_serializer(mode="wrap")
+    def _without_absent_probe(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Files of version 1 do not mention a probe, so they are byte for byte what they were."""
+        found: dict[str, Any] = dump(self)
+        if self.probe is None:
+            found.pop("probe", None)
+        return found
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
@@ -272,6 +302,10 @@ class Profile(_Part):
             matrix = getattr(self.scores, name)
             if matrix is not None:
                 yield from matrix_problems(f"scores.{name}", matrix, geometry, bounded=name != "loss")
+        if (self.probe is not None) != (self.schema_version == GRADED_VERSION):
+            yield f"schema_version is {self.schema_version} {'with' if self.probe else 'without'} a probe"
+        if self.probe is not None and len(self.probe.r2) != geometry.layers:
+            yield f"probe.r2 has {len(self.probe.r2)} layers, the model has {geometry.layers}"
         if self.scoring.statistic not in self.scores.statistics():
             yield f"scoring.statistic is {self.scoring.statistic!r}, which the file does not hold"
         for key, budget in self.budgets.items():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from kvprofile.budget.profile import SCHEMA_VERSION, Geometry, Profile
+from kvprofile.budget.profile import SCHEMA_VERSIONS, Geometry, Profile
 from kvprofile.errors import InputError
 from kvprofile.files import BUDGET_DIR, json_bytes, read_json, write_atomically
 
@@ -70,8 +70,8 @@ def problems(path: Path) -> Profile | list[str]:
     if not isinstance(raw, dict):
         return ["not a budget file: the top level is not an object"]
     version = raw.get("schema_version")
-    if version != SCHEMA_VERSION or isinstance(version, bool):
-        return [f"schema_version is {version!r:.40}, this kvprofile reads {SCHEMA_VERSION}"]
+    if version not in SCHEMA_VERSIONS or isinstance(version, bool):
+        return [f"schema_version is {version!r:.40}, this kvprofile reads {' and '.join(map(str, SCHEMA_VERSIONS))}"]
     try:
         return Profile.model_validate(raw)
     except ValidationError as error:

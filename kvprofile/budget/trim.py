@@ -5,10 +5,14 @@ the first ``sink_tokens``, and a window: the last ``recent_tokens`` before and i
 rounded outwards to whole blocks of the paged cache. An *anchored* window begins, for all later tokens, where it began
 for the first one after the prompt, so everything that is generated stays; a *sliding* one moves on with every token.
 Keys carry their positions already; nothing is renumbered.
+
+Between sinks and window a head keeps the share that its budget says, in whole blocks: all of it (1, a full head), none
+(0, a trimmed one), or so many tokens, the best by the probe. How many is decided once, where the prompt ends.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 DEFAULT_BLOCK_TOKENS = 16
@@ -62,6 +66,23 @@ class TrimRule:
         """Whether a trimmed head's query at ``position`` sees the key at position ``key``."""
         return key <= position and (key < self.sink_end or key >= self.window_start(position, prompt_tokens))
 
-    def held_tokens(self, processed: int, prompt_tokens: int) -> int:
-        """Tokens that a trimmed head holds when ``processed`` tokens are and the next one comes."""
-        return processed - max(0, min(self.window_start(processed, prompt_tokens), processed) - self.sink_end)
+    def middle_tokens(self, processed: int, prompt_tokens: int) -> int:
+        """Tokens between sinks and window, whose fate budgets decide, when the token after ``processed`` comes."""
+        return max(0, min(self.window_start(processed, prompt_tokens), processed) - self.sink_end)
+
+    def kept_tokens(self, share: float, prompt_tokens: int) -> int:
+        """Tokens between sinks and window that a head of a budget keeps of a prompt: whole blocks, halves rounded up.
+
+        Without rounding where the head is full.
+        """
+        middle = self.middle_tokens(prompt_tokens, prompt_tokens)
+        if share >= 1.0:
+            return middle
+        return math.floor(round(share * (middle // self.block_tokens), 6) + 0.5) * self.block_tokens
+
+    def held_tokens(self, processed: int, prompt_tokens: int, share: float = 0.0) -> int:
+        """Tokens that a head of a budget holds when ``processed`` tokens are and the next one comes."""
+        if share >= 1.0:
+            return processed
+        kept = self.kept_tokens(share, prompt_tokens) if share else 0
+        return processed - self.middle_tokens(processed, prompt_tokens) + kept

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from kvprofile import checkpoint
 from kvprofile.budget import store
+from kvprofile.budget.choice import require_kind
 from kvprofile.budget.profile import PRESETS
 from kvprofile.budget.trim import DEFAULT_WINDOW
 from kvprofile.cli import quality_table
@@ -38,7 +39,13 @@ def evaluate(
         list[float] | None,
         typer.Option(help="Retention to measure; repeatable; 0.9, 0.7, 0.5 and 0.3 unless given.", min=0, max=1),
     ] = None,
-    statistic: Annotated[str | None, typer.Option(help="Rank heads by this statistic of the files.")] = None,
+    kind: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="whole or graded heads; repeatable, to compare them; graded unless given, where the file has a probe."
+        ),
+    ] = None,
+    statistic: Annotated[str | None, typer.Option(help="Rank whole heads by this statistic of the files.")] = None,
     tasks: Annotated[
         list[str] | None,
         typer.Option(
@@ -80,8 +87,18 @@ def evaluate(
     ] = False,
     random_seeds: Annotated[int, typer.Option(help="Random choices of heads at each retention.")] = 3,
     controls: Annotated[
-        bool, typer.Option("--controls/--no-controls", help="Measure random, inverted, uniform and no full heads too.")
+        bool,
+        typer.Option(
+            "--controls/--no-controls",
+            help="Measure controls too: random, inverted, uniform and no full heads, or other tokens and counts.",
+        ),
     ] = True,
+    own_scores: Annotated[
+        bool,
+        typer.Option(
+            "--own-scores", help="Graded: also keep the tokens that each context's own scores choose, as a ceiling."
+        ),
+    ] = False,
     seed: Annotated[int, typer.Option(help="Seed of contexts and random heads.")] = 0,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
@@ -121,6 +138,7 @@ def evaluate(
         seed=seed,
         batch=batch,
         generate=generate,
+        own_scores=own_scores,
         columns=Columns() if columns is None else Columns.parse(columns),
     )
     if plot is not None:
@@ -129,7 +147,7 @@ def evaluate(
     from kvprofile.evaluate import evaluation  # torch: seconds that wrong usage need not wait
 
     source = checkpoint.locate(model, revision, trust_remote_code)
-    under_test = _contenders(profile or [_default_profile(source.name, model)], statistic)
+    under_test = _contenders(profile or [_default_profile(source.name, model)], statistic, kind)
     description = checkpoint.describe(source, trust_remote_code)
     tokenizer = checkpoint.load_tokenizer(source, trust_remote_code)
     planned = evaluation.plan(description, tokenizer, under_test, options)
@@ -158,8 +176,10 @@ def _default_profile(name: str, model: str) -> str:
     return str(path)
 
 
-def _contenders(references: list[str], statistic: str | None) -> list[Contender]:
-    return contenders([(resolve_profile(each), load_profile(each)) for each in references], statistic)
+def _contenders(references: list[str], statistic: str | None, kinds: list[str] | None) -> list[Contender]:
+    for kind in kinds or ():
+        require_kind(kind)
+    return contenders([(resolve_profile(each), load_profile(each)) for each in references], statistic, kinds)
 
 
 def _announce(planned: EvaluationPlan, reasons: tuple[str, ...]) -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvprofile import __version__
 from kvprofile.budget import store
+from kvprofile.budget.probe import Probe
+from kvprofile.budget.probe import load as load_probe
 from kvprofile.budget.trim import TrimRule
 from kvprofile.checkpoint import Description, Placement, describe, identity, load_model, load_tokenizer, locate, place
 from kvprofile.errors import InputError
@@ -20,8 +22,20 @@ from kvprofile.evaluate.encoding import Asked, Wording, wording
 from kvprofile.evaluate.item_store import Item, ItemStore
 from kvprofile.evaluate.measurer import Measurer
 from kvprofile.evaluate.options import EvaluationOptions
+from kvprofile.evaluate.own_scores import own_scores
 from kvprofile.evaluate.simulate import simulating
 from kvprofile.evaluate.summary import Results, summarise
+from kvprofile.evaluate.token_choice import (
+    KEY_NORMS,
+    OWN_SCORES,
+    PROBE,
+    ANY_TOKENS,
+    REVERSED,
+    AtRandom,
+    ByKeyNorm,
+    ByProbe,
+    TokenChoice,
+)
 from kvprofile.evaluate.variants import Contender, Variant, build
 from kvprofile.files import sha256_of
 from kvprofile.progress import Progress, Silent
@@ -30,7 +44,7 @@ from kvprofile.questions.tasks import TASKS, Question
 from kvprofile.scoring.prompts import OPEN_THOUGHT_NOTE
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 OUTPUT_DIR = Path("runs/evaluate")
 SUMMARY_VERSION = 2
@@ -51,6 +65,7 @@ class EvaluationPlan:
     options: EvaluationOptions
     warnings: tuple[str, ...]
     told: tuple[str, ...] = ()
+    probes: Mapping[str, Probe] = field(default_factory=dict)
 
     @property
     def cache_tokens(self) -> int:
@@ -95,7 +110,10 @@ def plan(
         controls=options.controls,
         random_seeds=options.random_seeds,
         seed=options.seed,
+        own_scores=options.own_scores,
     )
+    if any(variant.tokens for variant in variants) and not rule.anchored:
+        raise InputError("graded budgets need a window that stays: leave out --window sliding, or ask for --kind whole")
     words = wording(tokenizer, description.config, description.source.folder)
     warnings = [*description.notes, *_profile_warnings(description, contenders)]
     if words.frame.leaves_thought_open:
@@ -109,8 +127,9 @@ def plan(
         warnings += found.warnings
         told += found.told
     made = EvaluationPlan(
-        description, tokenizer, words, rule, tuple(contenders), tuple(variants), tuple(asked), options, (), tuple(told)
-    )
+        description, tokenizer, words, rule, tuple(contenders), tuple(variants), tuple(asked), options, (), tuple(told),
+        {each.label: load_probe(each.probe, each.profile) for each in contenders if each.probe is not None},
+    )  # fmt: skip
     _check(made)
     return replace(made, warnings=(*warnings, *_length_warnings(made)))
 
@@ -176,7 +195,8 @@ def run_key(planned: EvaluationPlan, placement: Placement) -> str:
         "rule": asdict(planned.rule),
         "generate": planned.options.generate,
         "words": [planned.words.end_ids, planned.words.next_ids, sorted(planned.words.stop_ids)],
-        "variants": [(variant.key, variant.heads) for variant in planned.variants],
+        "variants": [(variant.key, variant.budget) for variant in planned.variants],
+        "probes": [each.profile.probe and each.profile.probe.sha256 for each in planned.contenders if each.probe],
         "exercises": [
             (asked.name, asked.exercise.answered, asked.context_ids, [asdict(row) for row in asked.rows])
             for asked in planned.asked
@@ -192,11 +212,13 @@ def _measure(
     planned: EvaluationPlan, placement: Placement, kept: ItemStore, left: Sequence[Asked], progress: Progress
 ) -> None:
     """Ask what is left, and write each exercise's items as soon as they are known."""
-    budgets = {variant.budget: variant.heads for variant in planned.variants}
+    budgets = {variant.budget: variant for variant in planned.variants}
     order = {budget: number for number, budget in enumerate(budgets)}
     model = load_model(planned.description, placement)
     progress.start(sum(len(asked.context_ids) + len(budgets) * asked.read_tokens for asked in left))
     with simulating(model, planned.description.geometry, planned.variants[0].heads, planned.rule) as simulation:
+        choose = _choices(planned, model)
+        chosen = [(variant.heads, choose(variant)) for variant in budgets.values()]
         measurer = Measurer(
             simulation,
             planned.tokenizer,
@@ -206,7 +228,7 @@ def _measure(
             planned.options.generate,
         )
         for asked in left:
-            outcomes = measurer.measure(asked, list(budgets.values()))
+            outcomes = measurer.measure(asked, chosen)
             kept.append(
                 [
                     Item(
@@ -226,6 +248,24 @@ def _measure(
             )
 
 
+def _choices(planned: EvaluationPlan, model: PreTrainedModel) -> Callable[[Variant], TokenChoice | None]:
+    """How the variants choose tokens; those that choose alike share one choice."""
+    probes = {label: ByProbe(probe) for label, probe in planned.probes.items()}
+    norms = ByKeyNorm()
+    own = own_scores(model, planned.description.geometry, planned.words.frame, planned.description.max_positions)
+
+    def choice(variant: Variant) -> TokenChoice | None:
+        if variant.tokens == PROBE:
+            return probes[variant.probe or ""]
+        if variant.tokens == REVERSED:
+            return ByProbe(probes[variant.probe or ""].probe, reversed=True)
+        if variant.tokens == ANY_TOKENS:
+            return AtRandom(variant.seed or 0)
+        return {KEY_NORMS: norms, OWN_SCORES: own, None: None}[variant.tokens]
+
+    return choice
+
+
 def _facts(planned: EvaluationPlan, placement: Placement) -> dict[str, Any]:
     """What was evaluated and how, without anything that names a machine."""
     settings = {
@@ -241,6 +281,7 @@ def _facts(planned: EvaluationPlan, placement: Placement) -> dict[str, Any]:
         "profiles": [
             {
                 "label": contender.label,
+                "kind": contender.kind,
                 "model": contender.profile.model.name,
                 "method": contender.profile.scoring.method,
                 "statistic": contender.statistic or contender.profile.scoring.statistic,

@@ -33,6 +33,25 @@ class Span:
         keys, values = (tensor[:, :, first : max(first, last)].clone() for tensor in (self.keys, self.values))
         return Span(keys, values, self.first + first)
 
+    def between(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [heads, stop - start, D] of its first row at positions [start, stop)."""
+        here = slice(start - self.first, stop - self.first)
+        return self.keys[0, :, here], self.values[0, :, here]
+
+    def picked(self, heads: torch.Tensor, places: torch.Tensor, start: int, stop: int) -> Span:
+        """A copy of what some heads hold before ``start``, at ``places`` [heads, k] in between, and from ``stop`` on.
+
+        It counts as beginning where the span does: what it holds is earlier than any token that reads it, and keys
+        carry their positions.
+        """
+        pieces = []
+        for tensor in (self.keys, self.values):
+            mine = tensor[:, heads]
+            index = (places - self.first).to(tensor.device)[None, :, :, None].expand(-1, -1, -1, tensor.shape[-1])
+            ends = mine[:, :, : start - self.first], mine[:, :, stop - self.first :]
+            pieces.append(torch.cat([ends[0], mine.gather(2, index), ends[1]], 2))
+        return Span(pieces[0], pieces[1], self.first)
+
 
 class Growing:
     """Keys and values [B, heads, capacity, D] of a branch's own tokens; slot j holds position ``first + j``."""

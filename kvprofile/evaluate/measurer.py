@@ -24,6 +24,7 @@ from kvprofile.evaluate.branch import Branch
 from kvprofile.evaluate.encoding import SPARE_TOKENS, Asked, AskedRow, Reference, Wording
 from kvprofile.evaluate.item_store import SPANS, AnswerSpan
 from kvprofile.evaluate.simulate import Simulation
+from kvprofile.evaluate.token_choice import TokenChoice
 from kvprofile.questions.judge import is_right, score
 
 SLICE_LOGITS = 32 * 2**20
@@ -96,6 +97,9 @@ class _Reading:
         return len(right) if all(right) else right.index(False)
 
 
+Budget: TypeAlias = tuple[Matrix, TokenChoice | None]
+"""Shares [L][G] of heads, and how those that keep a part choose their tokens."""
+
 _Read: TypeAlias = tuple[int, int, _Reading, _Reading]
 """(number of the budget, row of the branch, its reading of an answer, the full cache's reading of it)."""
 
@@ -129,18 +133,21 @@ class Measurer:
         self.simulation, self.tokenizer, self.words, self.batch = simulation, tokenizer, words, batch
         self.advance, self.generate = advance, generate
 
-    def measure(self, asked: Asked, budgets: Sequence[Matrix]) -> list[list[QuestionOutcome]]:
+    def measure(self, asked: Asked, budgets: Sequence[Budget]) -> list[list[QuestionOutcome]]:
         """[budget][question]; the first budget is the full cache. Raises InputError where a probability is NaN.
 
-        ``advance`` is told the tokens read, but not those generated.
+        ``advance`` is told the tokens read, but not those generated, nor those that a choice of tokens reads.
         """
         simulation = self.simulation
+        for choice in {id(choice): choice for _, choice in budgets if choice and choice.reads_context}.values():
+            choice.read(asked.context_ids)
         simulation.prefill(asked.context_ids)
         self.advance(len(asked.context_ids))
         found: list[dict[int, QuestionOutcome]] = [{} for _ in budgets]
         rows = sorted(asked.rows, key=lambda row: -len(row.ids))  # rows of like length need little padding
         for part, chosen in enumerate(_with_first(len(budgets), max(2, self.batch))):
-            simulation.trim_each([budgets[number] for number in chosen])
+            heads, choices = zip(*(budgets[number] for number in chosen), strict=True)
+            simulation.trim_each(heads, choices=choices)
             shares = {each: simulation.nbytes(n) / simulation.nbytes(0) for n, each in enumerate(chosen)}
             for together in _batches(rows, max(1, self.batch // len(chosen))):
                 branch, read = self._read(together, chosen, whole=self.generate and asked.exercise.answered)

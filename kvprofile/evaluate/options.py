@@ -37,6 +37,7 @@ class EvaluationOptions:
     seed: int = 0
     batch: int = 64
     generate: bool = False
+    own_scores: bool = False
     columns: Columns = field(default_factory=Columns)
 
     def __post_init__(self) -> None:

@@ -25,6 +25,7 @@ from kvprofile.errors import InputError
 from kvprofile.evaluate.branch import Branch
 from kvprofile.evaluate.collecting import CollectingCache
 from kvprofile.evaluate.held import HeldHeads, Span, joined
+from kvprofile.evaluate.token_choice import CachedTokens, TokenChoice
 from kvprofile.scoring import kernels
 from kvprofile.scoring.attention import routed
 from kvprofile.scoring.kernels import Visible
@@ -35,17 +36,28 @@ MASKED_TOKENS = 256
 """Tokens of its own up to which a branch masks what a row cannot see, which costs less than two parts to merge."""
 
 
+FULL, TRIMMED, SOME = "full", "trimmed", "some"
+"""What becomes of the tokens between sinks and window in a head: all, none, or some of them stay."""
+
 _current: list[Simulation] = []
 
 
 class Simulation:
     """A model whose KV heads keep what a budget gives them. Use inside :func:`simulating`.
 
-    ``heads`` is a budget [L][G]: 1.0 keeps the whole context, 0.0 sinks and window, None a layer without a budget: one
-    that slides anyway, or has no cache.
+    ``heads`` is a budget [L][G]: 1.0 keeps the whole context, 0.0 sinks and window, a share between them so much of
+    what is between sinks and window, the tokens that ``choice`` scores highest; None a layer without a budget: one that
+    slides anyway, or has no cache.
     """
 
-    def __init__(self, model: PreTrainedModel, geometry: Geometry, heads: Matrix, rule: TrimRule) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        geometry: Geometry,
+        heads: Matrix,
+        rule: TrimRule,
+        choice: TokenChoice | None = None,
+    ) -> None:
         self.model, self.geometry, self.rule = model, geometry, rule
         self.window = getattr(model.config, "sliding_window", None)
         self.device = model.get_input_embeddings().weight.device
@@ -58,23 +70,26 @@ class Simulation:
         self.prefilled: list[list[Span]] = []
         self.layers: list[list[HeldHeads]] = []
         self.budgets = 1
-        self.set_heads(heads)
+        self.set_heads(heads, choice)
 
-    def set_heads(self, heads: Matrix) -> None:
+    def set_heads(self, heads: Matrix, choice: TokenChoice | None = None) -> None:
         """Use another budget [L][G] from the next :meth:`trim` on.
 
-        Raises ValueError for another shape, InputError for budgets other than 0, 1 and None.
+        Raises ValueError for another shape, InputError for a share of a head without a choice of tokens, or under a
+        window that slides.
         """
-        self._check(heads)
-        self.heads = heads
+        self._check(heads, choice)
+        self.heads, self.choice = heads, choice
 
-    def _check(self, heads: Matrix) -> None:
+    def _check(self, heads: Matrix, choice: TokenChoice | None) -> None:
         geometry = self.geometry
         if len(heads) != geometry.layers or any(len(row) != geometry.kv_heads for row in heads):
             raise ValueError(f"the budget is not {geometry.layers} x {geometry.kv_heads}")
         graded = [value for row in heads for value in row if value not in (0.0, 1.0, None)]
-        if graded:
-            raise InputError(f"a head has budget {graded[0]:g}; the runtime knows 1 (full) and 0 (sinks and window)")
+        if graded and choice is None:
+            raise InputError(f"a head has budget {graded[0]:g}, and nothing says which tokens those are")
+        if graded and not self.rule.anchored:
+            raise InputError("graded budgets need a window that stays: leave out --window sliding")
 
     @torch.inference_mode()
     def prefill(self, ids: Sequence[int]) -> torch.Tensor:
@@ -97,37 +112,48 @@ class Simulation:
         self.cache.keep_states()
         return logits[0, -1].float()
 
-    def trim(self, heads: Matrix | None = None, prompt_tokens: int | None = None) -> None:
+    def trim(
+        self, heads: Matrix | None = None, prompt_tokens: int | None = None, choice: TokenChoice | None = None
+    ) -> None:
         """Keep what the budget gives every head of the prefilled context, and free the rest.
 
-        With ``heads`` the budget changes first; the untrimmed context stays until :meth:`forget_context`, so several
-        budgets can be tried on one prefill. ``prompt_tokens`` and errors as for :meth:`trim_each`.
+        With ``heads`` budget and choice change first; the untrimmed context stays until :meth:`forget_context`, so
+        several budgets can be tried on one prefill. ``prompt_tokens`` and errors as for :meth:`trim_each`.
         """
         if heads is not None:
-            self.set_heads(heads)
-        self.trim_each([self.heads], prompt_tokens)
+            self.set_heads(heads, choice)
+        self.trim_each([self.heads], prompt_tokens, [self.choice])
 
-    def trim_each(self, budgets: Sequence[Matrix], prompt_tokens: int | None = None) -> None:
+    def trim_each(
+        self,
+        budgets: Sequence[Matrix],
+        prompt_tokens: int | None = None,
+        choices: Sequence[TokenChoice | None] | None = None,
+    ) -> None:
         """Keep what each of several budgets gives every head, for branches that run under all of them side by side.
 
-        ``prompt_tokens`` is where the prompt ended, if generated tokens were read with it, as those of a preempted
-        request are. Raises ValueError where no context is held, and as :meth:`set_heads`.
+        ``choices`` say, for each budget, which tokens those heads keep that keep some. ``prompt_tokens`` is where the
+        prompt ended, if generated tokens were read with it, as those of a preempted request are. Raises ValueError
+        where no context is held, and as :meth:`set_heads`.
         """
-        for heads in budgets:
-            self._check(heads)
+        choices = choices or [None] * len(budgets)
+        for heads, choice in zip(budgets, choices, strict=True):
+            self._check(heads, choice)
         if not self.prefilled:
             raise ValueError("nothing is prefilled")
         self.budgets = len(budgets)
         self.prompt_tokens = self.length if prompt_tokens is None else prompt_tokens
         self.layers = [
-            self._trimmed(layer, [heads[layer] for heads in budgets]) for layer in range(self.geometry.layers)
+            self._trimmed(layer, [heads[layer] for heads in budgets], choices) for layer in range(self.geometry.layers)
         ]
 
     def forget_context(self) -> None:
         """Free the untrimmed context: from here on only what the budget keeps is held."""
         self.prefilled = []
 
-    def _trimmed(self, layer: int, rows: Sequence[Sequence[float | None]]) -> list[HeldHeads]:
+    def _trimmed(
+        self, layer: int, rows: Sequence[Sequence[float | None]], choices: Sequence[TokenChoice | None]
+    ) -> list[HeldHeads]:
         """What a layer's heads keep, ``rows`` being what each budget gives them."""
         if not self.prefilled[layer]:  # the layer has no cache
             return []
@@ -138,19 +164,41 @@ class Simulation:
             first = max(0, self.length - (self.window or self.length) + 1)
             first_seen = self._first_of_window if self.window else None
             return [HeldHeads(*self._numbers(every), self._sliding, [whole.cut(first, self.length)], first_seen)]
-        # in the others, heads that are full under the same budgets stay together: first as full heads, then as trimmed
-        alike: dict[tuple[bool, ...], list[int]] = {}
+        # in the others, a head keeps all of the middle, none of it, or so many tokens
+        middle = self.rule.middle_tokens(self.length, self.prompt_tokens)
+        kept = [[self.rule.kept_tokens(share or 0.0, self.prompt_tokens) for share in row] for row in rows]
+        fates = [
+            [FULL if share == 1.0 else TRIMMED if not count else SOME for share, count in zip(*pair, strict=True)]
+            for pair in zip(rows, kept, strict=True)
+        ]
+        # heads that are full under the same budgets stay together: first as full heads, then as trimmed
+        alike: dict[tuple[str, ...], list[int]] = {}
         for head in range(self.geometry.kv_heads):
-            alike.setdefault(tuple(row[head] == 1.0 for row in rows), []).append(head)
+            alike.setdefault(tuple(row[head] for row in fates), []).append(head)
         groups = []
-        for full in (True, False):
+        for fate in (FULL, TRIMMED):
             for pattern, heads in alike.items():
-                budgets = tuple(number for number, is_full in enumerate(pattern) if is_full == full)
+                budgets = tuple(number for number, mine in enumerate(pattern) if mine == fate)
                 if budgets:
                     index, queries = self._numbers(heads)
-                    held = self._kept(whole, index, full)
+                    held = self._kept(whole, index, fate == FULL)
                     which = None if len(budgets) == len(rows) else budgets
-                    groups.append(HeldHeads(index, queries, *self._rule_of(full, held), which))
+                    groups.append(HeldHeads(index, queries, *self._rule_of(fate == FULL, held), which))
+        # heads of one budget that keep equally many tokens stay together
+        for number, choice in enumerate(choices):
+            counts = {count for count, fate in zip(kept[number], fates[number], strict=True) if fate == SOME}
+            if not counts or choice is None:
+                continue
+            first = self.rule.sink_end
+            found = choice.scores(CachedTokens(layer, *whole.between(first, first + middle), first))
+            order = found.sort(dim=-1, descending=True, stable=True).indices
+            for count in sorted(counts):
+                heads = [h for h, fate in enumerate(fates[number]) if fate == SOME and kept[number][h] == count]
+                index, queries = self._numbers(heads)
+                places = (first + order[index, :count]).sort(-1).values
+                held = [whole.picked(index, places, first, first + middle)]
+                which = None if len(rows) == 1 else (number,)
+                groups.append(HeldHeads(index, queries, self._everything_held, held, None, which))
         return groups
 
     def _rule_of(self, full: bool, held: list[Span]) -> tuple[Visible | None, list[Span], Callable[[int], int] | None]:
@@ -338,14 +386,16 @@ class _Options:
 
 
 @contextmanager
-def simulating(model: PreTrainedModel, geometry: Geometry, heads: Matrix, rule: TrimRule) -> Iterator[Simulation]:
+def simulating(
+    model: PreTrainedModel, geometry: Geometry, heads: Matrix, rule: TrimRule, choice: TokenChoice | None = None
+) -> Iterator[Simulation]:
     """Route a model's attention through a simulation, and put everything back afterwards.
 
     Not re-entrant, and one model at a time, because transformers' registry is global: raises RuntimeError for another.
     """
     if _current:
         raise RuntimeError("a model is being simulated already in this process")
-    simulation = Simulation(model, geometry, heads, rule)
+    simulation = Simulation(model, geometry, heads, rule, choice)
     _current.append(simulation)
     try:
         with routed(model, NAME, _attention):

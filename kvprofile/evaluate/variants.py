@@ -1,7 +1,9 @@
 """Which budgets are compared: the full cache, the profiles, and the controls that say what a ranking is worth.
 
-A variant is a name, a retention and the heads it keeps full. Controls keep exactly as many heads full as the first
-profile does. How variants are measured is not decided here.
+A variant is a name, a retention, the share of the context that each head keeps and, where heads keep a part of it, how
+tokens are chosen. Controls of whole heads keep exactly as many heads full as the first profile does; controls of graded
+heads keep its shares and choose other tokens, or choose its tokens with shares that are not its own. How variants are
+measured is not decided here.
 """
 
 from __future__ import annotations
@@ -12,21 +14,42 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvprofile.budget.allocate import Place, ranking
-from kvprofile.budget.choice import choose_whole, has_scores, ranking_scores, require_scores, tie_breaks
+from kvprofile.budget.choice import (
+    GRADED,
+    WHOLE,
+    choose,
+    choose_whole,
+    default_kind,
+    has_scores,
+    ranking_scores,
+    require_scores,
+    tie_breaks,
+)
+from kvprofile.budget.probe import path_of as probe_path
 from kvprofile.budget.profile import Geometry, Matrix, Profile
 from kvprofile.errors import InputError, plain
+from kvprofile.evaluate.token_choice import KEY_NORMS, OWN_SCORES, PROBE, ANY_TOKENS, REVERSED
 
 FULL, STREAMING, RANDOM, INVERTED, UNIFORM, PROFILE = "full", "streaming", "random", "inverted", "uniform", "profile"
+SHUFFLED, EQUAL = "shuffled", "equal"
 CONTROLS = (RANDOM, INVERTED, UNIFORM, STREAMING)
+"""Of whole heads."""
+
+GRADED_CONTROLS = (ANY_TOKENS, REVERSED, KEY_NORMS, SHUFFLED, EQUAL)
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A profile under test, the label it has in tables, and the statistic that ranks its heads (None: its own)."""
+    """A profile under test, the label it has in tables, and the statistic that ranks its heads (None: its own).
+
+    ``probe`` is the file of the probe, which graded budgets need.
+    """
 
     label: str
     profile: Profile
     statistic: str | None = None
+    kind: str = WHOLE
+    probe: Path | None = None
 
     def order(self) -> list[Place]:
         """Profiled heads, most important first. Raises InputError where the profile lacks scores or the statistic."""
@@ -35,19 +58,26 @@ class Contender:
         return ranking(ranking_scores(self.profile, name), tie_breaks(self.profile, name))
 
     def heads(self, retention: float) -> Matrix:
-        """Whole heads [L][G] at a retention. Raises InputError as ``choice.choose_whole``."""
+        """Shares [L][G] of its kind at a retention. Raises InputError as ``choice.choose``."""
+        if self.kind == GRADED:
+            return choose(self.profile, retention, kind=GRADED).heads
         return choose_whole(self.profile, retention, statistic=self.statistic).heads
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A budget to measure. ``name`` is a contender's label or the kind of a control; ``seed`` only of random heads."""
+    """A budget to measure. ``name`` is a contender's label or the kind of a control; ``seed`` only of random ones.
+
+    ``tokens`` says how graded heads choose theirs (``token_choice.CHOICES``), ``probe`` whose probe, by its label.
+    """
 
     name: str
     kind: str
     retention: float | None
     heads: Matrix
     seed: int | None = None
+    tokens: str | None = None
+    probe: str | None = None
 
     @property
     def row(self) -> str:
@@ -65,19 +95,31 @@ class Variant:
         return sum(value == 1.0 for row in self.heads for value in row)
 
     @property
-    def budget(self) -> tuple[tuple[float | None, ...], ...]:
-        """The heads in a form that can be compared and hashed."""
-        return tuple(tuple(row) for row in self.heads)
+    def budget(self) -> tuple[object, ...]:
+        """What decides which tokens are kept, in a form that can be compared and hashed."""
+        seed = self.seed if self.tokens == ANY_TOKENS else None
+        return (self.tokens, self.probe, seed, *(tuple(row) for row in self.heads))
 
 
-def contenders(found: Sequence[tuple[Path, Profile]], statistic: str | None = None) -> list[Contender]:
-    """Label profiles by their scoring method or, where that names no single one, by their files; then by number."""
-    reserved = {FULL, *CONTROLS}
+def contenders(
+    found: Sequence[tuple[Path, Profile]], statistic: str | None = None, kinds: Sequence[str] | None = None
+) -> list[Contender]:
+    """Label profiles by their scoring method or, where that names no single one, by their files; then by number.
+
+    Each profile is there once for each of ``kinds``: its default one unless given. Where graded budgets are asked of
+    several profiles, or next to whole ones, their labels say so.
+    """
+    reserved = {FULL, *CONTROLS, *GRADED_CONTROLS, OWN_SCORES, GRADED}
     methods = [profile.scoring.method for _, profile in found]
     stems = [plain(path.stem) for path, _ in found]
     numbered = [f"{stem} {number}" for number, stem in enumerate(stems, 1)]
     choices = (names for names in (methods, stems, numbered) if len({*names} - reserved) == len(found))
-    return [Contender(label, profile, statistic) for label, (_, profile) in zip(next(choices), found, strict=True)]
+    made = []
+    for label, (path, profile) in zip(next(choices), found, strict=True):
+        for kind in dict.fromkeys(kinds or [WHOLE if statistic else default_kind(profile)]):
+            own = label if kind == WHOLE else GRADED if len(found) == 1 else f"{label} {GRADED}"
+            made.append(Contender(own, profile, statistic, kind, probe_path(path) if kind == GRADED else None))
+    return made
 
 
 def build(
@@ -88,10 +130,12 @@ def build(
     controls: bool = True,
     random_seeds: int = 3,
     seed: int = 0,
+    own_scores: bool = False,
 ) -> list[Variant]:
-    """All variants, the full cache first. Inverted and uniform heads are those of the first contender, if it ranks.
+    """All variants, the full cache first. Controls are made from the first contender of each kind.
 
-    Raises InputError for a profile of another geometry, without scores where they are needed, or with graded budgets.
+    With ``own_scores`` there is a ceiling for graded heads too: the tokens that KVzip's scores of the very context
+    choose. Raises InputError for a profile of another geometry, or without what its kind of budget needs.
     """
     for contender in under_test:
         if contender.profile.model.geometry != geometry:
@@ -102,6 +146,8 @@ def build(
             )
     profiled = set(geometry.profiled_layers)
     places = [(layer, head) for layer in sorted(profiled) for head in range(geometry.kv_heads)]
+    whole = next((each for each in under_test if each.kind == WHOLE), None)
+    graded = next((each for each in under_test if each.kind == GRADED), None)
 
     def keep(full: Sequence[Place]) -> Matrix:
         chosen = set(full)
@@ -112,19 +158,51 @@ def build(
 
     found = [Variant(FULL, FULL, None, keep(places))]
     for retention in sorted({round(each, 6) for each in retentions}, reverse=True):
-        at = [Variant(each.label, PROFILE, retention, each.heads(retention)) for each in under_test]
-        found += at
-        if not controls:
-            continue
-        count = at[0].full_heads
-        for number in range(random_seeds):
-            found.append(Variant(RANDOM, RANDOM, retention, keep(_shuffled(places, seed, number)[:count]), number))
-        if has_scores(under_test[0].profile):
-            order = under_test[0].order()
-            found.append(Variant(INVERTED, INVERTED, retention, keep(order[::-1][:count])))
-            found.append(Variant(UNIFORM, UNIFORM, retention, keep(_evenly(order)[:count])))
+        found += [
+            Variant(each.label, PROFILE, retention, each.heads(retention), None, *_tokens_of(each))
+            for each in under_test
+        ]
+        if controls and whole is not None:
+            count = sum(value == 1.0 for row in whole.heads(retention) for value in row)
+            for number in range(random_seeds):
+                found.append(Variant(RANDOM, RANDOM, retention, keep(_shuffled(places, seed, number)[:count]), number))
+            if has_scores(whole.profile):
+                order = whole.order()
+                found.append(Variant(INVERTED, INVERTED, retention, keep(order[::-1][:count])))
+                found.append(Variant(UNIFORM, UNIFORM, retention, keep(_evenly(order)[:count])))
+        if graded is not None:
+            found += _graded_controls(graded, retention, random_seeds if controls else 0, seed, own_scores, controls)
     if controls:
         found.append(Variant(STREAMING, STREAMING, None, keep(())))
+    return found
+
+
+def _tokens_of(contender: Contender) -> tuple[str | None, str | None]:
+    return (PROBE, contender.label) if contender.kind == GRADED else (None, None)
+
+
+def _graded_controls(
+    graded: Contender, retention: float, random_seeds: int, seed: int, own_scores: bool, controls: bool
+) -> list[Variant]:
+    """Its shares with other tokens, and its tokens with other shares."""
+    heads, label = graded.heads(retention), graded.label
+    found = [
+        Variant(ANY_TOKENS, ANY_TOKENS, retention, heads, number, ANY_TOKENS) for number in range(random_seeds)
+    ]
+    if controls:
+        kept = [value for row in heads for value in row if value is not None]
+        mixed = iter(random.Random(f"shuffled counts:{seed}").sample(kept, len(kept)))
+        level = sum(kept) / len(kept)
+        shuffled = [[None if value is None else next(mixed) for value in row] for row in heads]
+        equal = [[None if value is None else level for value in row] for row in heads]
+        found += [
+            Variant(REVERSED, REVERSED, retention, heads, None, REVERSED, label),
+            Variant(KEY_NORMS, KEY_NORMS, retention, heads, None, KEY_NORMS),
+            Variant(SHUFFLED, SHUFFLED, retention, shuffled, None, PROBE, label),
+            Variant(EQUAL, EQUAL, retention, equal, None, PROBE, label),
+        ]
+    if own_scores:
+        found.append(Variant(OWN_SCORES, OWN_SCORES, retention, heads, None, OWN_SCORES))
     return found
 
 

@@ -37,12 +37,8 @@ class HeadStatistics:
     @classmethod
     def of(cls, token_scores: torch.Tensor) -> HeadStatistics:
         """Statistics of token scores [L', G, m]."""
-        layers, heads, positions = token_scores.shape
-        steps = token_scores.double().clamp_min(SMALLEST).log() / -math.log(SMALLEST) + 1.0
-        bins = (steps * BINS).long().clamp_(0, BINS - 1)
-        flat = torch.arange(layers * heads)[:, None] * BINS + bins.view(layers * heads, positions)
-        histogram = torch.bincount(flat.flatten(), minlength=layers * heads * BINS).view(layers, heads, BINS)
-        return cls(token_scores.amax(-1), token_scores.double().sum(-1), histogram.int(), positions)
+        positions = token_scores.shape[-1]
+        return cls(token_scores.amax(-1), token_scores.double().sum(-1), histogram(token_scores), positions)
 
     def __add__(self, other: HeadStatistics) -> HeadStatistics:
         return HeadStatistics(
@@ -62,6 +58,15 @@ class HeadStatistics:
         index = reached.double().argmax(-1)
         middle = torch.exp(((index + 0.5) / BINS - 1.0) * -math.log(SMALLEST))
         return torch.minimum(middle, self.maximum.double())
+
+
+def histogram(token_scores: torch.Tensor) -> torch.Tensor:
+    """How many token scores [L', G, m] of each head fall into each bin: [L', G, BINS] int32."""
+    layers, heads, positions = token_scores.shape
+    steps = token_scores.double().clamp_min(SMALLEST).log() / -math.log(SMALLEST) + 1.0
+    bins = (steps * BINS).long().clamp_(0, BINS - 1)
+    flat = torch.arange(layers * heads)[:, None] * BINS + bins.reshape(layers * heads, positions)
+    return torch.bincount(flat.flatten(), minlength=layers * heads * BINS).view(layers, heads, BINS).int()
 
 
 def merge_documents(

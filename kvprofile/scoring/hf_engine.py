@@ -93,7 +93,9 @@ def _score_chunks(plan: ScoringPlan, scorer: Scorer, store: ChunkStore, keep_tok
         if stopping and not by_document and any(stopping.add(store.chunk_statistics(index, chunk)) for chunk in done):
             return True
         for scored in scorer.score(plan.documents[index], set(done), plan.wanted(index)):
-            store.save(index, scored.chunk.index, scored.token_scores, keep_token_scores)
+            middle = plan.middle(index, scored.chunk.start, scored.chunk.stop)
+            states = scorer.states(scored.chunk, middle)
+            store.save(index, scored.chunk.index, scored.token_scores, keep_token_scores, middle, states)
             if stopping and not by_document and stopping.add(store.chunk_statistics(index, scored.chunk.index)):
                 return True
         if stopping and by_document and stopping.add(store.statistics(index)):

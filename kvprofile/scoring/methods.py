@@ -23,6 +23,11 @@ class Method:
     summary: str
 
     @property
+    def token_score(self) -> str:
+        """What the method's token scores are, to which the probe is fitted."""
+        return "KVzip score"
+
+    @property
     def loss_aware(self) -> bool:
         """Whether it differentiates or measures the reconstruction loss."""
         return self.statistic == "loss"

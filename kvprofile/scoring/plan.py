@@ -83,6 +83,15 @@ class ScoringPlan:
         """Indices of the chunks of a document that are to be repeated."""
         return self.options.effort.chunks(self.chunk_count(document), self.options.seed, document)
 
+    def middle(self, document: int, start: int = 0, stop: int | None = None) -> slice:
+        """Which of a document's context tokens [start, stop), counted from start, lie between sinks and window."""
+        found = self.documents[document]
+        length = len(found.context_ids)
+        last = length if stop is None else stop
+        first = max(start, self.options.sink_tokens - len(found.prefix_ids))
+        end = min(last, length - self.options.recent_tokens)
+        return slice(min(first, last) - start, max(min(first, last), end) - start)
+
     @property
     def positions(self) -> int:
         """Positions that the longest forward pass reaches."""

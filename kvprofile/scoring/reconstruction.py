@@ -89,6 +89,14 @@ class Scorer:
         for chunk in waiting:
             yield ChunkScores(chunk, self._repeat(chunk, len(ids)))
 
+    def states(self, chunk: Chunk, tokens: slice) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values [G, k, D] of some of the last scored chunk's tokens in each profiled layer, as cached."""
+        first = self.recorder.prefix_tokens + chunk.start
+        here = slice(first + tokens.start, first + tokens.stop)
+        for layer in self.recorder.geometry.profiled_layers:
+            held = self.cache.layers[layer]
+            yield held.keys[0, :, here], held.values[0, :, here]
+
     def _repeat(self, chunk: Chunk, length: int) -> torch.Tensor:
         prefix = self.recorder.prefix_tokens
         self.recorder.chunk = (prefix + chunk.start, prefix + chunk.stop)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import safetensors.torch
@@ -14,7 +14,12 @@ from safetensors import SafetensorError, safe_open
 from kvprofile import __version__
 from kvprofile.budget import store
 from kvprofile.budget.allocate import preset_budgets
+from kvprofile.budget.probe import FEATURES, Probe
+from kvprofile.budget.probe import path_of as probe_path
 from kvprofile.budget.profile import (
+    GRADED_VERSION,
+    WHOLE_VERSION,
+    ProbeRecord,
     Profile,
     Runtime,
     Scores,
@@ -30,7 +35,9 @@ from kvprofile.scoring.chunk_store import ChunkStore
 from kvprofile.scoring.engine import Engine
 from kvprofile.scoring.methods import METHODS
 from kvprofile.scoring.plan import ScoringPlan
+from kvprofile.scoring.probe_fit import FLOOR
 from kvprofile.scoring.prompts import PROMPTS_VERSION
+from kvprofile.scoring.shares import graded_budgets
 
 
 def profile(
@@ -46,7 +53,7 @@ def profile(
     stay for the next run.
     """
     keep_token_scores = save_token_scores is not None
-    chunks = ChunkStore(output, _run_key(plan, engine, keep_token_scores))
+    chunks = ChunkStore(output, _run_key(plan, engine, keep_token_scores), plan.description.geometry)
     with chunks.opened() as kept:
         if kept:
             progress.say(f"continuing: {kept} chunks are finished already")
@@ -55,13 +62,37 @@ def profile(
         attention = engine.score(plan, chunks, progress, keep_token_scores)
         if save_token_scores is not None:
             _write_token_scores(plan, chunks, save_token_scores)
-        made = _assemble(plan, engine, attention, chunks)
+        probe = _probe(plan, chunks)
+        made = _assemble(plan, engine, attention, chunks, probe)
+        if probe is not None:
+            write_atomically(probe_path(output), probe.content)
         store.save(made, output)
         chunks.discard()
     return made
 
 
-def _assemble(plan: ScoringPlan, engine: Engine, attention: str, chunks: ChunkStore) -> Profile:
+@dataclass(frozen=True)
+class _FittedProbe:
+    """The bytes of a probe's file, and what the budget file says of it."""
+
+    content: bytes
+    record: ProbeRecord
+
+
+def _probe(plan: ScoringPlan, chunks: ChunkStore) -> _FittedProbe | None:
+    """The probe, fitted to all tokens between sinks and window; None where no document is long enough to have any."""
+    if not chunks.fit.tokens:
+        return None
+    weights, r2 = chunks.fit.solve()
+    content = Probe(plan.description.geometry.profiled_layers, weights).to_bytes()
+    target = f"log({METHODS[plan.options.method].token_score} + {FLOOR:g})"
+    record = ProbeRecord(sha256=sha256_of(content), features=FEATURES, target=target, tokens=chunks.fit.tokens, r2=r2)
+    return _FittedProbe(content, record)
+
+
+def _assemble(
+    plan: ScoringPlan, engine: Engine, attention: str, chunks: ChunkStore, probe: _FittedProbe | None
+) -> Profile:
     options = plan.options
     read = [index for index in range(len(plan.documents)) if chunks.finished(index)]
     statistics = [chunks.statistics(index) for index in read]
@@ -69,8 +100,13 @@ def _assemble(plan: ScoringPlan, engine: Engine, attention: str, chunks: ChunkSt
     losses = [chunks.loss(index) for index in read]
     tokens = [len(plan.documents[index].context_ids) for index in read]
     scores: Scores = merge_documents(statistics, plan.description.geometry, losses, tokens)
+    if probe is None:
+        budgets = preset_budgets(scores, statistic)
+    else:
+        between = [chunks.middle(index) for index in read]
+        budgets = graded_budgets([one for one in between if one.any()], plan.description.geometry)
     return Profile(
-        schema_version=1,
+        schema_version=WHOLE_VERSION if probe is None else GRADED_VERSION,
         kvprofile_version=__version__,
         model=identity(plan.description, plan.tokenizer),
         scoring=Scoring(
@@ -91,7 +127,8 @@ def _assemble(plan: ScoringPlan, engine: Engine, attention: str, chunks: ChunkSt
             shortcuts=None if options.effort.exact else _shortcuts(plan, chunks),
         ),
         scores=scores,
-        budgets=preset_budgets(scores, statistic),
+        budgets=budgets,
+        probe=None if probe is None else probe.record,
         runtime=Runtime(sink_tokens=options.sink_tokens, recent_tokens=options.recent_tokens),
     )
 
@@ -164,7 +201,6 @@ def _run_key(plan: ScoringPlan, engine: Engine, keep_token_scores: bool) -> str:
     if not plan.options.effort.exact:
         facts["effort"] = asdict(plan.options.effort)
         facts["seed"] = plan.options.seed
-    if METHODS[plan.options.method].loss_aware:
-        facts["trimmed"] = (plan.options.sink_tokens, plan.options.recent_tokens)
+    facts["trimmed"] = (plan.options.sink_tokens, plan.options.recent_tokens)
     ids: Sequence[object] = [(d.name, d.prefix_ids, d.context_ids) for d in plan.documents]
     return sha256_of(json.dumps(facts, sort_keys=True).encode(), json.dumps(ids).encode())

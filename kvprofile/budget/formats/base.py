@@ -23,8 +23,8 @@ from kvprofile.budget.known_models import ModelFacts
 from kvprofile.budget.profile import (
     DEFAULT_RECENT_TOKENS,
     DEFAULT_SINK_TOKENS,
-    SCHEMA_VERSION,
     SLIDING_ATTENTION,
+    WHOLE_VERSION,
     Geometry,
     HeadBudgets,
     ImportedFrom,
@@ -231,7 +231,7 @@ def _profile(foreign: ForeignScores, model: ModelIdentity, source: ImportedFrom)
     for key, heads in (foreign.budgets or {}).items():
         budgets[key] = HeadBudgets(heads=heads, retention_realised=mean_budget(heads))
     return Profile(
-        schema_version=SCHEMA_VERSION,
+        schema_version=WHOLE_VERSION,
         kvprofile_version=__version__,
         model=model,
         scoring=Scoring(
