@@ -21,7 +21,15 @@ from kvprofile.files import read_bytes, sha256_of
 if TYPE_CHECKING:
     import torch
 
-FEATURES = "key, value, norms"
+FEATURES = "key pair norms, value, norms, position"
+"""A rotary embedding turns pairs of a key's dimensions and leaves their lengths alone, so they need no turning back."""
+
+FLOOR = 1e-4
+"""Added to scores before their logarithm: what is attended less than this is equally worthless."""
+
+SUMS = ("gram", "moment", "square", "total")
+"""What :func:`sums` gives."""
+
 SUFFIX = ".probe.safetensors"
 MAX_FILE_BYTES = 256 * 1024 * 1024
 
@@ -31,13 +39,43 @@ def path_of(budget_file: Path) -> Path:
     return budget_file.with_name(f"{budget_file.stem}{SUFFIX}")
 
 
-def features(keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Features [G, m, F] (float32) of cached tokens: keys and values [G, m, D]; the constant is the last."""
+def features(keys: torch.Tensor, values: torch.Tensor, first: int, prompt_tokens: int) -> torch.Tensor:
+    """Features [G, m, F] (float32) of cached tokens at positions ``first``.. of a prompt.
+
+    keys [G, m, D] and values [G, m, V] as the cache holds them. F is D/2 + V + 7: the lengths of (k_i, k_(i + D/2)),
+    the value, the lengths of key and value, four functions of the place in the prompt, and a constant.
+    """
     import torch
 
     keys, values = keys.float(), values.float()
-    norms = [tensor.norm(dim=-1, keepdim=True) for tensor in (keys, values)]
-    return torch.cat([keys, values, *norms, torch.ones_like(norms[0])], -1)
+    half = keys.shape[-1] // 2
+    pairs = (keys[..., :half].square() + keys[..., half : 2 * half].square()).sqrt()
+    norms = [tensor.square().sum(-1, keepdim=True).sqrt() for tensor in (keys, values)]
+    place = torch.arange(first, first + keys.shape[1], device=keys.device, dtype=torch.float32)
+    depth = place / prompt_tokens
+    where = torch.stack([depth, depth.square(), (1 + prompt_tokens - place).log(), (1 + place).log()], -1)
+    where = where.expand(keys.shape[0], -1, -1)
+    return torch.cat([pairs, values, *norms, where, torch.ones_like(norms[0])], -1)
+
+
+def sums(
+    keys: torch.Tensor, values: torch.Tensor, scores: torch.Tensor, first: int, prompt_tokens: int
+) -> dict[str, torch.Tensor]:
+    """What a fit needs of a layer's tokens, with y = log(score + FLOOR) of their scores [G, m], on the CPU.
+
+    gram X'X [G, F, F] in float32, and in float64 moment X'y [G, F], square y'y [G] and total, the sum of y [G].
+    """
+    import torch
+
+    x = features(keys, values, first, prompt_tokens)
+    y = (scores.to(x.device).float() + FLOOR).log()
+    found = {
+        "gram": torch.matmul(x.transpose(1, 2), x),
+        "moment": torch.matmul(x.transpose(1, 2), y[..., None])[..., 0].double(),
+        "square": y.double().square().sum(-1),
+        "total": y.double().sum(-1),
+    }
+    return {name: tensor.cpu() for name, tensor in found.items()}
 
 
 @dataclass(frozen=True)
@@ -47,10 +85,12 @@ class Probe:
     layers: tuple[int, ...]
     weights: torch.Tensor
 
-    def scores(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """Scores [G, m] of tokens of a layer, keys and values [G, m, D] as the cache holds them."""
+    def scores(
+        self, layer: int, keys: torch.Tensor, values: torch.Tensor, first: int, prompt_tokens: int
+    ) -> torch.Tensor:
+        """Scores [G, m] of a layer's tokens at positions ``first``.. of a prompt, as for :func:`features`."""
         weights = self.weights[self.layers.index(layer)].to(keys.device)
-        return (features(keys, values) @ weights[..., None])[..., 0]
+        return (features(keys, values, first, prompt_tokens) @ weights[..., None])[..., 0]
 
     def to_bytes(self) -> bytes:
         """The file's bytes."""

@@ -20,6 +20,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionType
 
 from kvprofile import unsupported
+from kvprofile.budget import probe
 from kvprofile.capture import layout, rows
 from kvprofile.capture.marks import Mark
 
@@ -51,6 +52,8 @@ class Watch:
         self.worker = worker
         self.layers = watched_layers(worker)
         self.first_head, self.kv_heads = _heads_of_rank(worker)
+        # a rank that shares a head with others knows the scores of its own query heads only
+        self.whole_heads = get_tensor_model_parallel_world_size() <= self.kv_heads
         self.requests: dict[str, Found] = {}
         self.step: Step | None = None
         self._layouts: dict[int, layout.Layout] = {}
@@ -167,6 +170,18 @@ class Watch:
         )
         name = f"{index}.scores"
         found.tensors[name] = torch.maximum(found.tensors[name], weights) if name in found.tensors else weights
+        if step.stop == found.prompt_tokens and self.whole_heads:
+            self._sum_up(found, index, where, cache, table)
+
+    def _sum_up(self, found: Found, index: int, where: layout.Layout, cache: Any, table: Any) -> None:
+        """The sums of a probe's fit over the tokens that the mark names, once their scores are complete."""
+        first, stop = found.mark.probed
+        if first >= stop or found.mark.chunk is None:
+            return
+        keys, values = where.keys(cache, table, first, stop), where.values(cache, table, first, stop)
+        scores = found.tensors[f"{index}.scores"][:, first - found.mark.chunk[0] : stop - found.mark.chunk[0]]
+        for kind, tensor in probe.sums(keys, values, scores, first, found.mark.context_tokens).items():
+            found.tensors[f"{index}.{kind}"] = tensor
 
     def _summarise(self, found: Found, index: int, where: layout.Layout, cache: Any, table: Any) -> None:
         for kind, states in (

@@ -12,7 +12,7 @@ from rich.table import Table
 from kvprofile.budget.trim import SLIDING
 from kvprofile.questions.tasks import TASKS
 
-_NAME_WIDTH = 13
+_NAME_WIDTH = 15
 _TASK_WIDTH = 12
 
 LEGEND = (

@@ -26,10 +26,10 @@ from kvprofile.evaluate.own_scores import own_scores
 from kvprofile.evaluate.simulate import simulating
 from kvprofile.evaluate.summary import Results, summarise
 from kvprofile.evaluate.token_choice import (
+    ANY_TOKENS,
     KEY_NORMS,
     OWN_SCORES,
     PROBE,
-    ANY_TOKENS,
     REVERSED,
     AtRandom,
     ByKeyNorm,

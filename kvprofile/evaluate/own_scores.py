@@ -11,7 +11,6 @@ from kvprofile.scoring.attention import recording
 from kvprofile.scoring.prompts import Frame, FramedDocument, longest_repeat
 from kvprofile.scoring.reconstruction import DEFAULT_CHUNK_TOKENS, Scorer
 
-
 LEAST_CHUNK_TOKENS = 256
 """Repeated at a time where a context leaves no more of the model's positions, even if that reaches beyond them."""
 

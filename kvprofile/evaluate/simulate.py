@@ -9,7 +9,7 @@ all budgets that treat them alike, so the model's large products are made once f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +25,8 @@ from kvprofile.errors import InputError
 from kvprofile.evaluate.branch import Branch
 from kvprofile.evaluate.collecting import CollectingCache
 from kvprofile.evaluate.held import HeldHeads, Span, joined
-from kvprofile.evaluate.token_choice import CachedTokens, TokenChoice
+from kvprofile.evaluate.keeping import Keeping, Sight
+from kvprofile.evaluate.token_choice import TokenChoice
 from kvprofile.scoring import kernels
 from kvprofile.scoring.attention import routed
 from kvprofile.scoring.kernels import Visible
@@ -35,9 +36,6 @@ PREFILL_SLICE_TOKENS = 1024
 MASKED_TOKENS = 256
 """Tokens of its own up to which a branch masks what a row cannot see, which costs less than two parts to merge."""
 
-
-FULL, TRIMMED, SOME = "full", "trimmed", "some"
-"""What becomes of the tokens between sinks and window in a head: all, none, or some of them stay."""
 
 _current: list[Simulation] = []
 
@@ -65,6 +63,7 @@ class Simulation:
         self.cache = CollectingCache(geometry.layer_types, states_of(model.config), lambda: self.length)
         self.cache_argument = cache_argument(model)
         self.length = self.prompt_tokens = 0
+        self.sight = Sight(rule, self.window, 0)
         self.branch: Branch | None = None
         self.fused: dict[tuple[torch.device, torch.dtype, int, int], kernels.Fused | None] = {}
         self.prefilled: list[list[Span]] = []
@@ -143,91 +142,21 @@ class Simulation:
             raise ValueError("nothing is prefilled")
         self.budgets = len(budgets)
         self.prompt_tokens = self.length if prompt_tokens is None else prompt_tokens
-        self.layers = [
-            self._trimmed(layer, [heads[layer] for heads in budgets], choices) for layer in range(self.geometry.layers)
-        ]
+        self.sight = Sight(self.rule, self.window, self.prompt_tokens)
+        keeping = Keeping(self.geometry, self.sight, self.length, self.prompt_tokens, self.device)
+        self.layers = []
+        for layer, spans in enumerate(self.prefilled):
+            rows = [heads[layer] for heads in budgets]
+            if not spans:  # the layer has no cache
+                self.layers.append([])
+            elif rows[0][0] is None or self._slides(layer):  # its heads keep their own window
+                self.layers.append(keeping.window_of_layer(joined(spans)))
+            else:
+                self.layers.append(keeping.heads(layer, joined(spans), rows, choices))
 
     def forget_context(self) -> None:
         """Free the untrimmed context: from here on only what the budget keeps is held."""
         self.prefilled = []
-
-    def _trimmed(
-        self, layer: int, rows: Sequence[Sequence[float | None]], choices: Sequence[TokenChoice | None]
-    ) -> list[HeldHeads]:
-        """What a layer's heads keep, ``rows`` being what each budget gives them."""
-        if not self.prefilled[layer]:  # the layer has no cache
-            return []
-        whole = joined(self.prefilled[layer])
-        # layers that slide keep their own window in every head
-        if rows[0][0] is None or self._slides(layer):
-            every = list(range(self.geometry.kv_heads))
-            first = max(0, self.length - (self.window or self.length) + 1)
-            first_seen = self._first_of_window if self.window else None
-            return [HeldHeads(*self._numbers(every), self._sliding, [whole.cut(first, self.length)], first_seen)]
-        # in the others, a head keeps all of the middle, none of it, or so many tokens
-        middle = self.rule.middle_tokens(self.length, self.prompt_tokens)
-        kept = [[self.rule.kept_tokens(share or 0.0, self.prompt_tokens) for share in row] for row in rows]
-        fates = [
-            [FULL if share == 1.0 else TRIMMED if not count else SOME for share, count in zip(*pair, strict=True)]
-            for pair in zip(rows, kept, strict=True)
-        ]
-        # heads that are full under the same budgets stay together: first as full heads, then as trimmed
-        alike: dict[tuple[str, ...], list[int]] = {}
-        for head in range(self.geometry.kv_heads):
-            alike.setdefault(tuple(row[head] for row in fates), []).append(head)
-        groups = []
-        for fate in (FULL, TRIMMED):
-            for pattern, heads in alike.items():
-                budgets = tuple(number for number, mine in enumerate(pattern) if mine == fate)
-                if budgets:
-                    index, queries = self._numbers(heads)
-                    held = self._kept(whole, index, fate == FULL)
-                    which = None if len(budgets) == len(rows) else budgets
-                    groups.append(HeldHeads(index, queries, *self._rule_of(fate == FULL, held), which))
-        # heads of one budget that keep equally many tokens stay together
-        for number, choice in enumerate(choices):
-            counts = {count for count, fate in zip(kept[number], fates[number], strict=True) if fate == SOME}
-            if not counts or choice is None:
-                continue
-            first = self.rule.sink_end
-            found = choice.scores(CachedTokens(layer, *whole.between(first, first + middle), first))
-            order = found.sort(dim=-1, descending=True, stable=True).indices
-            for count in sorted(counts):
-                heads = [h for h, fate in enumerate(fates[number]) if fate == SOME and kept[number][h] == count]
-                index, queries = self._numbers(heads)
-                places = (first + order[index, :count]).sort(-1).values
-                held = [whole.picked(index, places, first, first + middle)]
-                which = None if len(rows) == 1 else (number,)
-                groups.append(HeldHeads(index, queries, self._everything_held, held, None, which))
-        return groups
-
-    def _rule_of(self, full: bool, held: list[Span]) -> tuple[Visible | None, list[Span], Callable[[int], int] | None]:
-        """What heads see, what they hold, and the first token after the context that they still see."""
-        if full:
-            return None, held, None
-        if self.rule.anchored:
-            return self._everything_held, held, None
-        # where the context is shorter than the sinks, what comes after it belongs to them
-        first_seen = None if self.length < self.rule.sink_end else self._first_recent
-        return self._trim_rule, held, first_seen
-
-    def _numbers(self, heads: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The numbers of KV heads and of their query heads, on the model's device."""
-        group = self.geometry.attention_heads // self.geometry.kv_heads
-        index = torch.tensor(heads, dtype=torch.long)
-        queries = (index[:, None] * group + torch.arange(group)).flatten()
-        return index.to(self.device), queries.to(self.device)
-
-    def _kept(self, whole: Span, heads: torch.Tensor, full: bool) -> list[Span]:
-        """What heads keep of a context: every token or, copied, sinks and window."""
-        if full and len(heads) == self.geometry.kv_heads:
-            return [whole]
-        mine = Span(whole.keys[:, heads], whole.values[:, heads], 0)
-        if full:
-            return [mine]
-        sink_end = min(self.rule.sink_end, self.length)
-        start = max(sink_end, min(self.rule.window_start(self.length, self.prompt_tokens), self.length))
-        return [span for span in (mine.cut(0, sink_end), mine.cut(start, self.length)) if span.count]
 
     def nbytes(self, budget: int = 0) -> int:
         """Bytes of keys and values that the trimmed context holds under a budget, by its number."""
@@ -254,23 +183,6 @@ class Simulation:
     def _slides(self, layer: int) -> bool:
         return layer not in self.geometry.profiled_layers
 
-    def _sliding(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        return (key <= query) & (key > query - int(self.window or 0))
-
-    def _first_of_window(self, position: int) -> int:
-        return position - int(self.window or 0) + 1
-
-    def _first_recent(self, position: int) -> int:
-        return self.rule.window_start(position, self.prompt_tokens)
-
-    def _everything_held(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        return key <= query
-
-    def _trim_rule(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        rule = self.rule
-        start = torch.div(query + 1 - rule.recent_tokens, rule.block_tokens, rounding_mode="floor") * rule.block_tokens
-        return (key <= query) & ((key < rule.sink_end) | (key >= start))
-
     def forward(self, ids: torch.Tensor, positions: torch.Tensor, logits_to_keep: int = 0) -> torch.Tensor:
         """Logits [B, n, V] of ids [B, n] at positions [B, n]; of the last ``logits_to_keep`` tokens unless 0."""
         self.positions = positions.to(self.device)
@@ -294,7 +206,7 @@ class Simulation:
         if self.branch is None:
             spans = self.prefilled[layer]
             spans.append(Span(key, value, self.length))
-            sees = self._sliding if self._slides(layer) and self.window else None
+            sees = self.sight.sliding if self._slides(layer) and self.window else None
             if _is_plain(sees, options):
                 return self._attend_plainly(module, query, joined(spans), options.scale)
             return self._merged(query, spans, sees, options, options.sinks, self.positions)
@@ -343,8 +255,8 @@ class Simulation:
         """
         parts = []
         for span in spans:
-            is_sinks = sees == self._trim_rule and span.first + span.count <= min(self.rule.sink_end, self.lowest)
-            visible = None if is_sinks or sees == self._everything_held else sees
+            is_sinks = sees == self.sight.trimmed and span.first + span.count <= min(self.rule.sink_end, self.lowest)
+            visible = None if is_sinks or sees == self.sight.everything_held else sees
             past = visible is None and span.first + span.count <= self.lowest and span.keys.shape[0] == 1
             fused = self._fused(query, span) if past and options.softcap is None else None
             if fused is not None:

@@ -19,12 +19,13 @@ CHOICES = (PROBE, REVERSED, ANY_TOKENS, KEY_NORMS, OWN_SCORES)
 
 @dataclass(frozen=True)
 class CachedTokens:
-    """Keys and values [G, m, D] of a layer, as its cache holds them, of the tokens at positions ``first``.."""
+    """Keys and values [G, m, D] of a layer, as its cache holds them, of tokens at positions ``first``.. of a prompt."""
 
     layer: int
     keys: torch.Tensor
     values: torch.Tensor
     first: int
+    prompt_tokens: int
 
 
 class TokenChoice(ABC):
@@ -51,7 +52,7 @@ class ByProbe(TokenChoice):
 
     def scores(self, tokens: CachedTokens) -> torch.Tensor:
         """As ``TokenChoice.scores``."""
-        found = self.probe.scores(tokens.layer, tokens.keys, tokens.values)
+        found = self.probe.scores(tokens.layer, tokens.keys, tokens.values, tokens.first, tokens.prompt_tokens)
         return -found if self.reversed else found
 
 

@@ -28,7 +28,7 @@ from kvprofile.budget.choice import (
 from kvprofile.budget.probe import path_of as probe_path
 from kvprofile.budget.profile import Geometry, Matrix, Profile
 from kvprofile.errors import InputError, plain
-from kvprofile.evaluate.token_choice import KEY_NORMS, OWN_SCORES, PROBE, ANY_TOKENS, REVERSED
+from kvprofile.evaluate.token_choice import ANY_TOKENS, KEY_NORMS, OWN_SCORES, PROBE, REVERSED
 
 FULL, STREAMING, RANDOM, INVERTED, UNIFORM, PROFILE = "full", "streaming", "random", "inverted", "uniform", "profile"
 SHUFFLED, EQUAL = "shuffled", "equal"
@@ -186,9 +186,7 @@ def _graded_controls(
 ) -> list[Variant]:
     """Its shares with other tokens, and its tokens with other shares."""
     heads, label = graded.heads(retention), graded.label
-    found = [
-        Variant(ANY_TOKENS, ANY_TOKENS, retention, heads, number, ANY_TOKENS) for number in range(random_seeds)
-    ]
+    found = [Variant(ANY_TOKENS, ANY_TOKENS, retention, heads, number, ANY_TOKENS) for number in range(random_seeds)]
     if controls:
         kept = [value for row in heads for value in row if value is not None]
         mixed = iter(random.Random(f"shuffled counts:{seed}").sample(kept, len(kept)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -82,12 +82,12 @@ class ChunkStore:
         token_scores: torch.Tensor,
         keep_token_scores: bool,
         middle: slice,
-        states: Iterable[tuple[torch.Tensor, torch.Tensor]],
+        sums: Iterable[Mapping[str, torch.Tensor]] | None,
     ) -> None:
         """Write the statistics of a chunk and, if asked, its token scores [L', G, m].
 
-        ``middle`` are the tokens of the chunk between sinks and window, ``states`` their keys and values [G, k, D] in
-        each profiled layer, which the probe is fitted to.
+        ``middle`` are the tokens of the chunk between sinks and window, and ``sums`` those of ``probe.sums`` over them,
+        for each profiled layer; None where they are not known, so that there will be no probe.
         """
         statistics = HeadStatistics.of(token_scores)
         between = token_scores[..., middle]
@@ -101,7 +101,7 @@ class ChunkStore:
         if keep_token_scores:
             tensors["token_scores"] = token_scores.contiguous()
         write_atomically(self._file(document, chunk), safetensors.torch.save(tensors))
-        self.fit.add((document, chunk), states, between)
+        self.fit.add((document, chunk), sums or (), 0 if sums is None else between.shape[-1])
         self._kept.add((document, chunk))
         self._save_sums()
 

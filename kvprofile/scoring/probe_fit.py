@@ -1,8 +1,8 @@
 """The probe's fit: sums over context tokens while they are scored, and a ridge regression from them at the end.
 
-For each KV head: features x [F] of a cached token (``budget.probe``) to y = log(token score + FLOOR). The sums X'X, X'y
-and y'y need no token to be kept, and there are two of each, for every other document, so that either half can tell how
-well the other half's fit does on documents it has not seen.
+For each KV head: features of a cached token to the logarithm of its score (``budget.probe``). The sums need no token to
+be kept, and there are two of each, for every other document, so that either half can tell how well the other half's fit
+does on documents it has not seen.
 """
 
 from __future__ import annotations
@@ -12,11 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from kvprofile.budget.probe import features
 from kvprofile.budget.profile import Geometry
-
-FLOOR = 1e-4
-"""Added to scores before their logarithm: what is attended less than this is equally worthless."""
 
 RIDGE = 1e-3
 """Of each feature's mean square, added to the diagonal of X'X / n."""
@@ -31,8 +27,8 @@ Place = tuple[int, int]
 class ProbeFit:
     """Sums over the tokens of the ``places`` added so far.
 
-    ``sums``, once there are any: gram [2, L', G, F, F] (float32), moment [2, L', G, F], square [2, L', G] and total
-    [2, L', G] (float64) are X'X, X'y, y'y and the sum of y; tokens [2] how many there were for each head.
+    ``sums``, once there are any: those of ``probe.sums`` with axes [2, L'] before theirs, and tokens [2], how many
+    there were for each head.
     """
 
     geometry: Geometry
@@ -48,41 +44,28 @@ class ProbeFit:
     @property
     def tokens(self) -> int:
         """Tokens added, for each head."""
-        return int(self.sums["tokens"].sum()) if self.sums else 0
+        return int(self.sums["tokens"].sum()) if "tokens" in self.sums else 0
 
-    def add(self, place: Place, layers: Iterable[tuple[torch.Tensor, torch.Tensor]], scores: torch.Tensor) -> None:
-        """Add a chunk: keys and values [G, m, D] of each profiled layer as the cache holds them, scores [L', G, m].
+    def add(self, place: Place, layers: Iterable[Mapping[str, torch.Tensor]], tokens: int) -> None:
+        """Add a chunk: the ``probe.sums`` of so many tokens in each profiled layer.
 
-        A chunk without tokens (m = 0) counts as added; one that was added already is left out. Interrupted, the sums
-        are ``broken``: they hold a part of the chunk.
+        A chunk without tokens counts as added; one that was added already is left out. Interrupted, the sums are
+        ``broken``: they hold a part of the chunk.
         """
         if place in self.places:
             return
         self.broken = True
-        half, count = place[0] % HALVES, scores.shape[-1]
-        for number, (keys, values) in enumerate(layers if count else ()):
-            x = features(keys, values)
-            y = (scores[number].to(x.device).float() + FLOOR).log()
-            if not self.sums:
-                self.sums = self._room(x.shape[-1])
-            self.sums["gram"][half, number] += torch.matmul(x.transpose(1, 2), x).cpu()
-            self.sums["moment"][half, number] += torch.matmul(x.transpose(1, 2), y[..., None])[..., 0].cpu()
-            self.sums["square"][half, number] += y.double().square().sum(-1).cpu()
-            self.sums["total"][half, number] += y.double().sum(-1).cpu()
-        if count:
-            self.sums["tokens"][half] += count
+        half = place[0] % HALVES
+        for number, found in enumerate(layers if tokens else ()):
+            for name, tensor in found.items():
+                if name not in self.sums:
+                    shape = (HALVES, len(self.geometry.profiled_layers), *tensor.shape)
+                    self.sums[name] = tensor.new_zeros(shape)
+                self.sums[name][half, number] += tensor
+        if tokens:
+            self.sums.setdefault("tokens", torch.zeros(HALVES, dtype=torch.int64))[half] += tokens
         self.places.add(place)
         self.broken = False
-
-    def _room(self, size: int) -> dict[str, torch.Tensor]:
-        shape = (HALVES, len(self.geometry.profiled_layers), self.geometry.kv_heads)
-        return {
-            "gram": torch.zeros(*shape, size, size),
-            "moment": torch.zeros(*shape, size, dtype=torch.float64),
-            "square": torch.zeros(shape, dtype=torch.float64),
-            "total": torch.zeros(shape, dtype=torch.float64),
-            "tokens": torch.zeros(HALVES, dtype=torch.int64),
-        }
 
     def solve(self) -> tuple[torch.Tensor, list[float | None]]:
         """Weights [L', G, F] of all tokens, and by layer how much of y a half's fit explains in the other (R^2).

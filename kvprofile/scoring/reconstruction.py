@@ -7,12 +7,13 @@ the whole cache, and the cache is cut back. arXiv 2505.23416, section 3.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
 
+from kvprofile.budget import probe
 from kvprofile.checkpoint.rehearsal import cache_argument
 from kvprofile.checkpoint.states import states_of
 from kvprofile.errors import InputError
@@ -26,10 +27,14 @@ PREFILL_SLICE_TOKENS = 1024
 
 @dataclass(frozen=True)
 class ChunkScores:
-    """Token scores [profiled layers, G, m] (float32) of the context positions [start, stop) of a chunk."""
+    """Token scores [profiled layers, G, m] (float32) of the context positions [start, stop) of a chunk.
+
+    ``sums``: ``probe.sums`` of each profiled layer over the tokens that were asked for, where the engine makes them.
+    """
 
     chunk: Chunk
     token_scores: torch.Tensor
+    sums: Sequence[Mapping[str, torch.Tensor]] | None = None
 
 
 class Scorer:
@@ -89,13 +94,18 @@ class Scorer:
         for chunk in waiting:
             yield ChunkScores(chunk, self._repeat(chunk, len(ids)))
 
-    def states(self, chunk: Chunk, tokens: slice) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Keys and values [G, k, D] of some of the last scored chunk's tokens in each profiled layer, as cached."""
-        first = self.recorder.prefix_tokens + chunk.start
+    def sums(self, document: FramedDocument, scored: ChunkScores, tokens: slice) -> Iterator[dict[str, torch.Tensor]]:
+        """``probe.sums`` over some tokens of the chunk that was scored last, for each profiled layer.
+
+        To be read before the next chunk is scored.
+        """
+        first = len(document.prefix_ids) + scored.chunk.start
         here = slice(first + tokens.start, first + tokens.stop)
-        for layer in self.recorder.geometry.profiled_layers:
+        length = len(document.prefix_ids) + len(document.context_ids)
+        for layer, scores in zip(self.recorder.geometry.profiled_layers, scored.token_scores, strict=True):
             held = self.cache.layers[layer]
-            yield held.keys[0, :, here], held.values[0, :, here]
+            keys, values = held.keys[0, :, here], held.values[0, :, here]
+            yield probe.sums(keys, values, scores[:, tokens], here.start, length)
 
     def _repeat(self, chunk: Chunk, length: int) -> torch.Tensor:
         prefix = self.recorder.prefix_tokens

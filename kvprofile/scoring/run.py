@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from kvprofile import __version__
 from kvprofile.budget import store
 from kvprofile.budget.allocate import preset_budgets
-from kvprofile.budget.probe import FEATURES, Probe
+from kvprofile.budget.probe import FEATURES, FLOOR, Probe
 from kvprofile.budget.probe import path_of as probe_path
 from kvprofile.budget.profile import (
     GRADED_VERSION,
@@ -35,7 +35,6 @@ from kvprofile.scoring.chunk_store import ChunkStore
 from kvprofile.scoring.engine import Engine
 from kvprofile.scoring.methods import METHODS
 from kvprofile.scoring.plan import ScoringPlan
-from kvprofile.scoring.probe_fit import FLOOR
 from kvprofile.scoring.prompts import PROMPTS_VERSION
 from kvprofile.scoring.shares import graded_budgets
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Set
 
 import torch
 
+from kvprofile.budget import probe
 from kvprofile.capture.marks import Mark
 from kvprofile.capture.merge import Captured
 from kvprofile.capture.session import Session
@@ -44,10 +45,17 @@ class SessionScorer:
         self.advance = advance
         self.evictions = self.shortcuts = 0
 
-    def score(self, document: FramedDocument, salt: str, finished: Set[int] = frozenset()) -> Iterator[ChunkScores]:
+    def score(
+        self,
+        document: FramedDocument,
+        salt: str,
+        finished: Set[int] = frozenset(),
+        probed: Callable[[Chunk], slice] = lambda _: slice(0, 0),
+    ) -> Iterator[ChunkScores]:
         """Scores of the document's chunks in order, those in ``finished`` left out.
 
-        Only requests of one ``salt`` share cached blocks: give each document its own.
+        ``probed`` names the tokens of a chunk, counted from its start, whose sums are wanted. Only requests of one
+        ``salt`` share cached blocks: give each document its own.
         """
         wanted = [c for c in chunks(document, self.frame, self.chunk_tokens) if c.index not in finished]
         if not wanted:
@@ -58,13 +66,22 @@ class SessionScorer:
             self.session.read(read, salt=salt)
             self.advance(len(read) - start)
         for chunk in wanted:
-            found = self._repeat(ids, len(document.prefix_ids), chunk, salt)
+            first, tokens = len(document.prefix_ids) + chunk.start, probed(chunk)
+            here = (first + tokens.start, first + tokens.stop)
+            found = self._repeat(ids, len(document.prefix_ids), chunk, salt, here)
             self.advance(len(chunk.repeat_ids))
-            yield ChunkScores(chunk, self._stacked(found))
+            yield ChunkScores(chunk, self._stacked(found), self._sums(found))
 
-    def _repeat(self, ids: tuple[int, ...], prefix: int, chunk: Chunk, salt: str) -> Captured:
+    def _sums(self, found: Captured) -> list[dict[str, torch.Tensor]] | None:
+        """The sums of each layer; None where ranks that share heads could not make them."""
+        layers = [found.layers[layer] for layer in self.session.layers]
+        made = all("gram" in layer for layer in layers)
+        return [{name: layer[name] for name in probe.SUMS} for layer in layers] if made else None
+
+    def _repeat(self, ids: tuple[int, ...], prefix: int, chunk: Chunk, salt: str, probed: tuple[int, int]) -> Captured:
         whole = (*ids, *chunk.repeat_ids)
-        mark = Mark(f"{salt}/{chunk.index}", len(ids), prefix, (prefix + chunk.start, prefix + chunk.stop))
+        scored = (prefix + chunk.start, prefix + chunk.stop)
+        mark = Mark(f"{salt}/{chunk.index}", len(ids), prefix, scored, probed)
         cached = self.session.read(whole, mark, salt=salt)
         found = self.session.take(mark)
         if found.missing(len(ids), len(whole)):

@@ -26,6 +26,7 @@ from kvprofile.errors import InputError, first_line
 from kvprofile.progress import Progress
 from kvprofile.scoring.chunk_store import ChunkStore
 from kvprofile.scoring.plan import ScoringPlan
+from kvprofile.scoring.prompts import Chunk
 from kvprofile.scoring.reconstruction import forward_tokens
 from kvprofile.scoring.session_scorer import SessionScorer
 
@@ -78,8 +79,13 @@ class VllmEngine:
             progress.start(sum(work))
             scorer = SessionScorer(session, plan.frame, chunk_tokens=chunk_tokens, advance=progress.advance)
             for index, document in enumerate(plan.documents):
-                for scored in scorer.score(document, f"document-{index}", store.finished(index)):
-                    store.save(index, scored.chunk.index, scored.token_scores, keep_token_scores)
+
+                def middle(chunk: Chunk, index: int = index) -> slice:
+                    return plan.middle(index, chunk.start, chunk.stop)
+
+                for scored in scorer.score(document, f"document-{index}", store.finished(index), middle):
+                    between = middle(scored.chunk)
+                    store.save(index, scored.chunk.index, scored.token_scores, keep_token_scores, between, scored.sums)
             if scorer.evictions:
                 progress.say(f"the context fell out of vLLM's cache {scorer.evictions} times and was read again")
             return self._kernel(session)

@@ -13,8 +13,8 @@ from kvprofile.budget.profile import (
     DEFAULT_SINK_TOKENS,
     FULL_ATTENTION,
     NO_CACHE,
-    SCHEMA_VERSION,
     SLIDING_ATTENTION,
+    WHOLE_VERSION,
     CorpusRecord,
     Geometry,
     ImportedFrom,
@@ -96,7 +96,7 @@ def make_profile(
     )
     corpora = [CorpusRecord(name="prose", sha256=corpus_sha256, documents=3, tokens=12_000)]
     return Profile(
-        schema_version=SCHEMA_VERSION,
+        schema_version=WHOLE_VERSION,
         kvprofile_version=__version__,
         model=ModelIdentity(
             name=name,

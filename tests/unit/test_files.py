@@ -18,6 +18,7 @@ from kvprofile.files import alone, write_atomically
 from kvprofile.records.record import Leg
 from kvprofile.scoring.chunk_store import ChunkStore
 from tests.helpers.bench_plans import make_plan
+from tests.helpers.factories import make_geometry
 from tests.helpers.models import ROOT
 
 HALF_WAY = """
@@ -107,7 +108,7 @@ def test_a_folder_in_which_a_run_was_killed_at_its_very_beginning_is_not_foreign
         folder.mkdir(parents=True)
         for name in left:
             (folder / name).write_text("")
-    assert ChunkStore(tmp_path / "out.json", "key").open() == 0
+    assert ChunkStore(tmp_path / "out.json", "key", make_geometry()).open() == 0
     assert ItemStore(folders["evaluate"], "key").open({}, []) == 0
     with LegStore(tmp_path / "bench", make_plan()).opened(force=False):
         assert (folders["bench"] / "plan").is_file()
@@ -116,7 +117,7 @@ def test_a_folder_in_which_a_run_was_killed_at_its_very_beginning_is_not_foreign
         for name in ("run.json", "plan"):
             (folder / name).unlink(missing_ok=True)
     with pytest.raises(InputError, match="not a run's folder"):
-        ChunkStore(tmp_path / "out.json", "key").open()
+        ChunkStore(tmp_path / "out.json", "key", make_geometry()).open()
     with pytest.raises(InputError, match="not an evaluation's folder"):
         ItemStore(folders["evaluate"], "key").open({}, [])
     with (

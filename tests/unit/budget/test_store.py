@@ -72,7 +72,7 @@ def test_all_problems_of_a_file_at_once(raw, tmp_path):
 @pytest.mark.parametrize(
     ("place", "value", "message"),
     [
-        (("schema_version",), 2, "schema_version is 2, this kvprofile reads 1"),
+        (("schema_version",), 3, "schema_version is 3, this kvprofile reads 1 and 2"),
         (("schema_version",), True, "schema_version is True"),
         (("schema_version",), None, "schema_version is None"),
         (("surprise",), 1, "Extra inputs are not permitted"),

@@ -29,7 +29,7 @@ ARROWS = {
     "questions": {"corpus", "errors", "files"},
     "records": {"budget", "environment", "errors", "files"},
     "checkpoint": {"budget", "errors", "files"},
-    "capture": {"environment", "errors", "unsupported"},
+    "capture": {"budget", "environment", "errors", "unsupported"},
     "runtime": {"budget", "environment", "errors", "files", "prometheus", "unsupported"},
     "scoring": {
         "budget",

@@ -23,7 +23,7 @@ from kvprofile.runtime.find import Served, find
 from kvprofile.runtime.settings import from_environment
 from kvprofile.scoring.chunk_store import ChunkStore
 from tests.helpers.bench_plans import make_plan
-from tests.helpers.factories import make_profile
+from tests.helpers.factories import make_geometry, make_profile
 from tests.helpers.made_up import make_record
 from tests.helpers.models import POCKET
 
@@ -223,7 +223,7 @@ def test_links_in_a_folder_of_results_do_not_lead_out_of_it(kind, linked, tmp_pa
     stores = {
         "bench": lambda: LegStore(folder, make_plan()).open(force=True),
         "evaluate": lambda: ItemStore(folder, "key").open({}, [], force=True),
-        "score": lambda: ChunkStore(tmp_path / "out.json", "key").open(),
+        "score": lambda: ChunkStore(tmp_path / "out.json", "key", make_geometry()).open(),
     }
     with pytest.raises(InputError, match="is a link out of a folder of results"):
         stores[kind]()
@@ -239,7 +239,7 @@ def test_endless_nesting_in_a_folder_of_results_is_not_continued(tmp_path):
     assert ItemStore(tmp_path / "run", "key").open({}, [("a", 1)], force=True) == 0
     (tmp_path / "out.json.partial").mkdir()
     (tmp_path / "out.json.partial" / "run.json").write_text("[" * 100_000)
-    assert ChunkStore(tmp_path / "out.json", "key").open() == 0
+    assert ChunkStore(tmp_path / "out.json", "key", make_geometry()).open() == 0
 
 
 HUGE = 10 * 2**40
