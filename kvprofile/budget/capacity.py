@@ -12,11 +12,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from kvprofile.budget.allocate import Constraints, effective_retention, full_head_count, full_places
-from kvprofile.budget.choice import choose, has_scores
+from kvprofile.budget.choice import choose, has_scores, require_kind
 from kvprofile.budget.dtypes import CACHE_DTYPE_NAMES, CACHE_DTYPES
 from kvprofile.budget.model_cache import LayerCache
 from kvprofile.budget.model_shape import Decision, ModelShape
 from kvprofile.budget.profile import FULL_ATTENTION, NO_CACHE, PRESETS, SLIDING_ATTENTION, Geometry, Profile
+from kvprofile.budget.trim import GRADED, WHOLE
 from kvprofile.errors import InputError
 from kvprofile.sizes import MAX_BYTES, parse_size
 
@@ -114,10 +115,12 @@ def plan(
     dtype: str | None = None,
     weight_bytes: int | None = None,
     memory_utilization: float = DEFAULT_MEMORY_UTILIZATION,
+    kind: str = WHOLE,
 ) -> Capacity:
     """Count what fits. ``dtype`` is the cache's, ``weight_bytes`` those of all GPUs together; null takes the model's.
 
-    ``output_tokens`` of the context are output, which trimmed heads keep.
+    ``output_tokens`` of the context are output, which trimmed heads keep. Graded heads of a budget file are counted
+    where that ``kind`` is asked for.
 
     Without ``retentions`` those of a budget file without scores are taken, else DEFAULT_RETENTIONS. Raises InputError
     for a context, size or share that makes no sense, ranks that the heads cannot be dealt to, or a retention that a
@@ -128,6 +131,8 @@ def plan(
         raise InputError(f"context of {context_tokens} tokens; give 1 to {MAX_CONTEXT_TOKENS}")
     if not 0.0 < memory_utilization <= 1.0:
         raise InputError(f"memory utilization {memory_utilization:g} is outside (0, 1]; give a share like 0.9")
+    if require_kind(kind) == GRADED and shape.profile is None:
+        raise InputError("graded heads are counted from a budget file with a probe; give one, or leave out --kind")
     holders = _holders(shape, tensor_parallel_size)
     cache_dtype, dtype_decision = _cache_dtype(dtype, shape)
     weights, weight_decision = _weights(weight_bytes, shape)
@@ -137,7 +142,8 @@ def plan(
     per_token = kv_bytes_per_token(shape.layers, value_bytes)
     wanted = sorted({1.0, *(retentions or _default_retentions(shape))}, reverse=True)
     rows = tuple(
-        _row(shape, retention, (context_tokens, output_tokens), holders, value_bytes, pool) for retention in wanted
+        _row(shape, retention, (context_tokens, output_tokens), holders, value_bytes, pool, kind)
+        for retention in wanted
     )
     decisions = [
         *shape.decisions,
@@ -145,7 +151,7 @@ def plan(
         weight_decision,
         Decision("gpu memory", f"{gpu.memory_bytes / 2**30:.1f} GiB", gpu.reason),
         *_warnings(shape, context_tokens, tensor_parallel_size, cache_dtype),
-        *_fraction_warnings(shape.profile, wanted, holders),
+        *_fraction_warnings(shape.profile, wanted, holders, kind),
     ]
     return Capacity(
         model=shape.name,
@@ -215,13 +221,19 @@ def parse_gpu_memory(text: str) -> GpuMemory:
 
 
 def _row(
-    shape: ModelShape, retention: float, tokens: tuple[int, int], holders: int, dtype_bytes: float, pool: int | None
+    shape: ModelShape,
+    retention: float,
+    tokens: tuple[int, int],
+    holders: int,
+    dtype_bytes: float,
+    pool: int | None,
+    kind: str,
 ) -> CapacityAtRetention:
     """One retention, for requests of ``tokens`` (all of them, those of the output)."""
     context_tokens, output_tokens = tokens
     heads = len(shape.geometry.profiled_layers) * shape.geometry.kv_heads
     if shape.profile is not None and retention < 1.0:
-        choice = choose(shape.profile, retention, Constraints(tensor_parallel_size=holders))
+        choice = choose(shape.profile, retention, Constraints(tensor_parallel_size=holders), kind=kind)
         full_heads, realised = len(full_places(choice.heads)), choice.retention_realised
     else:
         # every rank holds equally many full heads of a layer, so full heads come in multiples of the ranks
@@ -253,12 +265,18 @@ def _default_retentions(shape: ModelShape) -> Sequence[float]:
     return [float(key) for key in shape.profile.budgets]
 
 
-def _fraction_warnings(profile: Profile | None, retentions: Sequence[float], holders: int) -> Iterator[Decision]:
+def _fraction_warnings(
+    profile: Profile | None, retentions: Sequence[float], holders: int, kind: str
+) -> Iterator[Decision]:
     """Rows that no runtime can serve yet: those whose budgets keep a part of a head's context."""
+    if kind == GRADED:
+        yield Decision("kind", GRADED, "counted as if served; vLLM is given whole heads so far")
+        return
     for retention in retentions:
         if profile is None or retention == 1.0:
             continue
-        if choose(profile, retention, Constraints(tensor_parallel_size=holders)).first_fraction is not None:
+        constraints = Constraints(tensor_parallel_size=holders)
+        if choose(profile, retention, constraints, kind=kind).first_fraction is not None:
             why = f"the file holds fractions of heads at retention {retention:g}; only whole heads can be served"
             yield Decision("row counted, not servable", f"{retention:g}", why)
 

@@ -27,10 +27,8 @@ from kvprofile.budget.allocate import (
 )
 from kvprofile.budget.graded import allocate_graded
 from kvprofile.budget.profile import Matrix, Profile, retention_key
+from kvprofile.budget.trim import GRADED, KINDS, WHOLE
 from kvprofile.errors import InputError
-
-WHOLE, GRADED = "whole", "graded"
-KINDS = (WHOLE, GRADED)
 
 _BUDGET_FORMATS = ("csv", "lu-kv")
 """Foreign formats whose imports bring budgets that were not chosen by score here."""

@@ -27,6 +27,8 @@ def shares(profile: Profile, retention: float) -> tuple[Matrix, tuple[float, flo
     known = {float(key): budgets.heads for key, budgets in profile.budgets.items()}
     for end in (0.0, 1.0):
         known[end] = [[None if value is None else end for value in row] for row in profile.scores.max]
+    if retention in known:
+        return known[retention], None
     low, high = max(each for each in known if each < retention), min(each for each in known if each > retention)
     weight = (retention - low) / (high - low)
 

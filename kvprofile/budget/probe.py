@@ -100,8 +100,8 @@ class Probe:
         return safetensors.torch.save({"weights": self.weights.contiguous()}, {"kvprofile": json.dumps(notes)})
 
 
-def load(path: Path, profile: Profile) -> Probe:
-    """The probe of a profile.
+def read(path: Path, profile: Profile) -> bytes:
+    """The bytes of a profile's probe, checked without torch.
 
     Raises InputError where the profile has none, its file is missing, is not the one that the profile was written with,
     or belongs to a kvprofile that looks at other features.
@@ -119,6 +119,12 @@ def load(path: Path, profile: Profile) -> Probe:
         )
     if record.features != FEATURES:
         raise InputError(f"{path} looks at {record.features!r}, this kvprofile at {FEATURES!r}; score again")
+    return content
+
+
+def load(path: Path, profile: Profile) -> Probe:
+    """The probe of a profile. Raises InputError as ``read``, and for tensors of another model's shape."""
+    content = read(path, profile)
     import safetensors.torch
 
     geometry = profile.model.geometry

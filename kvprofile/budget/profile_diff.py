@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from kvprofile.budget.allocate import full_head_count, ranking
 from kvprofile.budget.choice import choose, has_scores, ranking_scores, tie_breaks
 from kvprofile.budget.profile import PRESETS, Matrix, Profile
+from kvprofile.budget.trim import GRADED, WHOLE
 from kvprofile.errors import InputError
 
 
@@ -135,7 +136,8 @@ def _average_ranks(values: Sequence[float]) -> list[float]:
 
 def _at(before: Profile, after: Profile, retention: float, heads: int) -> DiffAtRetention:
     count = full_head_count(retention, heads)
-    old, new = choose(before, retention), choose(after, retention)
+    kind = GRADED if before.probe is not None and after.probe is not None else WHOLE
+    old, new = choose(before, retention, kind=kind), choose(after, retention, kind=kind)
     overlap = None
     if count and has_scores(before) and has_scores(after):
         left, right = (

@@ -22,6 +22,10 @@ ANCHORED, SLIDING = "anchored", "sliding"
 WINDOWS = (ANCHORED, SLIDING)
 DEFAULT_WINDOW = ANCHORED
 
+WHOLE, GRADED = "whole", "graded"
+KINDS = (WHOLE, GRADED)
+"""Of budgets: heads that keep all or nothing between sinks and window, or shares of it."""
+
 
 @dataclass(frozen=True)
 class TrimRule:

@@ -20,6 +20,12 @@ def export(
     output: Annotated[Path, typer.Option(help="File to write; a folder for duo-attention.")],
     format_name: Annotated[str, typer.Option("--format", help=f"Form to write: {', '.join(FORMATS)}.")],
     retention: Annotated[float | None, typer.Option(help="Share of the KV heads that keep the whole context.")] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option(
+            help="whole or graded heads; where a form holds both, graded unless given if the file has a probe."
+        ),
+    ] = None,
     tensor_parallel_size: Annotated[
         int, typer.Option(help="Ranks; each gets equally many full heads of a layer.", min=1)
     ] = 1,
@@ -39,7 +45,7 @@ def export(
     )
     if form.holds == "scores" and constraints != UNCONSTRAINED:
         raise InputError(f"{form.name} files hold scores, not a choice of heads, so they cannot carry constraints")
-    job = Export(found, constraints, retention)
+    job = Export(found, constraints, retention, kind)
     report = summary(job, form, output)
     refuse_other(output, form.model_of(output), found.model.name, force=force)
     form.write(job, output)

@@ -15,6 +15,7 @@ from kvprofile import checkpoint
 from kvprofile.budget import capacity
 from kvprofile.budget.capacity import Capacity
 from kvprofile.budget.model_shape import Decision, ModelShape, find_shape
+from kvprofile.budget.trim import WHOLE
 from kvprofile.cli.output import print_json, stdout_console
 from kvprofile.errors import InputError
 from kvprofile.sizes import MAX_BYTES
@@ -36,6 +37,7 @@ def plan(
         list[float] | None,
         typer.Option(help="Retention to plan for; repeatable; 0.9 to 0.3 unless given.", min=0, max=1),
     ] = None,
+    kind: Annotated[str, typer.Option(help="Heads of a budget file: whole, as vLLM is given them, or graded.")] = WHOLE,
     tensor_parallel_size: Annotated[int, typer.Option(help="GPUs that share each layer.", min=1)] = 1,
     dtype: Annotated[
         str | None, typer.Option(help="Data type of the cache: bf16, fp16, fp32, fp8; the model's unless given.")
@@ -61,6 +63,7 @@ def plan(
         dtype=dtype,
         weight_bytes=None if weights_gib is None else round(weights_gib * 2**30),
         memory_utilization=memory_utilization,
+        kind=kind,
     )
     if as_json:
         document = asdict(found)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from kvprofile.budget.choice import require_scores
-from kvprofile.budget.profile import PRESETS, Profile
+from kvprofile.budget.profile import GRADED_PRESETS, Profile
 from kvprofile.cli.output import load_profile, print_json, say
 from kvprofile.files import require_writable
 from kvprofile.report import plots
@@ -19,7 +19,7 @@ def plot(
     files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Budget files, or names of their models.")],
     output: Annotated[Path, typer.Option(help="The picture to write; it ends in .png or .svg.")],
     kind: Annotated[
-        list[Kind] | None, typer.Option(help="Panel to draw; repeatable; all three in one picture unless given.")
+        list[Kind] | None, typer.Option(help="Panel to draw; repeatable; all in one picture unless given.")
     ] = None,
     dpi: Annotated[int, typer.Option(help="Dots per inch of a PNG; a picture is 10 inches wide.", min=30, max=600)] = (
         DEFAULT_DPI
@@ -43,5 +43,5 @@ def plot(
 
 def _with_presets_only(profile: Profile) -> Profile:
     """The profile without its other budgets, as an LU-KV table brings 99; as it is where it has no preset."""
-    presets = {key: budgets for key, budgets in profile.budgets.items() if float(key) in PRESETS}
+    presets = {key: budgets for key, budgets in profile.budgets.items() if float(key) in GRADED_PRESETS}
     return profile.model_copy(update={"budgets": presets}) if presets else profile

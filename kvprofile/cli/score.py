@@ -10,6 +10,7 @@ import typer
 
 from kvprofile import checkpoint
 from kvprofile.budget import store
+from kvprofile.budget.probe import path_of as probe_path
 from kvprofile.budget.profile import Profile
 from kvprofile.cli import show
 from kvprofile.cli.output import print_json, say, stdout_console
@@ -111,7 +112,12 @@ def score(
     started = time.monotonic()
     with TokenProgress("scoring") as progress:
         made = run.profile(planned, runs, target, progress, save_token_scores)
-    say(f"wrote {target} in {time.monotonic() - started:.0f} s; review and commit it")
+    if made.probe is None:
+        say("  no document is longer than sinks and window, so there are no graded budgets, and no probe")
+        say(f"wrote {target} in {time.monotonic() - started:.0f} s; review and commit it")
+    else:
+        probe = probe_path(target).name
+        say(f"wrote {target} and {probe} in {time.monotonic() - started:.0f} s; review and commit both")
     _print_result(made, target, save_token_scores, as_json)
 
 
@@ -149,7 +155,7 @@ def _print_estimate(found: RunEstimate, as_json: bool) -> None:
 
 
 def _print_result(made: Profile, target: Path, token_scores: Path | None, as_json: bool) -> None:
-    choice = show.choice_for(made, 0.5, made.scoring.statistic)
+    choice = show.choice_for(made, 0.5)
     if as_json:
         result = show.summary(made, choice)
         print_json({**result, "file": str(target), "token_scores": str(token_scores) if token_scores else None})

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from kvprofile.budget.choice import Choice, choose, has_scores, ranking_scores
 from kvprofile.budget.profile import Matrix, Profile
+from kvprofile.budget.trim import GRADED
 from kvprofile.cli import heatmap
 from kvprofile.cli.output import load_profile, print_json, stdout_console
 
@@ -30,22 +31,26 @@ def show(
         float | None,
         typer.Option(help="Preview the heads kept at this retention, writing nothing; 0.5 unless given.", min=0, max=1),
     ] = None,
+    kind: Annotated[
+        str | None, typer.Option(help="whole or graded heads; graded unless given, where the file has a probe.")
+    ] = None,
     statistic: Annotated[
         Statistic | None, typer.Option(help="Draw and rank by this statistic; the file's own unless given.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
-    """Show which KV heads matter and which keep the whole context."""
+    """Show which KV heads matter and how much of the context each keeps."""
     found = load_profile(profile)
-    name = found.scoring.statistic if statistic is None else statistic.value
-    choice = choice_for(found, retention, name)
+    choice = choice_for(found, retention, None if statistic is None else statistic.value, kind)
     if as_json:
         print_json(summary(found, choice))
     else:
         render(found, choice, stdout_console())
 
 
-def choice_for(profile: Profile, retention: float | None, statistic: str) -> Choice:
+def choice_for(
+    profile: Profile, retention: float | None, statistic: str | None = None, kind: str | None = None
+) -> Choice:
     """The choice at a retention; without one at 0.5 or, where the file has no scores, the one it states nearest to it.
 
     Raises InputError as ``budget.choice.choose``.
@@ -53,7 +58,7 @@ def choice_for(profile: Profile, retention: float | None, statistic: str) -> Cho
     if retention is None:
         stated = [0.5] if has_scores(profile) else map(float, profile.budgets)
         retention = min(stated, key=lambda each: abs(each - 0.5))
-    return choose(profile, retention, statistic=statistic)
+    return choose(profile, retention, statistic=statistic, kind=kind)
 
 
 def provenance(profile: Profile) -> str:
@@ -89,9 +94,11 @@ def summary(profile: Profile, choice: Choice) -> dict[str, object]:
         "provenance": provenance(profile),
         "statistic": choice.statistic,
         "geometry": profile.model.geometry.model_dump(mode="json"),
+        "kind": choice.kind,
         "retention_realised": choice.retention_realised,
         "budgets": choice.origin,
         "heads_tied_at_the_cut": heads_tied_at_the_cut(scores, choice.heads),
+        "probe": None if profile.probe is None else profile.probe.model_dump(mode="json"),
         "sink_tokens": profile.runtime.sink_tokens,
         "recent_tokens": profile.runtime.recent_tokens,
         "heads": choice.heads,
@@ -104,8 +111,8 @@ def render(profile: Profile, choice: Choice, console: Console) -> None:
     geometry, runtime = profile.model.geometry, profile.runtime
     scores = ranking_scores(profile, choice.statistic)
     values = sorted(value for row in scores for value in row if value is not None)
-    full = sum(value == 1.0 for row in choice.heads for value in row)
-    partial = sum(value is not None and 0.0 < value < 1.0 for row in choice.heads for value in row)
+    kept = [value for row in choice.heads for value in row if value is not None]
+    partial = sum(0.0 < value < 1.0 for value in kept)
 
     def line(text: str = "", style: str = "") -> None:
         console.print(Text(text, style=style))
@@ -125,13 +132,31 @@ def render(profile: Profile, choice: Choice, console: Console) -> None:
         for row in heatmap.draw(heatmap.score_cell(scores), geometry.layers, geometry.kv_heads, console.width):
             console.print(row)
     line()
-    line(f"{full} of {len(values)} heads keep the whole context (retention {choice.retention_realised:.3f})", "bold")
+    if choice.kind == GRADED:
+        told = f"heads keep {choice.retention_realised:.1%} of what lies between sinks and window"
+        line(f"{told}, in {len({*kept})} classes", "bold")
+        line(", ".join(f"{share:.1%} in {kept.count(share)}" for share in sorted({*kept}, reverse=True)))
+        line(probe_words(profile))
+    else:
+        whole = sum(value == 1.0 for value in kept)
+        realised = choice.retention_realised
+        line(f"{whole} of {len(values)} heads keep the whole context (retention {realised:.3f})", "bold")
     line(choice.origin)
-    tied = heads_tied_at_the_cut(scores, choice.heads)
+    tied = 0 if choice.kind == GRADED else heads_tied_at_the_cut(scores, choice.heads)
     if tied:
         line(f"the cut falls among {tied} equal scores: other statistics decide, then layer and head")
     if partial:
-        line(f"{partial} more keep a part of it: {' '.join(heatmap.SHADES)}")
+        line(f"{partial} {'heads' if choice.kind == GRADED else 'more'} keep a part of it: {' '.join(heatmap.SHADES)}")
     line(f"{heatmap.FULL} full   {heatmap.TRIMMED} {runtime.sink_tokens} sinks + last {runtime.recent_tokens} tokens")
     for row in heatmap.draw(heatmap.budget_cell(choice.heads), geometry.layers, geometry.kv_heads, console.width):
         console.print(row)
+
+
+def probe_words(profile: Profile) -> str:
+    """What is known of the probe: how many tokens it was fitted to, and how well it does on others."""
+    record = profile.probe
+    if record is None:
+        return "no probe"
+    known = [value for value in record.r2 if value is not None]
+    told = f"which tokens: a probe of {record.features}, fitted to {record.tokens:,} tokens of each head"
+    return f"{told}; R2 on other documents {sum(known) / len(known):.2f}" if known else told

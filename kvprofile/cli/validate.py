@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from kvprofile.budget import store
+from kvprofile.budget import probe, store
 from kvprofile.budget.profile import Profile
 from kvprofile.cli.output import print_json
 from kvprofile.errors import InputError, plain
@@ -101,6 +101,11 @@ def _check(path: Path) -> Profile | list[str]:
         if isinstance(content, dict) and not _BUDGET_FILE_KEYS & content.keys():
             keys = ", ".join(repr(key) for key in list(content)[:3]) or "no keys"
             return [f"not a budget file: JSON with {keys} and no schema_version; move it elsewhere"]
+    if isinstance(result, Profile) and result.probe is not None:
+        try:
+            probe.read(probe.path_of(path), result)
+        except InputError as error:
+            return [str(error)]
     return result
 
 

@@ -15,8 +15,6 @@ from pathlib import Path
 
 from kvprofile.budget.allocate import Place, ranking
 from kvprofile.budget.choice import (
-    GRADED,
-    WHOLE,
     choose,
     choose_whole,
     default_kind,
@@ -27,6 +25,7 @@ from kvprofile.budget.choice import (
 )
 from kvprofile.budget.probe import path_of as probe_path
 from kvprofile.budget.profile import Geometry, Matrix, Profile
+from kvprofile.budget.trim import GRADED, WHOLE
 from kvprofile.errors import InputError, plain
 from kvprofile.evaluate.token_choice import ANY_TOKENS, KEY_NORMS, OWN_SCORES, PROBE, REVERSED
 

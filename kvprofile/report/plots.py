@@ -1,4 +1,4 @@
-"""Profiles as pictures: the heat map, the sorted scores, and the full heads of each layer at each preset.
+"""Profiles as pictures: scores and shares as heat maps, the sorted scores, and what each layer keeps at each preset.
 
 The bytes of a picture depend on the profile and on matplotlib's version only: no date, no random ids. matplotlib and
 pydantic are imported by the functions that draw, so that the command line can read the kinds at once; no window
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from kvprofile.budget.allocate import full_head_count
 from kvprofile.budget.choice import ranking_scores
+from kvprofile.budget.profile import PRESETS
 from kvprofile.errors import InputError
 from kvprofile.files import write_atomically
 
@@ -24,13 +25,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
 
-    from kvprofile.budget.profile import Profile
+    from kvprofile.budget.profile import Matrix, Profile
 
 
 class Kind(StrEnum):
     """The panels of a picture."""
 
     heatmap = "heatmap"
+    shares = "shares"
     scores = "scores"
     layers = "layers"
 
@@ -40,6 +42,7 @@ Picture: TypeAlias = Literal["png", "svg"]
 SCORE_COLOURS = "cividis"
 PRESET_COLOURS = "viridis"
 DEFAULT_DPI = 150
+SHOWN_RETENTION = 0.3
 _MAX_PIXELS = 30_000
 _WIDTH = 10.0
 _UNPROFILED: dict[str, Any] = {"facecolor": "#d9d9d9", "hatch": "////", "edgecolor": "#9a9a9a", "linewidth": 0.0}
@@ -119,11 +122,13 @@ def _draw_block(block: SubFigure, profile: Profile, kinds: list[Kind]) -> None:
     geometry = profile.model.geometry
     heading = f"{_shorten(profile.model.name, 90)}\n{geometry.describe()}; {_shorten(_provenance(profile), 62)}"
     block.suptitle(heading, x=0.01, ha="left", fontsize=11)
+    kinds = _kinds_of(profile, kinds)
     mosaic = _mosaic(kinds)
-    ratios = [_heatmap_height(profile) if row[0] == Kind.heatmap else _CURVES_HEIGHT for row in mosaic]
+    ratios = [_heatmap_height(profile) if row[0] in _MAPS else _CURVES_HEIGHT for row in mosaic]
     axes = block.subplot_mosaic(mosaic, height_ratios=ratios)
     painters: dict[Kind, Callable[[SubFigure, Axes, Profile], None]] = {
-        Kind.heatmap: _heatmap,
+        Kind.heatmap: _scores_map,
+        Kind.shares: _shares_map,
         Kind.scores: _sorted_scores,
         Kind.layers: _heads_per_layer,
     }
@@ -135,15 +140,23 @@ _CURVES_HEIGHT = 3.2
 _HEADING_HEIGHT = 0.6
 
 
+_MAPS = (Kind.heatmap, Kind.shares)
+
+
+def _kinds_of(profile: Profile, kinds: list[Kind]) -> list[Kind]:
+    """The panels that a profile has: shares only where its budgets are graded, and never none."""
+    return [kind for kind in kinds if kind != Kind.shares or profile.probe is not None] or [Kind.heatmap]
+
+
 def _mosaic(kinds: list[Kind]) -> list[Any]:
-    curves = [kind.value for kind in kinds if kind != Kind.heatmap]
-    rows = [[Kind.heatmap.value] * max(1, len(curves))] if Kind.heatmap in kinds else []
+    curves = [kind.value for kind in kinds if kind not in _MAPS]
+    rows = [[kind.value] * max(1, len(curves)) for kind in _MAPS if kind in kinds]
     return [*rows, curves] if curves else rows
 
 
 def _block_height(profile: Profile, kinds: list[Kind]) -> float:
-    rows = _mosaic(kinds)
-    return _HEADING_HEIGHT + sum(_heatmap_height(profile) if row[0] == Kind.heatmap else _CURVES_HEIGHT for row in rows)
+    rows = _mosaic(_kinds_of(profile, kinds))
+    return _HEADING_HEIGHT + sum(_heatmap_height(profile) if row[0] in _MAPS else _CURVES_HEIGHT for row in rows)
 
 
 def _heatmap_height(profile: Profile) -> float:
@@ -153,21 +166,45 @@ def _heatmap_height(profile: Profile) -> float:
     return min(8.0, max(1.2, geometry.kv_heads * cell, geometry.kv_heads * 0.16) + 1.0)
 
 
-def _heatmap(block: SubFigure, axes: Axes, profile: Profile) -> None:
-    """Scores, layers from left to right, KV heads from top to bottom; layers without scores grey and hatched."""
+def _scores_map(block: SubFigure, axes: Axes, profile: Profile) -> None:
+    """Scores of the heads."""
+    statistic = profile.scoring.statistic
+    title = f"Score of each KV head ({statistic})"
+    _heatmap(block, axes, profile, ranking_scores(profile), title, f"score ({statistic})")
+
+
+def _shares_map(block: SubFigure, axes: Axes, profile: Profile) -> None:
+    """Shares of the graded budget that is nearest to SHOWN_RETENTION."""
+    key = min(profile.budgets, key=lambda each: abs(float(each) - SHOWN_RETENTION))
+    title = f"What each KV head keeps at retention {key}, of the tokens between sinks and window"
+    _heatmap(block, axes, profile, profile.budgets[key].heads, title, "share kept", (0.0, 1.0))
+
+
+def _heatmap(
+    block: SubFigure,
+    axes: Axes,
+    profile: Profile,
+    matrix: Matrix,
+    title: str,
+    label: str,
+    reach: tuple[float | None, float | None] = (None, None),
+) -> None:
+    """A matrix, layers from left to right, KV heads from top to bottom; layers without values grey and hatched."""
     import numpy as np
     from matplotlib.patches import Patch
 
-    geometry, statistic = profile.model.geometry, profile.scoring.statistic
-    scores = ranking_scores(profile)
-    values = np.array([[math.nan if value is None else value for value in row] for row in scores]).T
-    image = axes.imshow(values, aspect="auto", cmap=SCORE_COLOURS, interpolation="nearest", origin="upper")
+    geometry = profile.model.geometry
+    values = np.array([[math.nan if value is None else value for value in row] for row in matrix]).T
+    low, high = reach
+    image = axes.imshow(
+        values, aspect="auto", cmap=SCORE_COLOURS, interpolation="nearest", origin="upper", vmin=low, vmax=high
+    )
     if _hatch_unprofiled(axes, profile):
         axes.legend(
             handles=[Patch(label="sliding window or no cache, not profiled", **_UNPROFILED)],
             loc="lower right", bbox_to_anchor=(1.0, 1.0), frameon=False, borderpad=0.0, fontsize=9,
         )  # fmt: skip
-    axes.set_title(f"Score of each KV head ({statistic})")
+    axes.set_title(title)
     axes.set_xlabel("layer")
     axes.set_ylabel("KV head")
     axes.set_xticks(_ticks(geometry.layers, 28))
@@ -175,7 +212,7 @@ def _heatmap(block: SubFigure, axes: Axes, profile: Profile) -> None:
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
     bar = block.colorbar(image, ax=axes, pad=0.01, fraction=0.05, aspect=15)
-    bar.set_label(f"score ({statistic})")
+    bar.set_label(label)
     bar.outline.set_visible(False)
 
 
@@ -198,6 +235,8 @@ def _sorted_scores(_block: SubFigure, axes: Axes, profile: Profile) -> None:
     axes.stairs(values, edges, color="black", linewidth=1.4, baseline=None)
     labels: dict[float, list[str]] = {}
     for key, colour in _presets(profile):
+        if profile.probe is not None and float(key) not in PRESETS:  # of graded budgets alone
+            continue
         count = full_head_count(float(key), len(values))
         among_equals = 0 < count < len(values) and values[count - 1] == values[count]
         labels.setdefault(count + 0.5, []).insert(0, f"{key}*" if among_equals else key)
@@ -220,7 +259,7 @@ def _sorted_scores(_block: SubFigure, axes: Axes, profile: Profile) -> None:
 
 
 def _heads_per_layer(_block: SubFigure, axes: Axes, profile: Profile) -> None:
-    """Bars of full heads for each layer; a lower retention stands in front of a higher one."""
+    """Bars of what each layer keeps, in heads; a lower retention stands in front of a higher one."""
     from matplotlib.ticker import MaxNLocator
 
     geometry = profile.model.geometry
@@ -228,11 +267,12 @@ def _heads_per_layer(_block: SubFigure, axes: Axes, profile: Profile) -> None:
     _hatch_unprofiled(axes, profile)
     width = 0.9 if geometry.layers <= 48 else 1.0  # thinner gaps than a pixel would flicker
     for key, colour in presets:
-        counts = [sum(value == 1.0 for value in row) for row in profile.budgets[key].heads]
+        counts = [sum(value or 0.0 for value in row) for row in profile.budgets[key].heads]
         axes.bar(range(geometry.layers), counts, width=width, color=colour, label=key, linewidth=0)
-    axes.set_title("Full heads of each layer at each retention", pad=20)
+    graded = profile.probe is not None
+    axes.set_title(f"{'Kept by' if graded else 'Full heads of'} each layer at each retention", pad=20)
     axes.set_xlabel("layer")
-    axes.set_ylabel(f"full KV heads (of {geometry.kv_heads})")
+    axes.set_ylabel(f"{'KV heads kept, in shares' if graded else 'full KV heads'} (of {geometry.kv_heads})")
     axes.set_xticks(_ticks(geometry.layers, 14))
     axes.set_xlim(-0.6, geometry.layers - 0.4)
     axes.set_ylim(0, geometry.kv_heads)

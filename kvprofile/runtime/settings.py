@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from kvprofile.budget.trim import DEFAULT_WINDOW, WINDOWS
+from kvprofile.budget.trim import DEFAULT_WINDOW, GRADED, KINDS, WHOLE, WINDOWS
 from kvprofile.environment import ENABLED, PREFIX
 from kvprofile.files import BUDGET_DIR
 
@@ -51,6 +51,7 @@ VALUES = {
     "RETENTION": Variable(
         "share of KV heads that keep the whole context; needed with a budget file", "what a runtime file states"
     ),
+    "KIND": Variable("whole: a head keeps everything or sinks and window; graded is not served yet", WHOLE),
     "SINK": Variable("first tokens that a trimmed head keeps", "that of the file"),
     "RECENT": Variable("last tokens that a trimmed head keeps", "that of the file"),
     "WINDOW": Variable(
@@ -76,6 +77,7 @@ class Settings:
     budget: Path | None
     budget_dir: Path
     retention: float | None
+    kind: str
     sink_tokens: int | None
     recent_tokens: int | None
     window: str
@@ -96,6 +98,7 @@ def from_environment(environ: Mapping[str, str]) -> Settings:
         budget=_path(given["BUDGET"]),
         budget_dir=_path(given["BUDGET_DIR"]) or BUDGET_DIR,
         retention=_share("RETENTION", given["RETENTION"]),
+        kind=_kind(given["KIND"]),
         sink_tokens=_tokens("SINK", given["SINK"], least=0),
         recent_tokens=_tokens("RECENT", given["RECENT"], least=1),
         window=_window(given["WINDOW"]),
@@ -162,6 +165,14 @@ def _window(text: str | None) -> str:
     if text is not None and text not in WINDOWS:
         raise ValueError(f"{PREFIX}WINDOW is {text!r}; give {' or '.join(WINDOWS)}")
     return text or DEFAULT_WINDOW
+
+
+def _kind(text: str | None) -> str:
+    if text not in (None, *KINDS):
+        raise ValueError(f"{PREFIX}KIND is {text!r}; give {' or '.join(KINDS)}")
+    if text == GRADED:
+        raise ValueError(f"{PREFIX}KIND=graded: graded heads are not served yet; leave it out for whole heads")
+    return text or WHOLE
 
 
 def _tokens(name: str, text: str | None, least: int) -> int | None:

@@ -8,22 +8,29 @@ from pathlib import Path
 
 from kvprofile import __version__
 from kvprofile.budget.allocate import preset_budgets
+from kvprofile.budget.probe import FEATURES
 from kvprofile.budget.profile import (
     DEFAULT_RECENT_TOKENS,
     DEFAULT_SINK_TOKENS,
     FULL_ATTENTION,
+    GRADED_PRESETS,
+    GRADED_VERSION,
     NO_CACHE,
     SLIDING_ATTENTION,
     WHOLE_VERSION,
     CorpusRecord,
     Geometry,
+    HeadBudgets,
     ImportedFrom,
     Matrix,
     ModelIdentity,
+    ProbeRecord,
     Profile,
     Runtime,
     Scores,
     Scoring,
+    mean_budget,
+    retention_key,
 )
 from kvprofile.budget.runtime_file import RuntimeFile, RuntimeModel, RuntimeProvenance
 
@@ -172,3 +179,28 @@ def save_runtime_file(
     )
     path.write_bytes(found.to_bytes())
     return path
+
+
+def make_graded(*, seed: int = 0, probe_sha256: str = "0" * 64, **changes) -> Profile:
+    """A profile whose budgets are graded: random shares that rise with the retention, and a record of a probe."""
+    base = make_profile(seed=seed, **changes)
+    geometry = base.model.geometry
+    rng = random.Random(seed)
+    draws = [[rng.random() for _ in range(geometry.kv_heads)] for _ in range(geometry.layers)]
+    budgets = {}
+    for retention in GRADED_PRESETS:
+        mean = sum(map(sum, draws)) / (geometry.layers * geometry.kv_heads)
+        scale = min(retention / mean, (1.0 - retention) / max(1e-9, max(map(max, draws)) - mean))
+        heads = [
+            [
+                round(retention + scale * (value - mean), 6) if layer in geometry.profiled_layers else None
+                for value in row
+            ]
+            for layer, row in enumerate(draws)
+        ]
+        budgets[retention_key(retention)] = HeadBudgets(heads=heads, retention_realised=mean_budget(heads))
+    record = ProbeRecord(
+        sha256=probe_sha256, features=FEATURES, target="log(KVzip score + 0.0001)", tokens=1000,
+        r2=[0.5 if layer in geometry.profiled_layers else None for layer in range(geometry.layers)],
+    )  # fmt: skip
+    return base.model_copy(update={"schema_version": GRADED_VERSION, "budgets": budgets, "probe": record})

@@ -23,8 +23,12 @@ def visible(query, key, sinks, recent, block, anchor=None):
 
 
 @torch.no_grad()
-def logits(model, ids, context_tokens, heads, sinks, recent, block, window):
-    """Logits [len(ids), V] where the rows after the context obey the budget ``heads`` [L][G]."""
+def logits(model, ids, context_tokens, heads, sinks, recent, block, window, choose=None):
+    """Logits [len(ids), V] where the rows after the context obey the budget ``heads`` [L][G].
+
+    ``choose`` gives the positions that a head keeps which keeps a part of the middle: of (layer, head, share, the
+    context's keys and values [context_tokens, D]).
+    """
     anchor = context_tokens if window == "anchored" else None
     model = copy.deepcopy(model)
     if not any("experts" in name for name, _ in model.named_parameters()):
@@ -37,12 +41,18 @@ def logits(model, ids, context_tokens, heads, sinks, recent, block, window):
     def attend(module, query, key, value, _mask=None, scaling=None, softcap=None, sliding_window=None, s_aux=None, **_):
         group = query.shape[1] // key.shape[1]
         budget = heads[module.layer_idx]
+        kept = {}
+        for head, share in enumerate(budget):
+            if share not in (0.0, 1.0, None):
+                states = (tensor[0, head, :context_tokens] for tensor in (key, value))
+                kept[head] = trimmed.clone()
+                kept[head][context_tokens:, choose(module.layer_idx, head, share, *states)] = True
         key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
         weights = query @ key.mT * (scaling or query.shape[-1] ** -0.5)
         if softcap:
             weights = softcap * torch.tanh(weights / softcap)
         for head in range(query.shape[1]):
-            allowed = trimmed if budget[head // group] == 0.0 else causal
+            allowed = trimmed if budget[head // group] == 0.0 else kept.get(head // group, causal)
             if sliding_window and budget[head // group] is None:
                 distance = torch.arange(count)[:, None] - torch.arange(count)
                 allowed = causal & (distance < sliding_window)

@@ -15,6 +15,7 @@ from kvprofile.checkpoint import Source, describe
 from kvprofile.checkpoint.rehearsal import cache_argument
 from kvprofile.errors import InputError
 from kvprofile.evaluate.simulate import simulating
+from kvprofile.evaluate.token_choice import TokenChoice
 from tests.helpers import masked
 from tests.helpers.models import FAMILIES, HYBRIDS, POCKET, random_model
 
@@ -142,6 +143,95 @@ def test_budgets_side_by_side_equal_each_alone(subject, seed):
         first = rows[row % 2][0]
         near(found, expected(row // 2, first + again)[len(first) :], model)
     near(forked[2], expected(picked[0] // 2, again + again[:1]), model)
+
+
+class Weighed(TokenChoice):
+    """Scores that are a random linear function of what the cache holds of a token."""
+
+    def __init__(self, seed):
+        self.seed = seed
+
+    def weights(self, layer, size):
+        return torch.randn(size, generator=torch.Generator().manual_seed(1000 * self.seed + layer))
+
+    def scores(self, tokens):
+        both = torch.cat([tokens.keys, tokens.values], -1)
+        return both @ self.weights(tokens.layer, both.shape[-1])
+
+    def naive(self, rule, context_tokens):
+        """The positions that a head keeps: whole blocks of the middle, the best tokens one by one."""
+        size = rule.block_tokens
+        first = -(-rule.sink_tokens // size) * size
+        stop = max(first, (context_tokens + 1 - rule.recent_tokens) // size * size)
+
+        def choose(layer, _head, share, keys, values):
+            end = max(first, min(stop, context_tokens))
+            left = int(share * ((end - first) // size) + 0.5 + 1e-9) * size
+            both = torch.cat([keys, values], -1)
+            worth = (both @ self.weights(layer, both.shape[-1]).to(both.dtype)).tolist()
+            return sorted(range(first, end), key=lambda position: -worth[position])[:left]
+
+        return choose
+
+
+def draw_shares(rng, geometry):
+    """A budget of full, trimmed and graded heads."""
+    shares = [rng.choice((0.0, 1.0, round(rng.random(), 3))) for _ in range(4)]
+    return [
+        [rng.choice(shares) if kind == FULL_ATTENTION else None for _ in range(geometry.kv_heads)]
+        for kind in geometry.layer_types
+    ]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_graded_heads_equal_the_naive_masked_implementation(subject, seed):
+    model, geometry = subject
+    rng = random.Random(f"graded:{model.config.model_type}:{seed}")
+    rule = TrimRule(rng.choice((0, 5, 16)), rng.choice((3, 24)), rng.choice((1, 4, 16)), ANCHORED)
+    budgets = [draw_shares(rng, geometry) for _ in range(1 + seed % 2)]
+    choices = [Weighed(rng.randrange(9)) for _ in budgets]
+    context = draw_ids(rng, rng.randrange(20, 150))
+    rows = [draw_ids(rng, rng.randrange(1, 40)) for _ in range(2 - seed % 2)]
+    with simulating(model, geometry, budgets[0], rule, choices[0]) as simulation:
+        simulation.prefill(context)
+        simulation.trim_each(budgets, choices=choices)
+        simulation.forget_context()
+        branch = simulation.start(len(rows))
+        cut = min(map(len, rows)) // 2
+        parts = [branch.read([row[:cut] for row in rows] * len(budgets))] if cut else []
+        parts.append(branch.read([row[cut:] for row in rows] * len(budgets)))
+    for index in range(len(budgets) * len(rows)):
+        budget, row = divmod(index, len(rows))
+        naive = choices[budget].naive(rule, len(context))
+        expected = masked.logits(model, context + rows[row], len(context), budgets[budget], *astuple(rule), naive)
+        near(torch.cat([part[index] for part in parts]), expected[len(context) :], model)
+
+
+def test_bytes_of_graded_heads_are_what_the_rule_says(llama):
+    model, geometry = llama
+    rng = random.Random("bytes")
+    rule = TrimRule(5, 24, 4, ANCHORED)
+    heads = draw_shares(rng, geometry)
+    with simulating(model, geometry, heads, rule, Weighed(0)) as simulation:
+        simulation.prefill(draw_ids(rng, 133))
+        simulation.trim()
+        held = sum(rule.held_tokens(133, 133, share) for row in heads for share in row)
+        assert simulation.nbytes() == held * 2 * geometry.head_size * 4
+
+
+def test_shares_without_a_choice_of_tokens_or_an_anchored_window_are_refused(llama):
+    model, geometry = llama
+    half = [[0.5, 1.0]] * geometry.layers
+    with (
+        pytest.raises(InputError, match="nothing says which tokens those are"),
+        simulating(model, geometry, half, TrimRule(4, 16)),
+    ):
+        pass
+    with (
+        pytest.raises(InputError, match="need a window that stays"),
+        simulating(model, geometry, half, TrimRule(4, 16, 4, SLIDING), Weighed(0)),
+    ):
+        pass
 
 
 def test_a_branch_that_frees_tokens_cannot_go_back(llama):

@@ -18,7 +18,15 @@ from pydantic import ValidationError
 from kvprofile import __version__
 from kvprofile.budget import store
 from kvprofile.budget.allocate import Constraints, preset_budgets, ranking, require_retention
-from kvprofile.budget.choice import Choice, choose, choose_whole, ranking_scores, require_scores, tie_breaks
+from kvprofile.budget.choice import (
+    Choice,
+    choose,
+    choose_whole,
+    ranking_scores,
+    require_kind,
+    require_scores,
+    tie_breaks,
+)
 from kvprofile.budget.known_models import ModelFacts
 from kvprofile.budget.profile import (
     DEFAULT_RECENT_TOKENS,
@@ -38,6 +46,7 @@ from kvprofile.budget.profile import (
     mean_budget,
     round_significant,
 )
+from kvprofile.budget.trim import GRADED
 from kvprofile.errors import InputError, plain
 from kvprofile.files import read_bytes
 
@@ -91,10 +100,13 @@ class Export:
     profile: Profile
     constraints: Constraints = field(default_factory=Constraints)
     retention: float | None = None
+    kind: str | None = None
 
     def __post_init__(self) -> None:
         if self.retention is not None:
             require_retention(self.retention)
+        if self.kind is not None:
+            require_kind(self.kind)
 
     @property
     def scores(self) -> Matrix:
@@ -104,10 +116,12 @@ class Export:
 
     def choice(self, retention: float) -> Choice:
         """The budgets at a retention under the constraints, fractions included where the file states them."""
-        return choose(self.profile, retention, self.constraints)
+        return choose(self.profile, retention, self.constraints, kind=self.kind)
 
     def whole(self, retention: float) -> Choice:
-        """The whole heads at a retention under the constraints. Raises InputError for fractions of heads."""
+        """The whole heads at a retention under the constraints. Raises InputError for graded heads and fractions."""
+        if self.kind == GRADED:
+            raise InputError("this format holds whole heads; leave out --kind graded, or use csv or lu-kv")
         return choose_whole(self.profile, retention, self.constraints)
 
     def asked_retention(self) -> float:

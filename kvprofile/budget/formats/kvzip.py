@@ -67,7 +67,7 @@ class KVzip(Format):
         heads, kept = len(scores) * len(scores[0]), rule_keeps(scores, export.retention, _RULE_CONTEXT_TOKENS)
         return (
             f"at ratio {export.retention:g} KVzip's own rule keeps {kept} of {heads} heads, "
-            f"kvprofile {export.choice(export.retention).allocation.full_heads}"
+            f"kvprofile {export.whole(export.retention).allocation.full_heads}"
         )
 
 
