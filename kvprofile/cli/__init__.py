@@ -25,7 +25,7 @@ from kvprofile.errors import InputError
 
 COMMANDS = {
     "score": "Profile a checkpoint and write its budget file. Run it again after an interruption to continue.",
-    "show": "Show which KV heads matter and which keep the whole context.",
+    "show": "Show which KV heads matter and how much of the context each keeps.",
     "diff": "Compare two profiles: how far their rankings agree and which heads change at each retention.",
     "plot": "Draw profiles: heat map, sorted scores, full heads of each layer at each retention.",
     "plan": "Count what fits at each retention: cache bytes, requests in flight, the bound on speed. "

@@ -20,7 +20,7 @@ def test_plot_writes_each_kind(capsys):
         assert Path(name).stat().st_size > 1000
     assert "wrote b.svg" in capsys.readouterr().err
     document = json.loads(shown(capsys, "plot", "a.json", "--output", "c.png", "--dpi", "40", "--json"))
-    assert document["kinds"] == ["heatmap", "scores", "layers"]
+    assert document["kinds"] == ["heatmap", "shares", "scores", "layers"]
 
 
 def test_plot_refuses_and_leaves_what_is_there(capsys):

@@ -23,7 +23,7 @@ def test_the_tables_fit_80_columns(summary, capsys):
     out = capsys.readouterr().out
     told = " ".join(out.split())
     assert max(map(len, out.splitlines())) <= 80
-    assert "a-rather-lo… 0.5" in out
+    assert "a-rather-l… 0.5" in out
     assert "agreement %" in out.splitlines()[3]
     assert "evidence outside of sinks and window: 60 of 120 (50%)" in out
     assert "kvzip keeps 99% of the full cache's first choices at no retention with certainty" in told
