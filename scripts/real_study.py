@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -93,7 +92,10 @@ class Piece:
 
     def folder(self, runs: Path) -> Path:
         """Where its evaluation is; other settings or profiles, another folder."""
-        facts = [str(self.options()), *(f"{c.label} {c.statistic} {store.to_bytes(c.profile)!r}" for c in self.contenders())]
+        facts = [
+            str(self.options()),
+            *(f"{c.label} {c.statistic} {store.to_bytes(c.profile)!r}" for c in self.contenders()),
+        ]
         key = hashlib.sha256("\n".join(facts).encode()).hexdigest()[:8]
         return runs / self.part.name / f"{self.task}-{self.length}-{self.number}-{key}"
 
