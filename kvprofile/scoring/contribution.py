@@ -29,7 +29,7 @@ class Contributions:
 
     def log_value_norms(self, layer: int, value: torch.Tensor) -> torch.Tensor:
         """Log lengths [H, m] of W_O v: value [1, G, m, D] as each query head of its group writes it, in float32."""
-        weight = self.projections[layer].weight.float()  # type: ignore[union-attr,operator]
+        weight = _weight(self.projections[layer]).float()
         kv_heads, size = value.shape[1], value.shape[-1]
         group = weight.shape[1] // (kv_heads * size)
         norms = [
@@ -46,7 +46,7 @@ def watching(model: torch.nn.Module, geometry: Geometry) -> Iterator[Contributio
     Raises InputError where a profiled layer has no output projection ``o_proj`` of plain weights.
     """
     attentions = {
-        int(module.layer_idx): name  # type: ignore[arg-type]
+        int(module.layer_idx): name
         for name, module in model.named_modules()
         if hasattr(module, "layer_idx") and hasattr(module, "o_proj")
     }
@@ -69,6 +69,11 @@ def watching(model: torch.nn.Module, geometry: Geometry) -> Iterator[Contributio
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _weight(projection: Any) -> torch.Tensor:
+    weight: torch.Tensor = projection.weight
+    return weight
 
 
 def _note(found: Contributions, layer: int) -> Any:
