@@ -105,9 +105,9 @@ class Part:
     shipped: bool = True
 
     def pieces(self) -> list[tuple[float, Piece]]:
-        """Its contexts, mixed, each with the share of the part that lies before it."""
+        """Its contexts, mixed, each with its place in the part, 0 to 1."""
         found = [
-            (number / count, Piece(self, task, length, number, questions))
+            ((number + 0.5) / count, Piece(self, task, length, number, questions))
             for task, length, count, questions in self.contexts
             for number in range(count)
         ]
@@ -321,6 +321,11 @@ def _split(results: Results, keys: Iterable[Any], key_of: Callable[[Item], Any])
                     "context_tokens": [tokens[0], tokens[-1]],
                     "right": estimate(some.share_of_tokens(FULL, "right_share")),
                     "kl": {variant.row: estimate(some.rise(variant.row, "kl")) for variant in some.variants},
+                    "mean_less_kvzip": {
+                        variant.row: estimate(some.rise(variant.row, "kl", f"kvzip@{variant.retention:g}"))
+                        for variant in some.variants
+                        if variant.name == "kvzip-mean"
+                    },
                 }
             )
     return found
