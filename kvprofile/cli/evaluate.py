@@ -22,7 +22,7 @@ from kvprofile.evaluate.options import EvaluationOptions
 from kvprofile.evaluate.variants import Contender, contenders
 from kvprofile.files import BUDGET_DIR, require_writable
 from kvprofile.questions.columns import Columns
-from kvprofile.questions.tasks import DEFAULT_TASKS, TASKS
+from kvprofile.questions.tasks import CONTINUED_TOKENS, DEFAULT_TASKS, TASKS
 from kvprofile.report import plots, quality_plot
 
 if TYPE_CHECKING:
@@ -114,6 +114,9 @@ def evaluate(
             help="Write greedy answers and look for what is expected, or count only the reference word for word.",
         ),
     ] = False,
+    continued_tokens: Annotated[
+        int, typer.Option(help="Most tokens of a continued text that are read, with --tasks continuation.")
+    ] = CONTINUED_TOKENS,
     output: Annotated[
         Path | None, typer.Option(help="Folder of the records; runs/evaluate/<model>/<settings> unless given.")
     ] = None,
@@ -139,6 +142,7 @@ def evaluate(
         batch=batch,
         generate=generate,
         own_scores=own_scores,
+        continued_tokens=continued_tokens,
         columns=Columns() if columns is None else Columns.parse(columns),
     )
     if plot is not None:

@@ -41,7 +41,7 @@ def score(
     chunk_tokens: Annotated[int, typer.Option(help="Tokens repeated at a time.")] = 2000,
     documents: Annotated[int | None, typer.Option(min=1, help="Use the first N documents of each corpus.")] = None,
     method: Annotated[
-        str, typer.Option(help="Scoring method: gate, kvzip, kvzip-mean or ablation (docs/scoring.md).")
+        str, typer.Option(help="Scoring method: gate, kvzip, kvzip-mean, kvzip-plus or ablation (docs/scoring.md).")
     ] = "kvzip",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",

@@ -13,16 +13,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 from kvprofile.budget.trim import TrimRule
-from kvprofile.questions.tasks import Exercise
+from kvprofile.questions.tasks import CONTINUED_TOKENS, Exercise
 from kvprofile.scoring.prompts import Frame, chat_frame, encode
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
-
-CONTINUED_TOKENS = 500
-"""Most tokens of a continued text that are read."""
 
 SPARE_TOKENS = 32
 """How much longer than the reference a generated answer may be."""
@@ -120,10 +117,12 @@ def ask(
     tokenizer: PreTrainedTokenizerBase,
     words: Wording,
     rule: TrimRule,
+    continued_tokens: int = CONTINUED_TOKENS,
 ) -> Asked:
     """An exercise as ids. ``length`` is the number of context tokens that was asked for, if one was.
 
-    Of a continued text the last token of the context is read after the trim, because it predicts what follows.
+    Of a continued text the last token of the context is read after the trim, because it predicts what follows; at most
+    ``continued_tokens`` follow.
     """
     evidence = [question.evidence if exercise.answered else () for question in exercise.questions]
     ids, found = _tokenise(tokenizer, exercise.context, [span for spans in evidence for span in spans])
@@ -139,7 +138,7 @@ def ask(
         outside.append(all(a >= rule.sink_end and b <= window_start for a, b in places) if places else None)
     context = (*prefix, *ids)
     if exercise.continued:
-        answer = encode(tokenizer, exercise.questions[0].answer)[:CONTINUED_TOKENS]
+        answer = encode(tokenizer, exercise.questions[0].answer)[:continued_tokens]
         rows = [AskedRow((context[-1], *answer[:-1]), (Reference(0, 1, tuple(answer)),))]
         context = context[:-1]
     else:

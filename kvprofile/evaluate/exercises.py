@@ -69,7 +69,7 @@ def _generated(
         for number in range(options.contexts):
             seed = (options.seed * 10**7 + length) * 10**7 + number
             made = exercise(task, PURPOSE, seed, length, wanted, lambda text: len(encode(tokenizer, text)))
-            asked = ask(f"{task}/{length}/{number}", made, length, tokenizer, words, rule)
+            asked = ask(f"{task}/{length}/{number}", made, length, tokenizer, words, rule, options.continued_tokens)
             yield _only_outside(asked, tokenizer, words, rule, options) if options.only_outside else asked
 
 
@@ -92,7 +92,7 @@ def _only_outside(
     """The exercise without questions whose evidence a trimmed head sees; what has no known place stays."""
     chosen = [number for number, outside in enumerate(asked.outside) if outside is not False][: options.questions]
     kept = replace(asked.exercise, questions=tuple(asked.exercise.questions[number] for number in chosen))
-    return ask(asked.name, kept, asked.length, tokenizer, words, rule)
+    return ask(asked.name, kept, asked.length, tokenizer, words, rule, options.continued_tokens)
 
 
 def _check_positions(asked: Asked, description: Description) -> None:

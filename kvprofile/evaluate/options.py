@@ -9,7 +9,7 @@ from kvprofile.budget.profile import PRESETS
 from kvprofile.budget.trim import DEFAULT_BLOCK_TOKENS, DEFAULT_WINDOW, WINDOWS
 from kvprofile.errors import InputError
 from kvprofile.questions.columns import Columns
-from kvprofile.questions.tasks import DEFAULT_TASKS, TASKS
+from kvprofile.questions.tasks import CONTINUED_TOKENS, DEFAULT_TASKS, TASKS
 
 MOST = 1_000_000
 """Most of anything that is counted."""
@@ -38,13 +38,14 @@ class EvaluationOptions:
     batch: int = 64
     generate: bool = False
     own_scores: bool = False
+    continued_tokens: int = CONTINUED_TOKENS
     columns: Columns = field(default_factory=Columns)
 
     def __post_init__(self) -> None:
         for retention in self.retentions:
             require_retention(retention)
         least = {"contexts": 1, "questions": 1, "block_tokens": 1, "batch": 1, "sink_tokens": 0, "recent_tokens": 1}
-        for name, bound in {**least, "random_seeds": 0, "seed": 0}.items():
+        for name, bound in {**least, "continued_tokens": 1, "random_seeds": 0, "seed": 0}.items():
             value = getattr(self, name)
             if value is not None and not bound <= value <= MOST:
                 flag = f"--{name.replace('_', '-')}"

@@ -20,6 +20,9 @@ Measure = Callable[[str], int]
 
 REPEAT = "Repeat the previous context exactly."
 
+CONTINUED_TOKENS = 500
+"""Most tokens of a continued text that are read, unless fewer are asked for."""
+
 CONTINUED_CHARACTERS = 3600
 """Characters that follow a continued text: more than 500 tokens of them, by most tokenizers."""
 

@@ -21,6 +21,7 @@ from kvprofile.budget.profile import Geometry
 from kvprofile.checkpoint.rehearsal import refuse_other_heads
 from kvprofile.errors import InputError
 from kvprofile.scoring import kernels
+from kvprofile.scoring.contribution import Contributions
 from kvprofile.scoring.effort import REST_STRIDE, sparse_rest
 from kvprofile.scoring.kernels import Part
 
@@ -43,11 +44,12 @@ class Recorder:
 
     ``chunk`` is None while prefilling, else the absolute positions [start, stop) of the chunk being repeated. With
     ``sparse_rows`` the rows of a repeat see few tokens of the rest of the context (``effort.sparse_rest``); what they
-    are scored over stays whole, but scores are no longer exact.
+    are scored over stays whole, but scores are no longer exact. With ``contributions`` they are those of KVzip+.
     """
 
     geometry: Geometry
     sparse_rows: bool = False
+    contributions: Contributions | None = None
     prefix_tokens: int = 0
     query_start: int = 0
     chunk: tuple[int, int] | None = None
@@ -76,14 +78,20 @@ current: list[Recorder] = []
 
 
 @contextmanager
-def recording(model: PreTrainedModel, geometry: Geometry, *, sparse_rows: bool = False) -> Iterator[Recorder]:
+def recording(
+    model: PreTrainedModel,
+    geometry: Geometry,
+    *,
+    sparse_rows: bool = False,
+    contributions: Contributions | None = None,
+) -> Iterator[Recorder]:
     """Route a model's attention through the recorder, and put everything back afterwards.
 
     Not re-entrant, and one model at a time, because transformers' registry is global: raises RuntimeError for another.
     """
     if current:
         raise RuntimeError("a model is being scored already in this process")
-    recorder = Recorder(geometry, sparse_rows)
+    recorder = Recorder(geometry, sparse_rows, contributions)
     current.append(recorder)
     try:
         with routed(model, NAME, _attention):
@@ -176,7 +184,11 @@ def _full_layer(
     first, stop = recorder.chunk
     scored = part(0, recorder.prefix_tokens) + part(first, stop) + part(start, key.shape[2], causal=True)
     normaliser = kernels.merge_lse([p.lse for p in scored], sinks)
-    recorder.token_scores[layer] = chunk_scores(query, key[:, :, first:stop], normaliser, scale, softcap)
+    weights = None
+    if recorder.contributions is not None:
+        normaliser = normaliser + recorder.contributions.log_row_norms[layer].to(normaliser.device)
+        weights = recorder.contributions.log_value_norms(layer, value[:, :, first:stop])
+    recorder.token_scores[layer] = chunk_scores(query, key[:, :, first:stop], normaliser, scale, softcap, weights)
     if layer == recorder.last_layer:
         raise AllLayersDone
     # its output sees the rest of the context too, so that the layers above read what the model would
@@ -211,13 +223,21 @@ def span(
 
 
 def chunk_scores(
-    query: torch.Tensor, key: torch.Tensor, normaliser: torch.Tensor, scale: float, softcap: float | None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    normaliser: torch.Tensor,
+    scale: float,
+    softcap: float | None,
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Token scores [G, m] of a chunk's keys [1, G, m, D], on the CPU in float32.
 
     query [1, H, n, D]; normaliser [1, H, n] is the log-sum-exp over prefix, chunk and repeat. The maximum is taken
     over logits minus normaliser, so each key is exponentiated once. Where logits are not capped, scale and normaliser
     are part of the product, so that a block is written once and read once.
+
+    ``weights`` [H, m] are logs of what the attention of a query head to a key is multiplied by. Such products x have no
+    bound, so their score is x / (1 + x), which keeps their order.
     """
     kv_heads, count = key.shape[1], key.shape[2]
     on_cpu = key.device.type == "cpu"
@@ -242,9 +262,14 @@ def chunk_scores(
                 logits = torch.matmul(folded, some.transpose(-1, -2))
             else:
                 logits = kernels.logits_of(folded, some, scale, softcap).sub_(less)
+            if weights is None:
+                largest = logits[0].amax(1)
+            else:  # a weight is the same for all rows of a query head
+                mine = weights[:, first : first + keys_at_once].reshape(kv_heads, -1, some.shape[2])
+                largest = (logits[0].view(*mine.shape[:2], -1, some.shape[2]).amax(2) + mine).amax(1)
             part = best[:, first : first + keys_at_once]
-            torch.maximum(part, logits[0].amax(1), out=part)
-    return best.exp_().clamp_(max=1.0).cpu()
+            torch.maximum(part, largest, out=part)
+    return (best.exp_().clamp_(max=1.0) if weights is None else best.sigmoid_()).cpu()
 
 
 def check_shapes(recorder: Recorder, layer: int, query: torch.Tensor, key: torch.Tensor, window: int | None) -> None:

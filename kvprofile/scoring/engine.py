@@ -45,8 +45,9 @@ def check_engine(asked: str, method: str) -> None:
     """Raise InputError where the engine asked for is unknown, not installed, or cannot do the method."""
     if asked not in ENGINES:
         raise InputError(f"unknown engine {asked!r}; known: {', '.join(ENGINES)}")
-    if asked == "vllm" and METHODS[method].loss_aware:
-        raise InputError(f"--method {method} needs gradients or gates, which --engine vllm does not have; use hf")
+    if asked == "vllm" and METHODS[method].needs_modules:
+        what = "output projections" if METHODS[method].weighs else "gradients or gates"
+        raise InputError(f"--method {method} needs {what}, which --engine vllm does not have; use hf")
     if asked == "vllm" and not vllm_is_installed():
         raise InputError("--engine vllm needs vLLM, which is not installed here")
 
@@ -75,8 +76,9 @@ def choose_engine(asked: str, description: Description, method: str) -> tuple[st
         return "hf", f"engine hf: multiplies out the weights ({quantisation})"
     if quantisation and states:
         return "hf", f"engine hf: the weights are quantised ({quantisation}), but some layers keep a state"
-    if quantisation and METHODS[method].loss_aware:
-        return "hf", f"engine hf: the weights are quantised ({quantisation}), but --method {method} needs gradients"
+    if quantisation and METHODS[method].needs_modules:
+        what = "output projections" if METHODS[method].weighs else "gradients"
+        return "hf", f"engine hf: the weights are quantised ({quantisation}), but --method {method} needs {what}"
     if quantisation and not vllm_is_installed():
         return "hf", f"engine hf: the weights are quantised ({quantisation}), but vLLM is not installed here"
     if quantisation:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from kvprofile.checkpoint import Placement, load_model
 from kvprofile.progress import Progress
 from kvprofile.scoring.attention import Recorder, recording
 from kvprofile.scoring.chunk_store import ChunkStore
+from kvprofile.scoring.contribution import watching
 from kvprofile.scoring.gates import GatedModel, ablation_scores, gate_scores, gating
 from kvprofile.scoring.kernels import choose_fused
 from kvprofile.scoring.methods import GATE_STEPS, METHODS, repeats_read
@@ -62,7 +64,12 @@ class HfEngine:
         model = load_model(plan.description, self.placement, needs_head=loss_aware)
         progress.start(sum(work))
         sparse_rows = plan.options.effort.sparse_rows
-        with recording(model, plan.description.geometry, sparse_rows=sparse_rows) as recorder:
+        geometry = plan.description.geometry
+        weighs = METHODS[plan.options.method].weighs
+        with (
+            watching(model, geometry) if weighs else nullcontext() as contributions,
+            recording(model, geometry, sparse_rows=sparse_rows, contributions=contributions) as recorder,
+        ):
             scorer = Scorer(
                 model,
                 recorder,

@@ -1,6 +1,7 @@
 """The scoring methods by name: which statistic ranks heads, and what beyond the reconstruction scores it costs.
 
-Every method computes KVzip's token scores, so every profile holds max, mean and p99; loss-aware methods add ``loss``.
+Every method computes token scores, so every profile holds max, mean and p99: KVzip's, but for ``kvzip-plus``, which
+weighs them. Loss-aware methods add ``loss``.
 """
 
 from __future__ import annotations
@@ -17,10 +18,14 @@ GATE_STEPS = 4
 
 @dataclass(frozen=True)
 class Method:
-    """A way to rank heads: its statistic in the profile, and one line on what it is."""
+    """A way to rank heads: its statistic in the profile, and one line on what it is.
+
+    ``weighs``: its token scores are attention times what the value adds to the layer's output.
+    """
 
     statistic: str
     summary: str
+    weighs: bool = False
 
     @property
     def token_score(self) -> str:
@@ -32,11 +37,19 @@ class Method:
         """Whether it differentiates or measures the reconstruction loss."""
         return self.statistic == "loss"
 
+    @property
+    def needs_modules(self) -> bool:
+        """Whether it needs gates, gradients or weights inside the model, which vLLM does not give."""
+        return self.loss_aware or self.weighs
+
 
 METHODS = {
     "gate": Method("loss", "slope of the reconstruction loss along closing gates, one backward pass for each opening"),
     "kvzip": Method("max", "largest attention that a context token gets while the context is repeated (KVzip)"),
     "kvzip-mean": Method("mean", "the same, the mean over context tokens: it does not saturate"),
+    "kvzip-plus": Method(
+        "max", "largest attention times length of what the value adds, over that of the row (KVzip+)", weighs=True
+    ),
     "ablation": Method("loss", "rise of the reconstruction loss when one head alone is trimmed: exact and slow"),
 }
 

@@ -56,6 +56,8 @@ class ScoringOptions:
             raise InputError(f"unknown method {self.method!r}; known: {', '.join(METHODS)}")
         if METHODS[self.method].loss_aware and not self.effort.exact:
             raise InputError(f"--fast has no shortcut for --method {self.method}, which differentiates every repeat")
+        if METHODS[self.method].weighs and not self.effort.exact:
+            raise InputError(f"--fast has no shortcut for --method {self.method}, which ranks by maximum")
 
 
 @dataclass(frozen=True)

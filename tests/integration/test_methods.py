@@ -40,14 +40,21 @@ def test_every_method_ranks_by_its_statistic(tiny_checkpoint, tmp_path, method):
     plain = score(tiny_checkpoint, tmp_path / "b.json", "kvzip")
     assert found.scoring.method == method
     assert found.scoring.statistic == METHODS[method].statistic
-    assert found.scores.max == plain.scores.max
-    assert found.scores.mean == plain.scores.mean
+    as_plain = not METHODS[method].weighs
+    assert (found.scores.max == plain.scores.max) is as_plain
+    assert (found.scores.mean == plain.scores.mean) is as_plain
     scores = found.scores.statistics()[found.scoring.statistic]
     best = ranking(scores)[:3]
     assert sum(value or 0.0 for row in found.budgets["0.5"].heads for value in row) == 3
     assert all(found.budgets["0.5"].heads[layer][head] == 1.0 for layer, head in best)
     assert (found.scores.loss is not None) == METHODS[method].loss_aware
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_weighed_scores_are_not_for_vllm_nor_for_shortcuts(tiny_checkpoint, capsys):
+    for flag, said in ((["--engine", "vllm"], "needs output projections"), (["--fast"], "ranks by maximum")):
+        assert run_here(["score", str(tiny_checkpoint), "--method", "kvzip-plus", *flag]) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_unknown_method_is_one_line(tiny_checkpoint, tmp_path, capsys):

@@ -51,6 +51,8 @@ def test_a_text_goes_on_in_the_same_turn(tokenizer, words):
     assert f"<|user|>\n{asked.exercise.context}{asked.exercise.questions[0].answer}".startswith(told)
     assert (asked.depths, asked.outside) == ((None,), (None,))
     assert asked.positions == len(asked.context_ids) + encoding.CONTINUED_TOKENS
+    fewer = encoding.ask("t", asked.exercise, None, tokenizer, words, TrimRule(4, 32), continued_tokens=20)
+    assert fewer.rows[0].references[0].answer_ids == reference.answer_ids[:20]
 
 
 def test_a_conversation_is_what_the_template_renders(tokenizer, words):
