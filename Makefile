@@ -110,6 +110,7 @@ bench-profile: install-vllm
 	$(BIN)/python benchmarks/profile_speed.py
 	$(BIN)/python benchmarks/profile_speed.py --dtype bfloat16 --context 8192 --repeats 1
 	$(BIN)/python benchmarks/score_memory.py
+	$(BIN)/python benchmarks/probe_cost.py
 	$(BIN)/python benchmarks/engine_speed.py
 
 bench-train: install

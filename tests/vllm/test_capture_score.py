@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import load_file
 from scipy.stats import spearmanr
 
-from kvprofile.budget import store
+from kvprofile.budget import probe, store
 from kvprofile.checkpoint import Source, describe
 from kvprofile.cli import run as run_here
 from kvprofile.errors import InputError
@@ -69,6 +69,12 @@ def test_the_command_writes_what_the_hf_engine_writes(tmp_path, capsys):
         pair = (torch.tensor(getattr(profile.scores, statistic)) for profile in (found, wanted))
         torch.testing.assert_close(*pair, atol=TOLERANCE, rtol=0.03 if statistic == "p99" else 0)
     assert worst < TOLERANCE
+    assert found.probe.tokens == wanted.probe.tokens
+    torch.testing.assert_close(torch.tensor(found.probe.r2), torch.tensor(wanted.probe.r2), atol=0.01, rtol=0)
+    weights = [load_file(probe.path_of(path))["weights"] for path in (output, expected)]
+    torch.testing.assert_close(*weights, atol=0.05, rtol=0.02)
+    shares = [torch.tensor(profile.budgets["0.3"].heads) for profile in (found, wanted)]
+    torch.testing.assert_close(*shares, atol=0.01, rtol=0)
 
     again = tmp_path / "again.json"
     process = start(POCKET, again, *options)

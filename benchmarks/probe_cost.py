@@ -1,0 +1,114 @@
+"""What shares and probe cost while a model is scored: `python benchmarks/probe_cost.py [MODEL]`, part of bench-profile.
+
+One process scores the same document in turns with and without the sums of the probe's fit and the histogram between
+sinks and window, the rest of the work being the same, and prints the ratio of each pair of turns. Without MODEL it is a
+random Llama with the heads of a small one (8 layers, 8 query and 4 KV heads of 64). Bar: 1.03.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from kvprofile.budget.profile import DEFAULT_RECENT_TOKENS, DEFAULT_SINK_TOKENS
+from kvprofile.checkpoint import describe, load_model, locate, place
+from kvprofile.scoring.aggregate import HeadStatistics, histogram
+from kvprofile.scoring.attention import recording
+from kvprofile.scoring.probe_fit import ProbeFit
+from kvprofile.scoring.prompts import Frame, frame_document
+from kvprofile.scoring.reconstruction import Scorer
+
+CHUNK_TOKENS = 2000
+MIB = 2**20
+
+
+def random_model(folder: Path) -> str:
+    """A checkpoint of random weights."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=1024,
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=32768,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+def measure(checkpoint: str, tokens: int, rounds: int) -> dict[str, object]:
+    """Seconds of every turn, in pairs, and the bytes of the sums."""
+    description = describe(locate(checkpoint))
+    geometry = description.geometry
+    model = load_model(description, place(description, "float32", "cpu", tokens + CHUNK_TOKENS + 64))
+    frame = Frame("", "", (1,), (2,), (3, 4), (3, 4, 5))
+    ids = torch.randint(5, 1000, (tokens,), generator=torch.Generator().manual_seed(1)).tolist()
+    document = frame_document("random", ids, frame)
+    fit = ProbeFit(geometry)
+
+    with recording(model, geometry) as recorder:
+        scorer = Scorer(model, recorder, frame, document_tokens=tokens + 1, chunk_tokens=CHUNK_TOKENS)
+
+        def turn(number: int, graded: bool) -> float:
+            started = time.perf_counter()
+            for scored in scorer.score(document):
+                HeadStatistics.of(scored.token_scores)
+                if graded:
+                    start, stop = scored.chunk.start, scored.chunk.stop
+                    first, end = max(start, DEFAULT_SINK_TOKENS), min(stop, tokens - DEFAULT_RECENT_TOKENS)
+                    middle = slice(first - start, max(first, end) - start)
+                    between = scored.token_scores[..., middle]
+                    histogram(between)
+                    sums = scorer.sums(document, scored, middle)
+                    fit.add((number, scored.chunk.index), sums, between.shape[-1])
+            return time.perf_counter() - started
+
+        turn(-1, graded=True)  # kernels and thread pools
+        pairs = []
+        for number in range(rounds):
+            order = (False, True) if number % 2 else (True, False)
+            seconds = {graded: turn(number, graded) for graded in order}
+            pairs.append((seconds[False], seconds[True]))
+    ratios = [graded / plain for plain, graded in pairs]
+    return {
+        "model": description.source.name,
+        "geometry": geometry.describe(),
+        "tokens": tokens,
+        "rounds": rounds,
+        "plain_s": [plain for plain, _ in pairs],
+        "graded_s": [graded for _, graded in pairs],
+        "ratio": statistics.median(ratios),
+        "ratios": [min(ratios), max(ratios)],
+        "sums_bytes": fit.nbytes,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Cost of shares and probe while scoring.")
+    parser.add_argument("model", nargs="?", help="a checkpoint's folder; a random model unless given")
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        found = measure(arguments.model or random_model(Path(folder)), arguments.tokens, arguments.rounds)
+    if arguments.json:
+        print(json.dumps(found, indent=1))
+        return
+    low, high = found["ratios"]  # type: ignore[misc]
+    print(f"{found['model']}: {found['geometry']}, {found['tokens']:,} tokens, {found['rounds']} pairs of turns")
+    print(f"with shares and probe over without: {found['ratio']:.3f} ({low:.3f} to {high:.3f})")
+    print(f"sums: {found['sums_bytes'] / MIB:.1f} MiB")  # type: ignore[operator]
+
+
+if __name__ == "__main__":
+    main()
