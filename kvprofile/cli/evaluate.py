@@ -210,7 +210,7 @@ def render(summary: dict[str, Any]) -> None:
     for line in quality_table.heading(summary):
         console.print(Text(line))
     console.print(quality_table.main_table(summary))
-    for line in quality_table.LEGEND:
+    for line in quality_table.legend(summary):
         console.print(Text(line, style="dim"))
     console.print()
     answers = quality_table.answers_table(summary)

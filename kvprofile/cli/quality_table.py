@@ -22,12 +22,24 @@ LEGEND = (
     "the first choice is the reference. a-b: 95 % interval over contexts.",
 )
 
+_GRADED_LEGEND = (
+    "With graded's shares: any tokens (random), reversed (the probe's worst), key",
+    "norms, own scores (KVzip's of the context). With the probe's tokens: shuffled",
+    "and equal shares.",
+)
+
 _WRITTEN_LEGEND = (
     "accuracy: answers that hold what is expected. exact: those that greedy",
     "decoding writes as the reference.",
 )
 _EXACT_LEGEND = ("accuracy: answers that greedy decoding writes as the reference.",)
 _LOSS_LEGEND = "loss: rise over the reference, nats per token. flips: answers lost/gained."
+
+
+def legend(summary: Mapping[str, Any]) -> tuple[str, ...]:
+    """What stands in the first table."""
+    kinds = {row["kind"] for row in summary["rows"]}
+    return (*LEGEND, *_GRADED_LEGEND) if "any tokens" in kinds else LEGEND
 
 
 def heading(summary: Mapping[str, Any]) -> Iterator[str]:
@@ -176,6 +188,7 @@ def verdicts(summary: Mapping[str, Any]) -> Iterator[str]:
 
 def _verdict(found: Mapping[str, Any], figure: str, what: str) -> str:
     part, name, kept, draws = found[figure], found["profile"], f"{found['kept']:.0%}", found["random_seeds"]
+    drawn = "random heads" if found["random"] == "random" else "random tokens"
     share, against = part["share"], part["against_random"]
     if share is None:
         return f"{name}, {figure}: too few contexts for an interval, so nothing is claimed."
@@ -193,11 +206,11 @@ def _verdict(found: Mapping[str, Any], figure: str, what: str) -> str:
     if against is None:
         return f"{told}."
     if (against["low"] or 0) > 0:
-        return f"{told}; random heads there do worse by {_points(against)}, over {draws} draws."
+        return f"{told}; {drawn} there do worse by {_points(against)}, over {draws} draws."
     others = ", ".join(f"{retention:g}" for retention in part["beats_random_at"])
     where = f"but at {others}" if others else "nor at another retention"
     return (
-        f"{told}; not certain to be better than random heads there ({_points(against)}, over {draws} draws), {where}. "
+        f"{told}; not certain to be better than {drawn} there ({_points(against)}, over {draws} draws), {where}. "
         "More --random-seeds tell more."
     )
 

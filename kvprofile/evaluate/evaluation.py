@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -14,6 +15,7 @@ from kvprofile import __version__
 from kvprofile.budget import store
 from kvprofile.budget.probe import Probe
 from kvprofile.budget.probe import load as load_probe
+from kvprofile.budget.profile import mean_budget
 from kvprofile.budget.trim import TrimRule
 from kvprofile.checkpoint import Description, Placement, describe, identity, load_model, load_tokenizer, locate, place
 from kvprofile.errors import InputError
@@ -47,7 +49,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 OUTPUT_DIR = Path("runs/evaluate")
-SUMMARY_VERSION = 2
+SUMMARY_VERSION = 3
 """Also of what items mean: a run that another version began is not continued."""
 
 
@@ -71,11 +73,13 @@ class EvaluationPlan:
     def cache_tokens(self) -> int:
         """Tokens of the largest cache held at a time: a context, its trimmed copies, and a batch of rows twice.
 
-        The second time for answers that are written, which begin as copies of what was read.
+        Whole heads share one copy, graded ones hold one for each budget. Rows count twice for answers that are written,
+        which begin as copies of what was read.
         """
         budgets = len({variant.budget for variant in self.variants})
+        graded = {variant.budget: mean_budget(variant.heads) for variant in self.variants if variant.tokens}
         return max(
-            2 * len(asked.context_ids)
+            math.ceil((2 + math.fsum(graded.values())) * len(asked.context_ids))
             + 2 * min(self.options.batch, budgets * len(asked.rows)) * (asked.positions - len(asked.context_ids))
             for asked in self.asked
         )

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from kvprofile.errors import InputError
 from kvprofile.evaluate.item_store import ITEMS, RUN, SPANS, AnswerSpan, Item, read_items, rounded
+from kvprofile.evaluate.token_choice import ANY_TOKENS
 from kvprofile.evaluate.variants import FULL, PROFILE, RANDOM, Variant
 from kvprofile.statistics import Bootstrap, Estimate
 
@@ -194,15 +195,17 @@ def verdicts(rows: Sequence[dict[str, Any]], compare_answers: bool = True) -> li
     Each part names the lowest ``retention`` that keeps KEPT with its whole interval, and where it beats random heads.
     ``retention`` is null where none does; ``nearest`` then is the one with the highest lower bound.
     """
-    draws = next((row["seeds"] for row in rows if row["kind"] == RANDOM), 0)
+    draws = {row["kind"]: row["seeds"] for row in rows if row["kind"] in (RANDOM, ANY_TOKENS)}
     found = []
     for name in dict.fromkeys(row["name"] for row in rows if row["kind"] == PROFILE):
         mine = [row for row in rows if row["name"] == name]
+        drawn = RANDOM if mine[0]["tokens"] is None else ANY_TOKENS
         found.append(
             {
                 "profile": name,
                 "kept": KEPT,
-                "random_seeds": draws,
+                "random": drawn,
+                "random_seeds": draws.get(drawn, 0),
                 "agreement": _kept(mine, "agreement", "agreement_against_random"),
                 "accuracy": _kept(mine, "relative", "against_random") if compare_answers else None,
             }
@@ -237,9 +240,10 @@ def _row(results: Results, variant: Variant) -> dict[str, Any]:
     every = [item for items in seeds for item in items]
     inflation = [item.length_inflation for item in every if item.length_inflation is not None]
     lost, gained = results.flips(row)
-    # paired differences: to random heads at the same retention, and to the first profile where there are several
-    random = f"{RANDOM}@{variant.retention:g}" if variant.retention is not None else ""
-    rivals = random in results.items and variant.kind != RANDOM
+    # paired differences: to random heads, or tokens, at the same retention, and to the first profile of several
+    drawn = RANDOM if variant.tokens is None else ANY_TOKENS
+    random = f"{drawn}@{variant.retention:g}" if variant.retention is not None else ""
+    rivals = random in results.items and variant.kind != drawn
     first = next((each for each in results.variants if each.kind == PROFILE), None)
     rival = f"{first.name}@{variant.retention:g}" if first and variant.retention is not None else row
     compared = variant.kind == PROFILE and rival != row
@@ -248,6 +252,7 @@ def _row(results: Results, variant: Variant) -> dict[str, Any]:
         "kind": variant.kind,
         "retention": variant.retention,
         "seeds": len(seeds),
+        "tokens": variant.tokens,
         "full_heads": variant.full_heads,
         "heads": sum(value is not None for values in variant.heads for value in values),
         "retention_realised": sum(item.retention_realised for item in every) / len(every),
@@ -264,6 +269,7 @@ def _row(results: Results, variant: Variant) -> dict[str, Any]:
         "agreement_against_random": asdict(results.difference(row, random, "agreement")) if rivals else None,
         "kl": asdict(results.rise(row, "kl")),
         "kl_against_random": asdict(results.rise(row, "kl", random)) if rivals else None,
+        "kl_against_first": asdict(results.rise(row, "kl", rival)) if compared else None,
         "tokens_right": asdict(results.share_of_tokens(row, "right_share")),
         "answers": sum(item.right is not None for item in full),
         "lost": lost,

@@ -26,6 +26,12 @@ _GREY = "#8a8a8a"
 _CONTROLS: dict[str, dict[str, Any]] = {
     "uniform": {"color": "#56b4e9", "linestyle": (0, (6, 2, 1, 2)), "marker": "d"},
     "inverted": {"color": "#b58900", "linestyle": (0, (1, 1.5)), "marker": "v"},
+    "any tokens": {"color": "#56b4e9", "linestyle": (0, (1, 1.5)), "marker": "d"},
+    "reversed": {"color": "#b58900", "linestyle": (0, (6, 2, 1, 2)), "marker": "v"},
+    "key norms": {"color": "#8a8a8a", "linestyle": (0, (6, 2, 1, 2)), "marker": "s"},
+    "shuffled": {"color": "#cc79a7", "linestyle": (0, (1, 1.5)), "marker": "P"},
+    "equal": {"color": "#cc79a7", "linestyle": (0, (6, 2, 1, 2)), "marker": "X"},
+    "own scores": {"color": "#000000", "linestyle": (0, (6, 2, 1, 2)), "marker": "^"},
 }
 
 

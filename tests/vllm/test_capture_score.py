@@ -28,7 +28,7 @@ pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
 
 CORPUS = ["--corpus", "generate:prose:1:6000", "--corpus", "generate:tables:2:6000", "--context-tokens", "400"]
-SMALL = ["score", "--dtype", "float32", "--chunk-tokens", "50", *CORPUS]
+SMALL = ["score", "--dtype", "float32", "--chunk-tokens", "50", "--sink-tokens", "16", "--recent-tokens", "64", *CORPUS]
 
 
 def start(checkpoint, output, *options):

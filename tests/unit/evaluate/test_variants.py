@@ -12,7 +12,7 @@ from kvprofile.budget.allocate import full_head_count
 from kvprofile.errors import InputError
 from kvprofile.evaluate.variants import Contender, build, contenders
 from tests.helpers import foreign
-from tests.helpers.factories import make_geometry, make_profile
+from tests.helpers.factories import make_geometry, make_graded, make_profile
 
 
 def full_places(variant):
@@ -107,3 +107,43 @@ def test_another_statistic_ranks_other_heads():
     own, other = (build([Contender("a", profile, s)], profile.model.geometry, [0.3])[1] for s in (None, "mean"))
     assert full_places(other) >= {(5, 3), (5, 2), (4, 3)}
     assert full_places(own) != full_places(other)
+
+
+def graded(**changes):
+    return Contender("graded", make_graded(**changes), None, "graded", Path("model.probe.safetensors"))
+
+
+def shares(variant):
+    return sorted(value for row in variant.heads for value in row if value is not None)
+
+
+def test_graded_controls_keep_as_much_and_change_one_thing_each():
+    contender = graded(sliding=[1])
+    found = build([contender], contender.profile.model.geometry, [0.3, 0.5], random_seeds=2, own_scores=True)
+    at = {variant.key: variant for variant in found if variant.retention == 0.3}
+    mine = at["graded@0.3"]
+    assert (mine.kind, mine.tokens, mine.probe) == ("profile", "probe", "graded")
+    for key in ("any tokens-0@0.3", "any tokens-1@0.3", "reversed@0.3", "key norms@0.3", "own scores@0.3"):
+        assert at[key].heads == mine.heads
+    assert (at["shuffled@0.3"].tokens, at["equal@0.3"].tokens) == ("probe", "probe")
+    assert shares(at["shuffled@0.3"]) == shares(mine)
+    assert at["shuffled@0.3"].heads != mine.heads
+    assert len(set(shares(at["equal@0.3"]))) == 1
+    assert sum(shares(at["equal@0.3"])) == pytest.approx(sum(shares(mine)))
+    assert len({variant.budget for variant in at.values()}) == len(at), "no two keep the same tokens"
+    assert not {variant.kind for variant in found} & {"random", "inverted", "uniform"}  # controls of whole heads
+
+
+def test_without_controls_only_the_kinds_asked_for_are_left():
+    both = [Contender("kvzip", make_graded()), graded()]
+    found = build(both, make_graded().model.geometry, [0.5], controls=False)
+    assert [variant.row for variant in found] == ["full", "kvzip@0.5", "graded@0.5"]
+
+
+def test_kinds_and_labels():
+    path, profile = Path("models/a.json"), make_graded()
+    assert [(c.label, c.kind) for c in contenders([(path, profile)])] == [("graded", "graded")]
+    assert contenders([(path, profile)])[0].probe == Path("models/a.probe.safetensors")
+    assert [c.kind for c in contenders([(path, profile)], "max")] == ["whole"]
+    asked = contenders([(path, profile), (Path("b.json"), profile)], kinds=["whole", "graded"])
+    assert [c.label for c in asked] == ["a", "a graded", "b", "b graded"]
