@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvprofile.budget.profile import Profile
+from kvprofile.budget.profile import Geometry, Profile
 from kvprofile.errors import InputError
 from kvprofile.files import read_bytes, sha256_of
 
@@ -37,6 +37,16 @@ MAX_FILE_BYTES = 256 * 1024 * 1024
 def path_of(budget_file: Path) -> Path:
     """Where the probe of a budget file lies: next to it, under its name."""
     return budget_file.with_name(f"{budget_file.stem}{SUFFIX}")
+
+
+def sums_bytes(geometry: Geometry) -> int:
+    """Bytes of the sums that a fit is made from while a model is scored, two sets of them.
+
+    F x F values in float32 for each profiled head, and little more; where values are as large as keys.
+    """
+    heads = len(geometry.profiled_layers) * geometry.kv_heads
+    size = geometry.head_size // 2 + geometry.head_size + 7
+    return 2 * heads * (4 * size * size + 8 * size + 16)
 
 
 def features(keys: torch.Tensor, values: torch.Tensor, first: int, prompt_tokens: int) -> torch.Tensor:

@@ -11,6 +11,7 @@ import typer
 from kvprofile import checkpoint
 from kvprofile.budget import store
 from kvprofile.budget.probe import path_of as probe_path
+from kvprofile.budget.probe import sums_bytes
 from kvprofile.budget.profile import Profile
 from kvprofile.cli import show
 from kvprofile.cli.output import print_json, say, stdout_console
@@ -113,7 +114,6 @@ def score(
     with TokenProgress("scoring") as progress:
         made = run.profile(planned, runs, target, progress, save_token_scores)
     if made.probe is None:
-        say("  no document is longer than sinks and window, so there are no graded budgets, and no probe")
         say(f"wrote {target} in {time.monotonic() - started:.0f} s; review and commit it")
     else:
         probe = probe_path(target).name
@@ -132,6 +132,10 @@ def _announce(planned: ScoringPlan, reasons: tuple[str, ...]) -> None:
         say(f"  {skipped} layers slide over a window or have no cache, and are not scored")
     tokens = sum(record.tokens for record in planned.corpora)
     say(f"  {len(planned.documents)} documents of {len(planned.corpora)} corpora, {tokens:,} tokens of context")
+    if planned.has_middle:
+        say(f"  sums for the probe of graded budgets take {sums_bytes(description.geometry) / 2**20:.1f} MiB")
+    else:
+        say("  no document is longer than sinks and window, so there will be no graded budgets, and no probe")
     for note in planned.notes:
         say(f"  {note}")
     if not planned.options.effort.exact:
@@ -149,7 +153,7 @@ def _print_estimate(found: RunEstimate, as_json: bool) -> None:
         f"large {found.dtype} products run at {found.multiply_adds_per_second * 2e-12:.3g} TFLOP/s on {found.device}",
         f"so no run takes less than {found.least_seconds:,.3g} s; attention runs slower than large products",
         f"weights {found.weight_bytes / gib:.2f} GiB, cache {found.cache_bytes / gib:.2f} GiB, "
-        f"work about {found.working_bytes / gib:.2f} GiB",
+        f"work about {found.working_bytes / gib:.2f} GiB, sums for the probe {found.probe_bytes / 2**20:.1f} MiB",
     ):
         typer.echo(line)
 

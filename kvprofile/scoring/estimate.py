@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvprofile.budget.dtypes import MODEL_DTYPES
+from kvprofile.budget.probe import sums_bytes
 from kvprofile.checkpoint import Placement, weight_bytes_in
 from kvprofile.scoring.attention import DEVICE_LOGIT_BLOCK_VALUES
 from kvprofile.scoring.prompts import chunks, longest_repeat
@@ -31,6 +32,7 @@ class RunEstimate:
     weight_bytes: int
     cache_bytes: int
     working_bytes: int
+    probe_bytes: int
     device: str
     dtype: str
 
@@ -72,6 +74,7 @@ def estimate(plan: ScoringPlan, placement: Placement, rate: Callable[[str, str],
         weight_bytes=weight_bytes_in(plan.description, placement.dtype),
         cache_bytes=held * value_bytes,
         working_bytes=_working_bytes(shape, max(longest, PREFILL_SLICE_TOKENS), value_bytes),
+        probe_bytes=sums_bytes(geometry),
         device=placement.device,
         dtype=placement.dtype,
     )

@@ -95,6 +95,12 @@ class ScoringPlan:
         return slice(min(first, last) - start, max(min(first, last), end) - start)
 
     @property
+    def has_middle(self) -> bool:
+        """Whether a document has tokens between sinks and window, so that there will be graded budgets."""
+        found = (self.middle(index) for index in range(len(self.documents)))
+        return any(middle.stop > middle.start for middle in found)
+
+    @property
     def positions(self) -> int:
         """Positions that the longest forward pass reaches."""
         return max(required_positions(d, self.frame, self.options.chunk_tokens) for d in self.documents)
