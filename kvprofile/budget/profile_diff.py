@@ -12,6 +12,9 @@ from kvprofile.budget.profile import PRESETS, Matrix, Profile
 from kvprofile.budget.trim import GRADED, WHOLE
 from kvprofile.errors import InputError
 
+LEAST_GRADED_MOVE = 0.05
+"""Shares of graded heads that differ by less are alike: two runs over other texts move every share a little."""
+
 
 @dataclass(frozen=True)
 class MovedHead:
@@ -145,11 +148,12 @@ def _at(before: Profile, after: Profile, retention: float, heads: int) -> DiffAt
             for profile in (before, after)
         )
         overlap = len(left & right) / count
+    least = LEAST_GRADED_MOVE if kind == GRADED else 0.0
     moved = tuple(
         MovedHead(layer, head, was, now)
         for layer, (old_row, new_row) in enumerate(zip(old.heads, new.heads, strict=True))
         for head, (was, now) in enumerate(zip(old_row, new_row, strict=True))
-        if was is not None and now is not None and was != now
+        if was is not None and now is not None and was != now and abs(was - now) >= least
     )
     return DiffAtRetention(
         retention=retention,

@@ -13,7 +13,7 @@ from kvprofile import checkpoint
 from kvprofile.budget import store
 from kvprofile.budget.choice import require_kind
 from kvprofile.budget.profile import PRESETS
-from kvprofile.budget.trim import DEFAULT_WINDOW
+from kvprofile.budget.trim import DEFAULT_WINDOW, WHOLE
 from kvprofile.cli import quality_table
 from kvprofile.cli.output import load_profile, print_json, resolve_profile, say, stdout_console
 from kvprofile.cli.progress_bar import TokenProgress
@@ -183,6 +183,8 @@ def _default_profile(name: str, model: str) -> str:
 def _contenders(references: list[str], statistic: str | None, kinds: list[str] | None) -> list[Contender]:
     for kind in kinds or ():
         require_kind(kind)
+    if statistic is not None and kinds and WHOLE not in kinds:
+        raise InputError("--statistic ranks whole heads; leave it out, or add --kind whole")
     return contenders([(resolve_profile(each), load_profile(each)) for each in references], statistic, kinds)
 
 

@@ -12,6 +12,7 @@ from kvprofile.budget import graded, probe, store
 from kvprofile.budget.allocate import Constraints, allocate
 from kvprofile.budget.choice import choose, choose_whole, default_kind
 from kvprofile.budget.profile import GRADED_PRESETS, Profile, mean_budget
+from kvprofile.budget.profile_diff import compare
 from kvprofile.errors import InputError
 from kvprofile.files import sha256_of
 from tests.helpers.factories import make_graded, make_profile
@@ -172,3 +173,18 @@ def test_features_are_what_their_names_say():
     (found,) = probe.features(keys, values, 9, 36)[0].tolist()
     expected = [5.0, 1.0, 0.6, 0.8, math.sqrt(26), 1.0, 0.25, 0.0625, math.log(28), math.log(10), 1.0]
     assert found == pytest.approx(expected)
+
+
+def test_a_diff_of_graded_files_leaves_out_what_hardly_moves():
+    before = make_graded()
+    heads = [list(row) for row in before.budgets["0.5"].heads]
+    heads[0][0], heads[0][1] = heads[0][0] + 0.01, heads[0][1] - 0.01
+    heads[1][0], heads[1][1] = heads[1][0] + 0.2, heads[1][1] - 0.2
+    budgets = before.budgets | {"0.5": before.budgets["0.5"].model_copy(update={"heads": heads})}
+    after = before.model_copy(update={"budgets": budgets})
+    found = compare(before, after, [0.5]).at[0]
+    assert 0 < len(found.moved) < len(heads) * len(heads[0])
+    assert all(abs(move.before - move.after) >= 0.05 for move in found.moved)
+    assert compare(before, before, [0.5]).at[0].moved == ()
+    whole = compare(before, make_profile(), [0.5]).at[0]  # where one file is not graded, whole heads are compared
+    assert {move.before for move in whole.moved} <= {0.0, 1.0}

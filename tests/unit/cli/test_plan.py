@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from kvprofile.budget import store
 from tests.helpers.commands import CONFIG, NO_SCORES, refused, save, save_without_scores, shown
+from tests.helpers.factories import make_graded, make_profile
 
 pytestmark = pytest.mark.usefixtures("workplace")
 
@@ -94,3 +96,18 @@ def test_plan_of_a_runtime_file_keeps_to_what_it_states(capsys):
     assert [(at["retention"], at["full_heads"]) for at in document["at"]] == [(1.0, 24), (0.4, 10)]
     assert NO_SCORES in refused(capsys, *call, "--retention", "0.5")
     assert NO_SCORES in refused(capsys, *call, "--tensor-parallel-size", "2")
+
+
+def test_graded_heads_are_counted_where_they_are_asked_for(capsys):
+    store.save(make_graded(), Path("graded.json"))
+    options = ("graded.json", "--gpu-memory", "24GiB", "--context", "9000", "--retention", "0.3")
+    whole, graded = (
+        json.loads(shown(capsys, "plan", *options, "--kind", kind, "--json")) for kind in ("whole", "graded")
+    )
+    at = {name: next(row for row in found["at"] if row["retention"] == 0.3) for name, found in
+          (("whole", whole), ("graded", graded))}  # fmt: skip
+    assert at["graded"]["retention_realised"] == pytest.approx(0.3, abs=1e-5)
+    assert at["whole"]["full_heads"] == 7
+    assert "vLLM is given whole heads so far" in json.dumps(graded["decisions"])
+    store.save(make_profile(), Path("whole.json"))
+    assert "which need a probe" in refused(capsys, "plan", "whole.json", *options[1:], "--kind", "graded")

@@ -10,6 +10,7 @@ import pytest
 from kvprofile.budget import store
 from kvprofile.cli import heatmap
 from tests.helpers.commands import NO_SCORES, refused, save, save_without_scores, shown
+from tests.helpers.factories import make_graded, make_profile
 
 pytestmark = pytest.mark.usefixtures("workplace")
 
@@ -93,3 +94,15 @@ def test_show_of_a_runtime_file_keeps_to_what_it_states(capsys):
     assert json.loads(shown(capsys, "show", "v.json", "--json"))["scores"] is None
     assert NO_SCORES in refused(capsys, "show", "v.json", "--retention", "0.2")
     assert "--retention" in refused(capsys, "show", "v.json", "--retention", "nan")
+
+
+def test_graded_heads_are_shown_by_default_where_there_is_a_probe(capsys):
+    store.save(make_graded(), Path("graded.json"))
+    out = shown(capsys, "show", "graded.json", "--retention", "0.3")
+    assert "heads keep 30.0% of what lies between sinks and window, in 4 classes" in out
+    assert "R2 on other documents 0.50" in " ".join(out.split())
+    document = json.loads(shown(capsys, "show", "graded.json", "--retention", "0.3", "--json"))
+    assert (document["kind"], len(document["probe"]["r2"])) == ("graded", 6)
+    assert "heads keep the whole context" in shown(capsys, "show", "graded.json", "--kind", "whole")
+    store.save(make_profile(), Path("whole.json"))
+    assert "which need a probe" in refused(capsys, "show", "whole.json", "--kind", "graded")
