@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import numpy as np
 import torch
+from scipy.stats import spearmanr
 
 from kvprofile.budget import store
 from kvprofile.budget.profile import Matrix, Profile
@@ -210,11 +211,12 @@ CONTINUATIONS = Part("continuations", CONTINUED, (0.5, 0.3), (("continuation", 1
 LONG = Part("long", CONTINUED, (0.5, 0.3), (("continuation", 1001, 40, 1),))
 METHODS = Part(
     "methods",
-    ("kvzip", "kvzip-mean", "kvzip-plus", "gate", "ablation", UNIFORM, RANDOM),
+    ("kvzip", "kvzip-mean", "kvzip-plus", "gate", UNIFORM, RANDOM),
     (0.7, 0.5, 0.3),
     tuple((task, 1501, 13, 8) for task in FACTS),
     shipped=False,
 )
+ABLATION = replace(METHODS, name="ablation", methods=("kvzip", "ablation"))
 SWEEP = tuple(
     Part(
         f"sinks-{sinks}-window-{window}",
@@ -228,24 +230,24 @@ SWEEP = tuple(
     )
     for sinks, window in SWEPT
 )
-ALL = (MAIN, CONTINUATIONS, LONG, METHODS, *SWEEP)
+ALL = (MAIN, CONTINUATIONS, LONG, METHODS, *SWEEP, ABLATION)
 
 
 def ask(parts: Sequence[Part], runs: Path, minutes: float, first: int | None) -> None:
     """Ask what was not asked yet, the parts in turns, and begin nothing after ``minutes``."""
     started = time.monotonic()
     pieces = sorted((entry for part in parts for entry in part.pieces()[:first]), key=lambda entry: entry[0])
-    left = [piece for _, piece in pieces if not (piece.folder(runs) / SUMMARY).is_file()]
-    for number, piece in enumerate(left):
+    for number, (_, piece) in enumerate(pieces, 1):
         if time.monotonic() - started > 60 * minutes:
-            print(f"{len(left) - number} contexts are left; run it again to go on", flush=True)
             return
+        folder = piece.folder(runs)
+        if (folder / SUMMARY).is_file():
+            continue
         begun = time.monotonic()
-        evaluate_checkpoint(
-            str(MODEL), piece.contenders(runs), piece.options(), piece.folder(runs), dtype="float32", device="cpu"
-        )
+        options = piece.options()
+        evaluate_checkpoint(str(MODEL), piece.contenders(runs), options, folder, dtype="float32", device="cpu")
         taken = time.monotonic() - begun
-        print(f"{number + 1} of {len(left)}: {piece.part.name}, {piece.name}, {taken:.0f} s", flush=True)
+        print(f"{number} of {len(pieces)}: {piece.part.name}, {piece.name}, {taken:.0f} s", flush=True)
 
 
 def finished(part: Part, runs: Path) -> Results | None:
@@ -386,6 +388,17 @@ def swept(runs: Path) -> dict[str, Any] | None:
             "planned": len(SWEEP[0].pieces()), "retentions": list(SWEEP[0].retentions), "rows": rows}  # fmt: skip
 
 
+def stability(runs: Path) -> dict[str, Any] | None:
+    """Rank correlation of the heads' scores on all texts with those on the few and short ones, by method."""
+    if not (runs / "profiles" / "gate.json").is_file():
+        return None
+    profiles = (shipped(), scored("gate", runs))
+    whole, few = (profile.scores.statistics() for profile in profiles)
+    tokens = [sum(corpus.tokens for corpus in profile.scoring.corpora) for profile in profiles]
+    found = {name: float(spearmanr(np.ravel(whole[s]), np.ravel(few[s])).statistic) for name, s in STATISTIC.items()}
+    return {"tokens": tokens, **found}
+
+
 def write_page(runs: Path, output: Path, readme: Path | None) -> None:
     """The page, its data and its picture, and the table of the readme; nothing where nothing was asked yet."""
     main = finished(MAIN, runs)
@@ -393,7 +406,7 @@ def write_page(runs: Path, output: Path, readme: Path | None) -> None:
         return
     output.mkdir(parents=True, exist_ok=True)
     (output / "data").mkdir(exist_ok=True)
-    methods = finished(METHODS, runs)
+    methods, ablation = finished(METHODS, runs), finished(ABLATION, runs)
     continued = {part.name: spans(found, part) for part in (CONTINUATIONS, LONG) if (found := finished(part, runs))}
     data = rounded(
         {
@@ -407,12 +420,15 @@ def write_page(runs: Path, output: Path, readme: Path | None) -> None:
             "main": comparison(main, MAIN),
             "continued": continued,
             "methods": comparison(methods, METHODS) if methods else None,
+            "ablation": comparison(ablation, ABLATION) if ablation else None,
             "sweep": swept(runs),
+            "stability": stability(runs),
         }
     )
     write_atomically(output / "data" / "real-model.json", document(data))
-    for method in SCORED if methods else ():
-        store.save(scored(method, runs), output / "data" / real_model.NAME / f"{method}.json")
+    for method in SCORED:
+        if (runs / "profiles" / f"{method}.json").is_file():
+            store.save(scored(method, runs), output / "data" / real_model.NAME / f"{method}.json")
     picture = output / "real-model.png"
     title = f"{real_model.NAME}, {data['main']['questions']:,} questions"
     write_atomically(picture, plots.to_bytes(lambda: drawn(data["main"]), title, plots.picture_of(picture), 120))
