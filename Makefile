@@ -11,7 +11,7 @@ BENCH := --preset seed --model models/pocket --provider loopback --dtype float32
 	--pool-memory 64MiB --enforce-eager --concurrency 8 --requests 30 --max-output-tokens 32
 
 .PHONY: install install-vllm browser demo real-model test-fast test test-slow test-real test-matrix test-vllm-matrix lint \
-	format audit docs bench bench-runtime bench-profile bench-train clean
+	format audit docs bench bench-real bench-runtime bench-profile bench-train clean
 
 install: $(VENV)/installed
 install-vllm: $(VENV)/installed-vllm
@@ -97,6 +97,12 @@ bench-runtime: install-vllm
 bench: install-vllm
 	$(BIN)/kvprofile bench $(BENCH) --output runs/bench/pocket; status=$$?; \
 	$(BIN)/kvprofile report runs/bench/pocket --output runs/bench/pocket/report.html && exit $$status
+
+# The pretrained model: equally many requests, then pools of equal bytes. A question that was finished is not asked again.
+bench-real: install-vllm real-model
+	$(BIN)/python benchmarks/real_model.py --output runs/bench/real
+	$(BIN)/kvprofile report runs/bench/real/batch.json --output runs/bench/real/batch.html
+	$(BIN)/kvprofile report runs/bench/real/pool.json --output runs/bench/real/pool.html
 
 bench-profile: install-vllm
 	$(BIN)/python benchmarks/startup.py
