@@ -42,6 +42,7 @@ from kvprofile.budget.allocate import effective_retention, full_places
 from kvprofile.budget.profile import Profile
 from kvprofile.budget.servable import ServableBudget
 from kvprofile.corpus.sources import documents_folder
+from kvprofile.files import write_atomically
 from kvprofile.records import provenance, record, run_files
 
 MODEL = Path("runs/real/SmolLM2-135M-Instruct")
@@ -300,6 +301,7 @@ def measure(setting: Setting, model: Path, budget: Path, folder: Path, legs: Seq
             rates = ", ".join(f"{leg.name} {rate(taken[leg.name][-1]):.0f}" for leg in legs)
             say(f"{setting.name}, turn {turn + 1} of {setting.turns}, tokens/s: {rates}")
         written = {leg.name: engines[leg.name]("outputs") for leg in legs}
+    write_atomically(written_of(folder, setting.name), json.dumps(written[BASELINE]).encode())
     made = Maker(setting, shape, model.name, hashlib.sha256(budget.read_bytes()).hexdigest(), given, tokenizer)
     settings = settings_of(setting, legs, budget)
     for leg in legs:
@@ -471,6 +473,11 @@ def same_choices(ours: Mapping[str, Sequence[int]], theirs: Mapping[str, Sequenc
     return same / (same + parted) if same + parted else 1.0
 
 
+def written_of(folder: Path, question: str) -> Path:
+    """The file of what stock has written, in tokens."""
+    return folder / f"{question}-{BASELINE}.tokens"
+
+
 def rate(turn: Any) -> float:
     """Output tokens a second of a turn."""
     return sum(turn["rows"]) / sum(turn["seconds"])
@@ -577,6 +584,10 @@ def main() -> None:
             found = measure(setting, options.model, budget, options.output, LEGS)
             run_files.save(found, path)
         show(setting, found, shape, budget)
+    both = [path for question in settings if (path := written_of(options.output, question)).exists()]
+    if len(both) > 1:
+        share = same_choices(*(json.loads(path.read_text()) for path in both))
+        print(f"same choices of stock in a batch of another size: {share:.1%}")
 
 
 if __name__ == "__main__":
