@@ -12,8 +12,8 @@ DEMO := models/pocket --context-tokens 480 --chunk-tokens 480 --sink-tokens 16 -
 BENCH := --preset seed --model models/pocket --provider loopback --dtype float32 --max-model-len 4096 --block-tokens 32 \
 	--pool-memory 64MiB --enforce-eager --concurrency 8 --requests 30 --max-output-tokens 32
 
-.PHONY: install install-vllm browser demo real-model study-real test-fast test test-slow test-real test-matrix test-vllm-matrix lint \
-	format audit docs bench bench-runtime bench-profile bench-train clean
+.PHONY: install install-vllm browser demo real-model study-real test-fast test test-slow test-real test-matrix \
+	test-vllm-matrix lint format audit docs bench bench-real bench-runtime bench-profile bench-train clean
 
 install: $(VENV)/installed
 install-vllm: $(VENV)/installed-vllm
@@ -104,6 +104,12 @@ bench-runtime: install-vllm
 bench: install-vllm
 	$(BIN)/kvprofile bench $(BENCH) --output runs/bench/pocket; status=$$?; \
 	$(BIN)/kvprofile report runs/bench/pocket --output runs/bench/pocket/report.html && exit $$status
+
+# The pretrained model: equally many requests, then pools of equal bytes. A question that was finished is not asked again.
+bench-real: install-vllm real-model
+	$(BIN)/python benchmarks/real_model.py --output runs/bench/real
+	$(BIN)/kvprofile report runs/bench/real/batch.json --output runs/bench/real/batch.html
+	$(BIN)/kvprofile report runs/bench/real/pool.json --output runs/bench/real/pool.html
 
 bench-profile: install-vllm
 	$(BIN)/python benchmarks/startup.py

@@ -224,6 +224,7 @@ def _sending(leg: Leg) -> str | None:
     parts += [f"{load.requests} requests"] if load.requests is not None else []
     parts += [f"at most {load.max_output_tokens} output tokens"] if load.max_output_tokens is not None else []
     parts += [f"temperature {load.temperature:g}"] if load.temperature is not None else []
+    parts += [load.description] if load.description else []
     return ", ".join(parts)
 
 

@@ -12,6 +12,9 @@ from kvprofile.records.record import LATENCIES, Leg, Request
 Unit: TypeAlias = Literal["tokens/s", "requests/s", "ms", "s", "bytes", "share", "count", "x", "money"]
 QUALITY, SPEED, LATENCY, MEMORY, BOUND, LOAD = "Quality", "Speed", "Latency", "Memory", "Bound", "Load"
 
+AGREEMENT = "agreement"
+"""The verifier whose score is a figure of its own: chrF against the baseline's answer, 0 to 1."""
+
 _NAMES = {
     "ttft": "Time to first token",
     "tpot": "Time per output token",
@@ -54,12 +57,15 @@ def figures() -> list[Figure]:
 
 
 def quality_figures(requests: Iterable[Request]) -> list[QualityFigure]:
-    """The pass rate over all verifiers, that of each verifier that was used, and warnings."""
+    """The pass rate over all verifiers, that of each verifier that was used, agreement as a number, and warnings."""
     names = dict.fromkeys(verdict.name for request in requests for verdict in request.verdicts)
     found = [QualityFigure("pass_rate", "Verifier pass rate", "share", 1, True, passed)]
     if len(names) > 1:
         label = "Verifier pass rate: "
         found += [QualityFigure(f"pass_rate:{n}", label + n, "share", 1, True, _passed_one(n)) for n in names]
+    if AGREEMENT in names:
+        label = "Agreement with the baseline's answers"
+        found.append(QualityFigure(AGREEMENT, label, "share", 1, True, _agreement))
     return [*found, QualityFigure("warnings", "Warnings per answer", "count", -1, False, warnings_of)]
 
 
@@ -74,6 +80,13 @@ def passed(request: Request) -> float | None:
 def warnings_of(request: Request) -> float | None:
     """Warnings of all verifiers; None where none looked at the answer."""
     return float(sum(len(verdict.warnings) for verdict in request.verdicts)) if request.verdicts else None
+
+
+def _agreement(request: Request) -> float | None:
+    """How much of the baseline's answer it has: the score of the verifier; 0 for a failed request."""
+    if request.error is not None:
+        return 0.0
+    return next((verdict.score for verdict in request.verdicts if verdict.name == AGREEMENT), None)
 
 
 def _passed_one(name: str) -> Callable[[Request], float | None]:

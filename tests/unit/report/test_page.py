@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 from kvprofile.cli import run
 from kvprofile.records import run_files
-from kvprofile.records.record import Leg, Metrics, Request, Sample
+from kvprofile.records.record import Leg, Load, Metrics, Request, Sample, Verdict
 from kvprofile.report import html
 from kvprofile.report.charts import HEIGHT, WIDTH, charts, nice_ticks, thinned
 from kvprofile.report.compare import summarise
-from kvprofile.report.page import provenance
+from kvprofile.report.page import cards, provenance
 from kvprofile.report.wording import Scale, difference, number, scale_for, verdict, visible
 from kvprofile.statistics import Estimate
 from tests.helpers.made_up import make_leg, make_record
@@ -279,3 +279,27 @@ def test_the_command_prints_the_cards(record, workplace, capsys):
     (shown,) = [line for line in lines if line.startswith("Output throughput, tokens/s")]
     assert shown.split()[3:] == [number(value.value) for value in row.values.values()]
     assert max(map(len, lines)) <= 80
+
+
+def test_agreement_is_a_number_beside_the_pass_rate():
+    def request(question, passed, score):
+        return Request(question=question, verdicts=[Verdict(name="agreement", passed=passed, score=score)])
+
+    legs = [
+        make_leg("baseline", documents=[], requests=[Request(question="a", output="x")]),
+        make_leg("0.5", documents=[], requests=[request("a", True, 0.9), request("b", False, 0.2)]),
+        make_leg("0.3", documents=[], requests=[Request(question="a", error="gone"), request("b", None, None)]),
+    ]
+    summary = summarise([make_record(1).model_copy(update={"legs": legs})])
+    row = summary.against_baseline.row("agreement")
+    assert row.values["0.5"].value == pytest.approx(0.55)
+    assert row.values["0.3"].value == 0.0
+    assert row.values["baseline"].value is None
+    assert "agreement" in [card["key"] for card in cards(summary)]
+
+
+def test_what_a_load_does_not_time_is_said_on_the_page():
+    legs = [make_leg("baseline", load=Load(mode="closed", concurrency=4, description="decode steps alone"))]
+    assert "closed, 4 in flight, decode steps alone" in html.render(
+        summarise([make_record(1).model_copy(update={"legs": legs})])
+    )
