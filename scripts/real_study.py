@@ -80,14 +80,14 @@ SCORED = {"gate": (tuple(bundled_names()), 1, 600), "kvzip-plus": (tuple(bundled
 class Control(Contender):
     """As many heads as a ranking keeps, but others: those of one of evaluate's controls, by its kind."""
 
-    kind: str = RANDOM
+    control: str = RANDOM
     seed: int = 0
 
     def heads(self, retention: float) -> Matrix:
         """[L][G]."""
         ranking = Contender(self.label, self.profile, self.statistic)
         found = build([ranking], self.profile.model.geometry, [retention], random_seeds=1, seed=self.seed)
-        return next(variant.heads for variant in found if variant.kind == self.kind)
+        return next(variant.heads for variant in found if variant.kind == self.control)
 
 
 @dataclass(frozen=True)

@@ -86,11 +86,15 @@ class Keeping:
             for pair in zip(rows, kept, strict=True)
         ]
         groups = [group for fate in (FULL, TRIMMED) for group in self._whole_heads(whole, fates, fate)]
+        orders: dict[int, torch.Tensor] = {}
         for number, choice in enumerate(choices):
-            if choice is not None and SOME in fates[number]:
-                counts = [count if fate == SOME else 0 for count, fate in zip(kept[number], fates[number], strict=True)]
-                which = None if len(rows) == 1 else (number,)
-                groups += self._graded_heads(layer, whole, counts, choice, which)
+            if choice is None or SOME not in fates[number]:
+                continue
+            if id(choice) not in orders:  # budgets that choose alike rank the tokens once
+                orders[id(choice)] = self._order(layer, whole, choice)
+            counts = [count if fate == SOME else 0 for count, fate in zip(kept[number], fates[number], strict=True)]
+            which = None if len(rows) == 1 else (number,)
+            groups += self._graded_heads(whole, counts, orders[id(choice)], which)
         return groups
 
     def _whole_heads(self, whole: Span, fates: Sequence[Sequence[str]], fate: str) -> list[HeldHeads]:
@@ -108,14 +112,23 @@ class Keeping:
                 groups.append(HeldHeads(index, queries, *self._rule_of(fate == FULL, held), which))
         return groups
 
+    def _order(self, layer: int, whole: Span, choice: TokenChoice) -> torch.Tensor:
+        """The tokens of the middle, counted from its first, best first for each head [G, M]."""
+        first, stop = self._middle
+        found = choice.scores(CachedTokens(layer, *whole.between(first, stop), first, self.prompt_tokens))
+        return found.sort(dim=-1, descending=True, stable=True).indices
+
+    @property
+    def _middle(self) -> tuple[int, int]:
+        """Positions [first, stop) between sinks and window."""
+        first = self.rule.sink_end
+        return first, first + self.rule.middle_tokens(self.length, self.prompt_tokens)
+
     def _graded_heads(
-        self, layer: int, whole: Span, counts: Sequence[int], choice: TokenChoice, which: tuple[int, ...] | None
+        self, whole: Span, counts: Sequence[int], order: torch.Tensor, which: tuple[int, ...] | None
     ) -> list[HeldHeads]:
         """The heads that keep ``counts`` tokens of the middle, 0 for those that live otherwise."""
-        first = self.rule.sink_end
-        stop = first + self.rule.middle_tokens(self.length, self.prompt_tokens)
-        found = choice.scores(CachedTokens(layer, *whole.between(first, stop), first, self.prompt_tokens))
-        order = found.sort(dim=-1, descending=True, stable=True).indices
+        first, stop = self._middle
         groups = []
         for count in sorted({*counts} - {0}):
             index, queries = self._numbers([head for head, mine in enumerate(counts) if mine == count])

@@ -5,6 +5,7 @@ A choice scores the tokens between sinks and window; a head keeps those with the
 
 from __future__ import annotations
 
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -58,13 +59,19 @@ class ByProbe(TokenChoice):
 
 @dataclass
 class AtRandom(TokenChoice):
-    """Random tokens of every head: the same ones for the same seed, layer and number of tokens."""
+    """Random tokens of every head, drawn anew for every context: the same ones for the same context and seed."""
 
     seed: int = 0
+    reads_context = True
+    _context: int = 0
+
+    def read(self, ids: tuple[int, ...]) -> None:
+        """Draw for this context from now on."""
+        self._context = zlib.crc32(repr(ids).encode())
 
     def scores(self, tokens: CachedTokens) -> torch.Tensor:
         """As ``TokenChoice.scores``."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + tokens.layer)
+        generator = torch.Generator().manual_seed((self.seed << 48) + (tokens.layer << 32) + self._context)
         return torch.rand(tokens.keys.shape[:2], generator=generator).to(tokens.keys.device)
 
 

@@ -1,0 +1,253 @@
+"""The study of graded budgets: `python -m scripts.graded_study [--minutes M]`, after `make real-model`.
+
+The contexts and questions of `scripts/real_study.py`, under whole heads, graded ones at equal bytes, and every control
+that could show that shares or probe know nothing. It writes docs/studies/graded-budgets.md and its data from what has
+been asked so far. Every context is an evaluation of its own, so a stopped run loses a minute or two; `--share 1/2` and
+`--share 2/2` are two processes that ask about different contexts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import torch
+
+from kvprofile.budget.probe import path_of
+from kvprofile.budget.trim import GRADED
+from kvprofile.evaluate.evaluation import evaluate_checkpoint
+from kvprofile.evaluate.item_store import SUMMARY, Item, rounded
+from kvprofile.evaluate.options import EvaluationOptions
+from kvprofile.evaluate.summary import Results, summarise
+from kvprofile.evaluate.token_choice import OWN_SCORES
+from kvprofile.evaluate.variants import GRADED_CONTROLS, Contender, Variant
+from kvprofile.files import document, write_atomically
+from kvprofile.questions.tasks import CONTINUED_TOKENS
+from scripts import real_model, real_study
+from scripts.real_study import BLOCK, FACTS, MODEL, ROOT, SHIPPED, SINKS, TEMPLATES, WINDOW, estimate, shipped
+
+WHOLE_LABEL = "kvzip"
+RETENTIONS = (0.5, 0.3, 0.15)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Questions, or texts that go on, on contexts: how many of each task and length, with how many questions each."""
+
+    name: str
+    contexts: tuple[tuple[str, int, int, int], ...]
+    controls: bool
+    continued: int = CONTINUED_TOKENS
+
+    def pieces(self) -> list[Piece]:
+        """Its contexts, mixed, so that the first are a small study already."""
+        found = [
+            ((number + 0.5) / count, Piece(self, task, length, number, questions))
+            for task, length, count, questions in self.contexts
+            for number in range(count)
+        ]
+        return [piece for _, piece in sorted(found, key=lambda entry: entry[0])]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One context, its questions and every budget."""
+
+    part: Part
+    task: str
+    length: int
+    number: int
+    questions: int
+
+    @property
+    def name(self) -> str:
+        """Of the context, in merged results."""
+        return f"{self.task}/{self.length}/{self.number}"
+
+    def options(self) -> EvaluationOptions:
+        """What is asked, of the contexts of the other study; random heads and tokens are drawn for each anew."""
+        like = real_study.Piece(real_study.MAIN, self.task, self.length, self.number, self.questions)
+        return replace(
+            like.options(),
+            retentions=RETENTIONS if self.part.controls else RETENTIONS[:2],
+            controls=self.part.controls,
+            own_scores=self.part.controls,
+            random_seeds=1,
+            continued_tokens=self.part.continued,
+        )
+
+    def folder(self, runs: Path) -> Path:
+        """Where its evaluation is kept; other budgets or another probe, another folder."""
+        facts = [self.questions, self.part.continued, [c.heads(r) for c in contenders() for r in RETENTIONS]]
+        probe = shipped().probe
+        key = hashlib.sha256(json.dumps([facts, probe and probe.sha256]).encode()).hexdigest()[:8]
+        return runs / self.part.name / f"{self.task}-{self.length}-{self.number}-{key}"
+
+
+QUESTIONS = Part(
+    "graded",
+    (
+        *((task, 1500, 13, 8) for task in (*FACTS, "multi_turn", "functions")),
+        ("persona", 1500, 20, 3),
+        *((task, 4000, 5, 12) for task in FACTS),
+        *((task, 7000, 2, 12) for task in FACTS),
+    ),
+    controls=True,
+)
+TEXTS = Part("graded-texts", (("continuation", 1000, 160, 1),), controls=False, continued=150)
+LONG_TEXTS = Part("graded-long-texts", (("continuation", 1001, 40, 1),), controls=False)
+PARTS = (QUESTIONS, LONG_TEXTS, TEXTS)
+
+
+def contenders() -> list[Contender]:
+    """Whole heads and graded ones of the budget file in this repository."""
+    return [
+        Contender(WHOLE_LABEL, shipped()),
+        Contender(GRADED, shipped(), None, GRADED, path_of(SHIPPED)),
+    ]
+
+
+def ask(parts: Sequence[Part], runs: Path, minutes: float, share: tuple[int, int], first: int | None) -> None:
+    """Ask what was not asked yet, and begin nothing after ``minutes``."""
+    started = time.monotonic()
+    pieces = [piece for part in parts for piece in part.pieces()[:first]]
+    for number, piece in enumerate(pieces):
+        folder = piece.folder(runs)
+        if number % share[1] != share[0] - 1 or (folder / SUMMARY).is_file():
+            continue
+        if time.monotonic() - started > 60 * minutes:
+            return
+        begun = time.monotonic()
+        evaluate_checkpoint(str(MODEL), contenders(), piece.options(), folder, dtype="float32", device="cpu")
+        taken = time.monotonic() - begun
+        print(f"{number + 1} of {len(pieces)}: {piece.part.name}, {piece.name}, {taken:.0f} s", flush=True)
+
+
+def finished(part: Part, runs: Path) -> Results | None:
+    """All that was asked of a part, as one evaluation; None where nothing was."""
+    items: list[Item] = []
+    variants: tuple[Variant, ...] = ()
+    for piece in part.pieces():
+        folder = piece.folder(runs)
+        if (folder / SUMMARY).is_file():
+            found = Results.load(folder)
+            variants = variants or found.variants
+            items += [replace(i, exercise=piece.name) for seeds in found.items.values() for each in seeds for i in each]
+    return Results.of(items, variants) if items else None
+
+
+def comparison(results: Results, part: Part) -> dict[str, Any]:
+    """Every row: what it keeps, and its paired differences to graded heads at the same retention."""
+    rows = []
+    for variant in results.variants:
+        row = variant.row
+        graded = f"{GRADED}@{variant.retention:g}" if variant.retention is not None else None
+        rows.append(
+            {
+                "name": variant.name,
+                "retention": variant.retention,
+                "realised": float(results.column(row, "retention_realised").mean()),
+                "kl": estimate(results.rise(row, "kl")),
+                "agreement": estimate(results.share_of_tokens(row, "agreement")),
+                "right": estimate(results.share_of_tokens(row, "right_share")),
+                "kl_less_graded": estimate(results.rise(row, "kl", graded)) if graded else None,
+            }
+        )
+    ratios = {
+        f"{retention:g}": estimate(
+            results.bootstrap.ratio(
+                results.column(f"{GRADED}@{retention:g}", "kl"), results.column(f"{WHOLE_LABEL}@{retention:g}", "kl")
+            )
+        )
+        for retention in RETENTIONS
+    }
+    lengths = sorted({item.length for item in results.questions if item.length})
+    by_length = {}
+    for length in lengths:
+        some = results.only(lambda item, length=length: item.length == length)  # type: ignore[misc]
+        if some:
+            names = (WHOLE_LABEL, GRADED, OWN_SCORES)
+            shown = {f"{n}@{r:g}": estimate(some.rise(f"{n}@{r:g}", "kl")) for n in names for r in RETENTIONS}
+            by_length[str(length)] = {"questions": len(some.questions), "kl": shown}
+    return {
+        "questions": len(results.questions),
+        "contexts": len({item.exercise for item in results.questions}),
+        "planned": len(part.pieces()),
+        "rows": rows,
+        "ratio_to_whole": ratios,
+        "graded_at_30_less_whole_at_50": estimate(results.rise(f"{GRADED}@0.3", "kl", f"{WHOLE_LABEL}@0.5")),
+        "by_length": by_length,
+    }
+
+
+def texts(results: Results, part: Part) -> dict[str, Any]:
+    """Continued texts, by the tokens that follow the trim."""
+    summary = summarise(results)
+    kept = ("name", "retention", "retention_realised", "kl", "agreement", "by_span")
+    rows = [{key: row[key] for key in kept} for row in summary["rows"] if row["name"] != "full"]
+    return {"texts": summary["questions"], "planned": len(part.pieces()), "tokens": part.continued, "rows": rows}
+
+
+def write_page(runs: Path, output: Path) -> None:
+    """The page and its data; nothing where nothing was asked yet."""
+    found = finished(QUESTIONS, runs)
+    if found is None:
+        return
+    (output / "data").mkdir(parents=True, exist_ok=True)
+    continued = [texts(each, part) for part in (LONG_TEXTS, TEXTS) if (each := finished(part, runs))]
+    probe = shipped().probe
+    data = rounded(
+        {
+            "model": real_model.NAME,
+            "geometry": shipped().model.geometry.describe(),
+            "settings": {"sinks": SINKS, "window": WINDOW, "block": BLOCK},
+            "probe": probe and probe.model_dump(mode="json"),
+            "retentions": list(RETENTIONS),
+            "controls": [*GRADED_CONTROLS, OWN_SCORES],
+            "asked": comparison(found, QUESTIONS),
+            "continued": continued,
+        }
+    )
+    write_atomically(output / "data" / "graded-budgets.json", document(data))
+    environment = jinja2.Environment(  # noqa: S701 - Markdown
+        undefined=jinja2.StrictUndefined, keep_trailing_newline=True, trim_blocks=True, lstrip_blocks=True,
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+    )  # fmt: skip
+    environment.globals.update(real_study.VIEWS)
+    page = environment.get_template("graded_study.md.jinja").render(data)
+    write_atomically(output / "graded-budgets.md", page.encode())
+    print(f"wrote {output / 'graded-budgets.md'}")
+
+
+def _share(text: str) -> tuple[int, int]:
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not like 1/2")
+    return int(number), int(count)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Graded budgets on a pretrained model.")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing after so many")
+    parser.add_argument("--share", type=_share, default=(1, 1), help="1/2: every second context, for two processes")
+    parser.add_argument("--first", type=int, help="only so many contexts of each part")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "study-real", help="where finished work is kept")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "studies", help="where the page goes")
+    arguments = parser.parse_args()
+    if real_model.is_whole(MODEL) is False:
+        parser.error(f"{MODEL} is not there; `make real-model` makes it")
+    torch.set_num_threads(arguments.threads)
+    ask(PARTS, arguments.runs, arguments.minutes, arguments.share, arguments.first)
+    write_page(arguments.runs, arguments.output)
+
+
+if __name__ == "__main__":
+    main()
