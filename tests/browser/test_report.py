@@ -93,7 +93,7 @@ def test_every_chart_and_table_is_drawn(opened, seed_page):
     assert page.locator("svg.map").count() == 3
     assert page.locator("svg.map").first.locator("rect").count() == 28 * 4
     assert page.locator("table.side").count() == 2
-    assert page.locator(".card").count() == 8
+    assert page.locator(".card").count() == 9
     assert page.locator("details.question").count() == 9
     empty = page.eval_on_selector_all("table", "tables => tables.filter(t => !t.querySelector('td')).length")
     assert empty == 0
