@@ -1,8 +1,8 @@
 """What shares and probe cost while a model is scored: `python benchmarks/probe_cost.py [MODEL]`, part of bench-profile.
 
-One process scores the same document in turns with and without the sums of the probe's fit and the histogram between
-sinks and window, the rest of the work being the same, and prints the ratio of each pair of turns. Without MODEL it is a
-random Llama with the heads of a small one (8 layers, 8 query and 4 KV heads of 64). Bar: 1.03.
+One process scores the same document in turns with and without the sums of the probe's fit, as `score` does: chunks and
+sums are written to disk, and the fit is solved at the end. It prints the ratio of each pair of turns. Without MODEL it
+is a random Llama with the heads of a small one (8 layers, 8 query and 4 KV heads of 64). Bar: 1.03.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvprofile.budget.profile import DEFAULT_RECENT_TOKENS, DEFAULT_SINK_TOKENS
 from kvprofile.checkpoint import describe, load_model, locate, place
-from kvprofile.scoring.aggregate import HeadStatistics, histogram
 from kvprofile.scoring.attention import recording
-from kvprofile.scoring.probe_fit import ProbeFit
+from kvprofile.scoring.chunk_store import ChunkStore
 from kvprofile.scoring.prompts import Frame, frame_document
 from kvprofile.scoring.reconstruction import Scorer
 
@@ -53,30 +52,30 @@ def measure(checkpoint: str, tokens: int, rounds: int) -> dict[str, object]:
     frame = Frame("", "", (1,), (2,), (3, 4), (3, 4, 5))
     ids = torch.randint(5, 1000, (tokens,), generator=torch.Generator().manual_seed(1)).tolist()
     document = frame_document("random", ids, frame)
-    fit = ProbeFit(geometry)
-
     with recording(model, geometry) as recorder:
         scorer = Scorer(model, recorder, frame, document_tokens=tokens + 1, chunk_tokens=CHUNK_TOKENS)
 
-        def turn(number: int, graded: bool) -> float:
-            started = time.perf_counter()
-            for scored in scorer.score(document):
-                HeadStatistics.of(scored.token_scores)
-                if graded:
-                    start, stop = scored.chunk.start, scored.chunk.stop
-                    first, end = max(start, DEFAULT_SINK_TOKENS), min(stop, tokens - DEFAULT_RECENT_TOKENS)
-                    middle = slice(first - start, max(first, end) - start)
-                    between = scored.token_scores[..., middle]
-                    histogram(between)
-                    sums = scorer.sums(document, scored, middle)
-                    fit.add((number, scored.chunk.index), sums, between.shape[-1])
-            return time.perf_counter() - started
+        def turn(number: int, graded: bool) -> tuple[float, int]:
+            with tempfile.TemporaryDirectory() as folder:
+                started = time.perf_counter()
+                store = ChunkStore(Path(folder) / "out.json", f"{number} {graded}", geometry)
+                with store.opened():
+                    for scored in scorer.score(document):
+                        start, stop = scored.chunk.start, scored.chunk.stop
+                        first, end = max(start, DEFAULT_SINK_TOKENS), min(stop, tokens - DEFAULT_RECENT_TOKENS)
+                        middle = slice(first - start, max(first, end) - start)
+                        sums = scorer.sums(document, scored, middle) if graded else None
+                        store.save(0, scored.chunk.index, scored.token_scores, False, middle, sums)
+                    if graded:
+                        store.fit.solve()
+                    held = store.fit.nbytes
+                return time.perf_counter() - started, held
 
-        turn(-1, graded=True)  # kernels and thread pools
+        held = turn(-1, graded=True)[1]  # kernels and thread pools, too
         pairs = []
         for number in range(rounds):
             order = (False, True) if number % 2 else (True, False)
-            seconds = {graded: turn(number, graded) for graded in order}
+            seconds = {graded: turn(number, graded)[0] for graded in order}
             pairs.append((seconds[False], seconds[True]))
     ratios = [graded / plain for plain, graded in pairs]
     return {
@@ -88,7 +87,7 @@ def measure(checkpoint: str, tokens: int, rounds: int) -> dict[str, object]:
         "graded_s": [graded for _, graded in pairs],
         "ratio": statistics.median(ratios),
         "ratios": [min(ratios), max(ratios)],
-        "sums_bytes": fit.nbytes,
+        "sums_bytes": held,
     }
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from kvprofile.budget.choice import choose_whole
 from kvprofile.budget.profile import PRESETS, Matrix, Profile, retention_key
 from kvprofile.checkpoint import describe, load_tokenizer, locate, place
 from kvprofile.checkpoint.describe import quiet_transformers
@@ -94,7 +95,7 @@ def compare(exact: Profile, other: Profile) -> dict[str, Any]:
 
     moved = {}
     for key in map(retention_key, PRESETS):
-        pairs = zip(flat(exact.budgets[key].heads), flat(other.budgets[key].heads), strict=True)
+        pairs = zip(*(flat(choose_whole(each, float(key)).heads) for each in (exact, other)), strict=True)
         moved[key] = sum(mine != theirs for mine, theirs in pairs) // 2
     shortcuts = other.scoring.shortcuts
     return {

@@ -21,7 +21,7 @@ from scipy.stats import spearmanr
 
 from kvprofile.budget import store
 from kvprofile.budget.allocate import preset_budgets
-from kvprofile.budget.profile import Profile
+from kvprofile.budget.profile import WHOLE_VERSION, Profile
 from kvprofile.budget.trim import SLIDING, TrimRule
 from kvprofile.checkpoint import describe, load_model, load_tokenizer, locate, place
 from kvprofile.corpus.sources import bundled_names, load_corpus
@@ -97,7 +97,8 @@ class Model:
             order = gates.greedy(gated, planned.documents)
         scores = base.scores.model_copy(update={"loss": [[round(v, 5) for v in row] for row in order.tolist()]})
         scoring = base.scoring.model_copy(update={"method": "greedy"})
-        return base.model_copy(update={"scores": scores, "scoring": scoring, "budgets": preset_budgets(scores, "loss")})
+        whole = {"schema_version": WHOLE_VERSION, "probe": None, "budgets": preset_budgets(scores, "loss")}
+        return base.model_copy(update={"scores": scores, "scoring": scoring, **whole})
 
     def gated(self, planned: ScoringPlan) -> Any:
         """The model with gates, as a context manager."""

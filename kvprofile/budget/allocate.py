@@ -150,7 +150,7 @@ def allocate_within(
     units = _units(scores, constraints, tie_breaks)
     unit_heads = len(next(iter(units.values()))[0])
     floor_units = _floor_units(constraints, units)
-    stages = stages_of(constraints, len(scores))
+    stages = _stages(constraints, len(scores))
     order = _admission_order(units, floor_units, stages, (scores, *tie_breaks))
 
     nearest = math.floor(round(retention * len(ranked) / unit_heads, 9) + 0.5)
@@ -264,8 +264,7 @@ def _floor_units(constraints: Constraints, units: dict[int, list[Unit]]) -> int:
     return math.ceil(constraints.floor / unit_heads)
 
 
-def stages_of(constraints: Constraints, layers: int) -> list[range]:
-    """The layers of each pipeline stage. Raises InputError where they do not add up to all layers."""
+def _stages(constraints: Constraints, layers: int) -> list[range]:
     sizes = constraints.pipeline_stages or (layers,)
     if min(sizes) < 1 or sum(sizes) != layers:
         raise InputError(f"pipeline stages of {', '.join(map(str, sizes))} layers do not add up to {layers} layers")

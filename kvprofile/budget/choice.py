@@ -60,8 +60,10 @@ class Choice:
     @property
     def origin(self) -> str:
         """Where the budgets come from, in words."""
-        if self.between is not None:
-            return f"between those stored at {self.between[0]:g} and {self.between[1]:g}"
+        if self.kind == GRADED and self.between is not None:
+            return f"shares between those stored at {self.between[0]:g} and {self.between[1]:g}, in classes"
+        if self.kind == GRADED:
+            return "shares stored in the file, in classes" if self.stated else "everything"
         return "stored in the file" if self.stated else f"preview, ranked now by {self.statistic}"
 
     @property
@@ -92,9 +94,11 @@ def choose(
     scores, others = ranking_scores(profile, name), tie_breaks(profile, name)
     if kind is None:
         kind = WHOLE if statistic is not None else default_kind(profile)
-    if require_kind(kind) == GRADED:
+    if require_kind(kind) == GRADED and statistic is not None:
+        raise InputError("a statistic ranks whole heads; leave it out, or ask for --kind whole")
+    if kind == GRADED:
         allocation, between = allocate_graded(profile, retention, constraints, scores)
-        return Choice(allocation, between is None, own, GRADED, between)
+        return Choice(allocation, retention_key(retention) in profile.budgets, own, GRADED, between)
     stated = profile.budgets.get(retention_key(retention)) if name == own else None
     if stated is not None and profile.probe is not None and _first_fraction(stated.heads) is not None:
         stated = None  # the file's budgets are graded

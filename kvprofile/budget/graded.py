@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from kvprofile.budget.allocate import Allocation, Constraints, ranks, stages_of
+from kvprofile.budget.allocate import Allocation, Constraints, ranks
 from kvprofile.budget.classes import classed
 from kvprofile.budget.profile import HeadBudgets, Matrix, Profile, mean_budget, retention_key
 from kvprofile.errors import InputError
@@ -44,12 +44,14 @@ def allocate_graded(
 ) -> tuple[Allocation, tuple[float, float] | None]:
     """Shares in classes, and the stated retentions that they lie between, if they are not stated.
 
-    Of the constraints ranks and classes count; pipeline stages are left as they come. ``scores`` [L][G] say what the
-    rounding costs. Raises InputError as ``shares``, for ranks that the heads cannot be dealt to, and for a floor.
+    Of the constraints ranks and classes count. ``scores`` [L][G] say what the rounding costs. Raises InputError as
+    ``shares``, for ranks that the heads cannot be dealt to, and for a floor or pipeline stages.
     """
     exact, between = shares(profile, retention)
     if constraints.floor:
         raise InputError("a floor of full heads is for whole heads; leave it out, or ask for --kind whole")
+    if constraints.pipeline_stages:
+        raise InputError("full heads are balanced over pipeline stages, graded ones are not; ask for --kind whole")
     if constraints.classes < 1:
         raise InputError(f"{constraints.classes} classes of heads; give at least 1")
     heads = classed(exact, constraints.classes, ranks(constraints, profile.model.geometry.kv_heads))
@@ -63,10 +65,7 @@ def allocate_graded(
         reason=None,
         heads_exchanged=0,
         score_share=after / before if before > 0 else 1.0,
-        stage_full_heads=tuple(
-            sum(value == 1.0 for layer in stage for value in heads[layer])
-            for stage in stages_of(constraints, len(heads))
-        ),
+        stage_full_heads=(sum(value == 1.0 for value in kept),),
     )
     return allocation, between
 

@@ -9,6 +9,7 @@ torch is imported where tensors are needed, so that reading budgets does without
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from kvprofile.budget.profile import Geometry, Profile
 from kvprofile.errors import InputError
-from kvprofile.files import read_bytes, sha256_of
+from kvprofile.files import read_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -31,12 +32,29 @@ SUMS = ("gram", "moment", "square", "total")
 """What :func:`sums` gives."""
 
 SUFFIX = ".probe.safetensors"
+MAX_HEADER_BYTES = 2**20
 MAX_FILE_BYTES = 256 * 1024 * 1024
 
 
 def path_of(budget_file: Path) -> Path:
     """Where the probe of a budget file lies: next to it, under its name."""
-    return budget_file.with_name(f"{budget_file.stem}{SUFFIX}")
+    return budget_file.with_name(f"{budget_file.name.removesuffix('.json')}{SUFFIX}")
+
+
+def digest(content: bytes) -> str:
+    """The SHA-256 of a probe's file, as ``sha256sum`` prints it."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def is_probe(path: Path) -> bool:
+    """Whether a file is a probe that kvprofile wrote, by its header."""
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            notes = json.loads(file.read(min(size, MAX_HEADER_BYTES)))["__metadata__"]["kvprofile"]
+            return "features" in json.loads(notes)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
 
 
 def sums_bytes(geometry: Geometry) -> int:
@@ -122,7 +140,7 @@ def read(path: Path, profile: Profile) -> bytes:
     if not path.is_file():
         raise InputError(f"no probe {path}, which graded budgets need; put it next to the budget file, or score again")
     content = read_bytes(path, MAX_FILE_BYTES)
-    if sha256_of(content) != record.sha256:
+    if digest(content) != record.sha256:
         raise InputError(
             f"{path} is not the probe that the budget file of {profile.model.name} was written with; take both files "
             "from one commit, or score again"
@@ -138,7 +156,9 @@ def load(path: Path, profile: Profile) -> Probe:
     import safetensors.torch
 
     geometry = profile.model.geometry
-    weights = safetensors.torch.load(content)["weights"]
+    weights = safetensors.torch.load(content).get("weights")
+    if weights is None or weights.ndim != 3:
+        raise InputError(f"{path} does not hold the weights of a probe; score again")
     if weights.shape[:2] != (len(geometry.profiled_layers), geometry.kv_heads):
         raise InputError(f"{path} is for {tuple(weights.shape[:2])} layers and KV heads, not {geometry.describe()}")
     return Probe(geometry.profiled_layers, weights)

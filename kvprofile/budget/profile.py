@@ -277,7 +277,9 @@ class Profile(_Part):
     model: ModelIdentity
     scoring: Scoring
     scores: Scores
-    budgets: dict[str, HeadBudgets] = Field(min_length=1, description="by retention: '0.9', '0.7', '0.5', '0.3'")
+    budgets: dict[str, HeadBudgets] = Field(
+        min_length=1, description="by retention: '0.9', '0.7', '0.5', '0.3' and, graded, '0.2' and '0.15'"
+    )
     probe: ProbeRecord | None = Field(default=None, description="in version 2 only: what graded budgets need")
     runtime: Runtime
 

@@ -6,9 +6,10 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from kvprofile.budget import graded
 from kvprofile.budget.allocate import full_head_count, ranking
 from kvprofile.budget.choice import choose, has_scores, ranking_scores, tie_breaks
-from kvprofile.budget.profile import PRESETS, Matrix, Profile
+from kvprofile.budget.profile import PRESETS, Matrix, Profile, mean_budget
 from kvprofile.budget.trim import GRADED, WHOLE
 from kvprofile.errors import InputError
 
@@ -18,7 +19,7 @@ LEAST_GRADED_MOVE = 0.05
 
 @dataclass(frozen=True)
 class MovedHead:
-    """A KV head whose budget differs; ``before`` and ``after`` are shares of the context, 1.0 full, 0.0 trimmed."""
+    """A KV head whose budget differs; ``before`` and ``after`` are shares, 1.0 full, 0.0 trimmed."""
 
     layer: int
     kv_head: int
@@ -32,10 +33,11 @@ class DiffAtRetention:
 
     ``top_heads`` is k = round(retention * heads); ``top_overlap`` is the share of the k best heads of one that are
     among the k best of the other (null where one has no scores), and ``chance_overlap`` (k / heads) is what two
-    unrelated rankings reach.
+    unrelated rankings reach. ``kind`` is what was compared: graded where both profiles are, else whole heads.
     """
 
     retention: float
+    kind: str
     top_heads: int
     top_overlap: float | None
     chance_overlap: float
@@ -139,8 +141,12 @@ def _average_ranks(values: Sequence[float]) -> list[float]:
 
 def _at(before: Profile, after: Profile, retention: float, heads: int) -> DiffAtRetention:
     count = full_head_count(retention, heads)
-    kind = GRADED if before.probe is not None and after.probe is not None else WHOLE
-    old, new = choose(before, retention, kind=kind), choose(after, retention, kind=kind)
+    # shares as the files state them: which class a head is rounded to can change where its share hardly does
+    if before.probe is not None and after.probe is not None:
+        kind, heads_of = GRADED, [graded.shares(profile, retention)[0] for profile in (before, after)]
+    else:
+        kind, heads_of = WHOLE, [choose(profile, retention, kind=WHOLE).heads for profile in (before, after)]
+    old, new = heads_of
     overlap = None
     if count and has_scores(before) and has_scores(after):
         left, right = (
@@ -151,7 +157,7 @@ def _at(before: Profile, after: Profile, retention: float, heads: int) -> DiffAt
     least = LEAST_GRADED_MOVE if kind == GRADED else 0.0
     moved = tuple(
         MovedHead(layer, head, was, now)
-        for layer, (old_row, new_row) in enumerate(zip(old.heads, new.heads, strict=True))
+        for layer, (old_row, new_row) in enumerate(zip(old, new, strict=True))
         for head, (was, now) in enumerate(zip(old_row, new_row, strict=True))
         if was is not None and now is not None and was != now and abs(was - now) >= least
     )
@@ -160,8 +166,9 @@ def _at(before: Profile, after: Profile, retention: float, heads: int) -> DiffAt
         top_heads=count,
         top_overlap=overlap,
         chance_overlap=count / heads,
-        realised_before=old.retention_realised,
-        realised_after=new.retention_realised,
+        kind=kind,
+        realised_before=mean_budget(old),
+        realised_after=mean_budget(new),
         moved=moved,
     )
 

@@ -27,7 +27,7 @@ COMMANDS = {
     "score": "Profile a checkpoint and write its budget file. Run it again after an interruption to continue.",
     "show": "Show which KV heads matter and how much of the context each keeps.",
     "diff": "Compare two profiles: how far their rankings agree and which heads change at each retention.",
-    "plot": "Draw profiles: heat map, sorted scores, full heads of each layer at each retention.",
+    "plot": "Draw profiles: scores, shares of graded heads, sorted scores, what each layer keeps at each retention.",
     "plan": "Count what fits at each retention: cache bytes, requests in flight, the bound on speed. "
     "No weights needed.",
     "validate": "Check budget files and the folders they lie in; exit 2 if there is a problem.",

@@ -68,7 +68,7 @@ def render(
         _render_scores(before, after, console)
     for at in found.at:
         if at.retention in mapped:
-            _render_changes(before, after, at, console)
+            _render_changes(after, at, console)
 
 
 def _render_scores(before: Profile, after: Profile, console: Console) -> None:
@@ -83,8 +83,8 @@ def _render_scores(before: Profile, after: Profile, console: Console) -> None:
         console.print(row)
 
 
-def _render_changes(before: Profile, after: Profile, at: DiffAtRetention, console: Console) -> None:
-    geometry = before.model.geometry
+def _render_changes(after: Profile, at: DiffAtRetention, console: Console) -> None:
+    geometry = after.model.geometry
     change = f"{len(at.moved) or 'no'} {'head changes' if len(at.moved) == 1 else 'heads change'}"
     console.print(Text(f"\nat retention {at.retention:g}: {change}", style="bold"))
     if not at.moved:
@@ -95,7 +95,11 @@ def _render_changes(before: Profile, after: Profile, at: DiffAtRetention, consol
             console.print(Text(f"layer {head.layer}, KV head {head.kv_head}: {moved}"))
     legend = f"{heatmap.GAINED} keeps more in B   {heatmap.LOST} keeps less in B   "
     console.print(Text(f"{legend}{heatmap.FULL} full in both   {heatmap.TRIMMED} trimmed in both"))
-    cell = heatmap.change_cell(choose(before, at.retention).heads, choose(after, at.retention).heads)
+    kept = choose(after, at.retention, kind=at.kind).heads
+    old, new = [list(row) for row in kept], [list(row) for row in kept]
+    for head in at.moved:  # the map shows the changes that were counted, and no others
+        old[head.layer][head.kv_head], new[head.layer][head.kv_head] = head.before, head.after
+    cell = heatmap.change_cell(old, new)
     for row in heatmap.draw(cell, geometry.layers, geometry.kv_heads, console.width):
         console.print(row)
 
@@ -118,7 +122,7 @@ def _table(found: ProfileDiff) -> object:
 
 
 def _class(budget: float) -> str:
-    return {1.0: "full", 0.0: "trimmed"}.get(budget, f"{budget:g} of the context")
+    return {1.0: "full", 0.0: "trimmed"}.get(budget, f"{budget:.3g} of the middle")
 
 
 def _named(reference: str, profile: Profile) -> dict[str, object]:

@@ -13,7 +13,7 @@ from kvprofile import checkpoint
 from kvprofile.budget import store
 from kvprofile.budget.choice import require_kind
 from kvprofile.budget.profile import PRESETS
-from kvprofile.budget.trim import DEFAULT_WINDOW, WHOLE
+from kvprofile.budget.trim import DEFAULT_WINDOW, GRADED, WHOLE
 from kvprofile.cli import quality_table
 from kvprofile.cli.output import load_profile, print_json, resolve_profile, say, stdout_console
 from kvprofile.cli.progress_bar import TokenProgress
@@ -85,7 +85,7 @@ def evaluate(
             "--only-outside/--all-positions", help="Ask only for what lies outside of sinks and window, or for all."
         ),
     ] = False,
-    random_seeds: Annotated[int, typer.Option(help="Random choices of heads at each retention.")] = 3,
+    random_seeds: Annotated[int, typer.Option(help="Random choices of heads, or of tokens, at each retention.")] = 3,
     controls: Annotated[
         bool,
         typer.Option(
@@ -99,7 +99,7 @@ def evaluate(
             "--own-scores", help="Graded: also keep the tokens that each context's own scores choose, as a ceiling."
         ),
     ] = False,
-    seed: Annotated[int, typer.Option(help="Seed of contexts and random heads.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of contexts, random heads and shuffled shares.")] = 0,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
@@ -145,6 +145,8 @@ def evaluate(
         continued_tokens=continued_tokens,
         columns=Columns() if columns is None else Columns.parse(columns),
     )
+    if own_scores and kind and GRADED not in kind:
+        raise InputError("--own-scores is a ceiling for graded heads; add --kind graded, or leave it out")
     if plot is not None:
         plots.picture_of(plot)
         require_writable(plot)

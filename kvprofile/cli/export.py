@@ -11,6 +11,7 @@ from kvprofile.budget import formats
 from kvprofile.budget.allocate import UNCONSTRAINED, Allocation, Constraints, pipeline_split
 from kvprofile.budget.formats import FORMATS
 from kvprofile.budget.formats.base import Export, Format, refuse_other
+from kvprofile.budget.trim import GRADED, WHOLE
 from kvprofile.cli.output import load_profile, print_json
 from kvprofile.errors import InputError, plain
 
@@ -19,7 +20,10 @@ def export(
     profile: Annotated[str, typer.Argument(metavar="MODEL_OR_FILE", help="A budget file, or the name of its model.")],
     output: Annotated[Path, typer.Option(help="File to write; a folder for duo-attention.")],
     format_name: Annotated[str, typer.Option("--format", help=f"Form to write: {', '.join(FORMATS)}.")],
-    retention: Annotated[float | None, typer.Option(help="Share of the KV heads that keep the whole context.")] = None,
+    retention: Annotated[
+        float | None,
+        typer.Option(help="Share of the KV heads that keep the whole context, or that graded heads keep of it."),
+    ] = None,
     kind: Annotated[
         str | None,
         typer.Option(
@@ -43,6 +47,8 @@ def export(
         tensor_parallel_size=tensor_parallel_size,
         pipeline_stages=pipeline_split(layers, pipeline_parallel_size) if pipeline_parallel_size > 1 else (),
     )
+    if form.holds == "scores" and kind is not None:
+        raise InputError(f"{form.name} files hold scores, not budgets; leave out --kind")
     if form.holds == "scores" and constraints != UNCONSTRAINED:
         raise InputError(f"{form.name} files hold scores, not a choice of heads, so they cannot carry constraints")
     job = Export(found, constraints, retention, kind)
@@ -61,14 +67,17 @@ def summary(job: Export, form: Format, output: Path) -> dict[str, object]:
     Figures of a choice of heads are null where the file holds none.
     """
     chosen: Allocation | None = None
+    kind = WHOLE
     if form.needs_retention or (form.holds == "budgets" and job.retention is not None):
         choose = job.choice if form.holds_fractions else job.whole
-        chosen = choose(job.asked_retention()).allocation
+        found = choose(job.asked_retention())
+        chosen, kind = found.allocation, found.kind
     return {
         "model": job.profile.model.name,
         "format": form.name,
         "output": plain(output),
         "holds": form.holds,
+        "kind": chosen and kind,
         "retention_asked": job.retention,
         "retention_realised": chosen and chosen.budgets.retention_realised,
         "full_heads": chosen and chosen.full_heads,
@@ -85,7 +94,12 @@ def summary(job: Export, form: Format, output: Path) -> dict[str, object]:
 def render(report: dict[str, object]) -> None:
     """Say what was written, where the retention moved and why, and what the constraints cost."""
     typer.echo(f"wrote {report['output']}: {report['format']}, {report['model']}")
-    if report["holds"] == "budgets" and report["full_heads"] is not None:
+    if report["kind"] == GRADED:
+        typer.echo(
+            f"{report['heads']} heads keep {report['retention_realised']:.1%} of what lies between sinks and window "
+            f"(retention {report['retention_asked']:g} asked)"
+        )
+    elif report["holds"] == "budgets" and report["full_heads"] is not None:
         typer.echo(
             f"{report['full_heads']} of {report['heads']} heads keep the whole context "
             f"(retention {report['retention_asked']:g} asked, {report['retention_realised']:.4f} realised)"

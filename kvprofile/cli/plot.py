@@ -10,6 +10,7 @@ import typer
 from kvprofile.budget.choice import require_scores
 from kvprofile.budget.profile import GRADED_PRESETS, Profile
 from kvprofile.cli.output import load_profile, print_json, say
+from kvprofile.errors import InputError
 from kvprofile.files import require_writable
 from kvprofile.report import plots
 from kvprofile.report.plots import DEFAULT_DPI, Kind
@@ -26,10 +27,13 @@ def plot(
     ),
     as_json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON.")] = False,
 ) -> None:
-    """Draw profiles: heat map, sorted scores, full heads of each layer at each retention."""
+    """Draw profiles: scores, shares of graded heads, sorted scores, what each layer keeps at each retention."""
     found = [load_profile(file) for file in files]
     for profile in found:
         require_scores(profile)
+    whole = [file for file, profile in zip(files, found, strict=True) if profile.probe is None]
+    if kind and Kind.shares in kind and whole:
+        raise InputError(f"{whole[0]} has no graded budgets, whose shares could be drawn; leave out --kind shares")
     profiles = [_with_presets_only(profile) for profile in found]
     require_writable(output)
     kinds = kind or list(Kind)

@@ -39,7 +39,7 @@ _LOSS_LEGEND = "loss: rise over the reference, nats per token. flips: answers lo
 def legend(summary: Mapping[str, Any]) -> tuple[str, ...]:
     """What stands in the first table."""
     kinds = {row["kind"] for row in summary["rows"]}
-    return (*LEGEND, *_GRADED_LEGEND) if "any tokens" in kinds else LEGEND
+    return (*LEGEND, *_GRADED_LEGEND) if kinds & {"any tokens", "equal", "own scores"} else LEGEND
 
 
 def heading(summary: Mapping[str, Any]) -> Iterator[str]:

@@ -10,8 +10,8 @@ import typer
 
 from kvprofile import checkpoint
 from kvprofile.budget import store
+from kvprofile.budget.probe import is_probe, sums_bytes
 from kvprofile.budget.probe import path_of as probe_path
-from kvprofile.budget.probe import sums_bytes
 from kvprofile.budget.profile import Profile
 from kvprofile.cli import show
 from kvprofile.cli.output import print_json, say, stdout_console
@@ -92,6 +92,8 @@ def score(
         store.refuse_other_model(target, source.name, description.geometry)
     tokenizer = checkpoint.load_tokenizer(source, trust_remote_code)
     planned = plan(description, tokenizer, corpora, options)
+    if planned.has_middle:
+        _require_own_probe(probe_path(target), force)
     chosen, why = choose_engine(engine, description, method)
     runs: Engine
     if chosen == "vllm":
@@ -121,6 +123,13 @@ def score(
     _print_result(made, target, save_token_scores, as_json)
 
 
+def _require_own_probe(path: Path, force: bool) -> None:
+    """Raise InputError unless the probe may be written: a new file, or one of kvprofile's own."""
+    require_writable(path)
+    if path.is_file() and not force and not is_probe(path):
+        raise InputError(f"{path} exists and is not a probe; pass --force to replace it, or another --output")
+
+
 def _announce(planned: ScoringPlan, reasons: tuple[str, ...]) -> None:
     """What is about to be read, on stderr."""
     description = planned.description
@@ -132,7 +141,9 @@ def _announce(planned: ScoringPlan, reasons: tuple[str, ...]) -> None:
         say(f"  {skipped} layers slide over a window or have no cache, and are not scored")
     tokens = sum(record.tokens for record in planned.corpora)
     say(f"  {len(planned.documents)} documents of {len(planned.corpora)} corpora, {tokens:,} tokens of context")
-    if planned.has_middle:
+    if not planned.options.effort.exact:
+        say("  fast: no graded budgets, and no probe")
+    elif planned.has_middle:
         say(f"  sums for the probe of graded budgets take {sums_bytes(description.geometry) / 2**20:.1f} MiB")
     else:
         say("  no document is longer than sinks and window, so there will be no graded budgets, and no probe")
@@ -153,7 +164,7 @@ def _print_estimate(found: RunEstimate, as_json: bool) -> None:
         f"large {found.dtype} products run at {found.multiply_adds_per_second * 2e-12:.3g} TFLOP/s on {found.device}",
         f"so no run takes less than {found.least_seconds:,.3g} s; attention runs slower than large products",
         f"weights {found.weight_bytes / gib:.2f} GiB, cache {found.cache_bytes / gib:.2f} GiB, "
-        f"work about {found.working_bytes / gib:.2f} GiB, sums for the probe {found.probe_bytes / 2**20:.1f} MiB",
+        f"work about {found.working_bytes / gib:.2f} GiB, sums for a probe {found.probe_bytes / 2**20:.1f} MiB",
     ):
         typer.echo(line)
 

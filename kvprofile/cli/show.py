@@ -97,7 +97,7 @@ def summary(profile: Profile, choice: Choice) -> dict[str, object]:
         "kind": choice.kind,
         "retention_realised": choice.retention_realised,
         "budgets": choice.origin,
-        "heads_tied_at_the_cut": heads_tied_at_the_cut(scores, choice.heads),
+        "heads_tied_at_the_cut": 0 if choice.kind == GRADED else heads_tied_at_the_cut(scores, choice.heads),
         "probe": None if profile.probe is None else profile.probe.model_dump(mode="json"),
         "sink_tokens": profile.runtime.sink_tokens,
         "recent_tokens": profile.runtime.recent_tokens,
@@ -134,7 +134,8 @@ def render(profile: Profile, choice: Choice, console: Console) -> None:
     line()
     if choice.kind == GRADED:
         told = f"heads keep {choice.retention_realised:.1%} of what lies between sinks and window"
-        line(f"{told}, in {len({*kept})} classes", "bold")
+        count = len({*kept})
+        line(f"{told}, in {count} {'class' if count == 1 else 'classes'}", "bold")
         line(", ".join(f"{share:.1%} in {kept.count(share)}" for share in sorted({*kept}, reverse=True)))
         line(probe_words(profile))
     else:

@@ -22,7 +22,7 @@ from kvprofile.errors import InputError
 from kvprofile.evaluate import exercises
 from kvprofile.evaluate.encoding import Asked, Wording, wording
 from kvprofile.evaluate.item_store import Item, ItemStore
-from kvprofile.evaluate.measurer import Measurer
+from kvprofile.evaluate.measurer import MOST_HELD, Measurer
 from kvprofile.evaluate.options import EvaluationOptions
 from kvprofile.evaluate.own_scores import own_scores
 from kvprofile.evaluate.simulate import simulating
@@ -78,8 +78,11 @@ class EvaluationPlan:
         """
         budgets = len({variant.budget for variant in self.variants})
         graded = {variant.budget: mean_budget(variant.heads) for variant in self.variants if variant.tokens}
+        copies = min(MOST_HELD, math.fsum(graded.values()))
+        rule = self.rule
         return max(
-            math.ceil((2 + math.fsum(graded.values())) * len(asked.context_ids))
+            math.ceil((2 + copies + self.options.own_scores) * len(asked.context_ids))
+            + len(graded) * rule.held_tokens(len(asked.context_ids), len(asked.context_ids))
             + 2 * min(self.options.batch, budgets * len(asked.rows)) * (asked.positions - len(asked.context_ids))
             for asked in self.asked
         )

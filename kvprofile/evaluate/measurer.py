@@ -18,7 +18,7 @@ from typing import TypeAlias, TypeVar
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from kvprofile.budget.profile import Matrix
+from kvprofile.budget.profile import Matrix, mean_budget
 from kvprofile.errors import InputError
 from kvprofile.evaluate.branch import Branch
 from kvprofile.evaluate.encoding import SPARE_TOKENS, Asked, AskedRow, Reference, Wording
@@ -29,6 +29,9 @@ from kvprofile.questions.judge import is_right, score
 
 SLICE_LOGITS = 32 * 2**20
 """Logits, over all rows and positions, that are held at a time (128 MiB in float32)."""
+
+MOST_HELD = 6.0
+"""Contexts' worth of keys and values that graded budgets may hold at a time, besides the context itself."""
 
 Element = TypeVar("Element")
 
@@ -145,7 +148,7 @@ class Measurer:
         self.advance(len(asked.context_ids))
         found: list[dict[int, QuestionOutcome]] = [{} for _ in budgets]
         rows = sorted(asked.rows, key=lambda row: -len(row.ids))  # rows of like length need little padding
-        for part, chosen in enumerate(_with_first(len(budgets), max(2, self.batch))):
+        for part, chosen in enumerate(_with_first([_held(budget) for budget in budgets], max(2, self.batch))):
             heads, choices = zip(*(budgets[number] for number in chosen), strict=True)
             simulation.trim_each(heads, choices=choices)
             shares = {each: simulation.nbytes(n) / simulation.nbytes(0) for n, each in enumerate(chosen)}
@@ -158,7 +161,7 @@ class Measurer:
                 others = [one for one in each if one[0] != 0]
                 self._judge(asked, branch, others, shares, found, known)
                 self.advance((len(chosen) - bool(part)) * sum(len(row.ids) for row in together))
-        simulation.forget_context()
+        simulation.forget()
         return [[outcomes[number] for number in sorted(outcomes)] for outcomes in found]
 
     def _judge(
@@ -278,11 +281,25 @@ def _spans(reading: _Reading, full: _Reading) -> Iterator[AnswerSpan]:
             yield AnswerSpan(first, last, right, nll, reading.agreement(full, here), kl)
 
 
-def _with_first(count: int, most: int) -> Iterator[list[int]]:
-    """The numbers below ``count``, at most ``most`` at a time, the first of all with each of them."""
-    others = list(range(1, count))
-    for start in range(0, max(1, len(others)), most - 1):
-        yield [0, *others[start : start + most - 1]]
+def _held(budget: Budget) -> float:
+    """Contexts' worth of keys and values that a budget holds alone: whole heads share theirs with other budgets."""
+    heads, choice = budget
+    return 0.0 if choice is None else mean_budget(heads)
+
+
+def _with_first(held: Sequence[float], most: int) -> Iterator[list[int]]:
+    """The numbers of budgets, at most ``most`` at a time, the first of all with each of them.
+
+    ``held`` are the contexts' worth that each holds; together they are at most MOST_HELD, or one budget.
+    """
+    part = [0]
+    for number in range(1, len(held)):
+        full = len(part) == most or (len(part) > 1 and sum(held[each] for each in part) + held[number] > MOST_HELD)
+        if full:
+            yield part
+            part = [0]
+        part.append(number)
+    yield part
 
 
 def _batches(elements: Sequence[Element], most: int) -> Iterator[Sequence[Element]]:

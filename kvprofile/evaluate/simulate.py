@@ -154,6 +154,10 @@ class Simulation:
             else:
                 self.layers.append(keeping.heads(layer, joined(spans), rows, choices))
 
+    def forget(self) -> None:
+        """Free everything: the context, and what is left of it."""
+        self.prefilled, self.layers, self.branch = [], [], None
+
     def forget_context(self) -> None:
         """Free the untrimmed context: from here on only what the budget keeps is held."""
         self.prefilled = []

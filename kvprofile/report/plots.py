@@ -269,7 +269,9 @@ def _heads_per_layer(_block: SubFigure, axes: Axes, profile: Profile) -> None:
     for key, colour in presets:
         counts = [sum(value or 0.0 for value in row) for row in profile.budgets[key].heads]
         axes.bar(range(geometry.layers), counts, width=width, color=colour, label=key, linewidth=0)
-    graded = profile.probe is not None
+    graded = any(
+        0.0 < (value or 0.0) < 1.0 for key, _ in presets for row in profile.budgets[key].heads for value in row
+    )
     axes.set_title(f"{'Kept by' if graded else 'Full heads of'} each layer at each retention", pad=20)
     axes.set_xlabel("layer")
     axes.set_ylabel(f"{'KV heads kept, in shares' if graded else 'full KV heads'} (of {geometry.kv_heads})")

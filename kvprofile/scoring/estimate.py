@@ -74,7 +74,7 @@ def estimate(plan: ScoringPlan, placement: Placement, rate: Callable[[str, str],
         weight_bytes=weight_bytes_in(plan.description, placement.dtype),
         cache_bytes=held * value_bytes,
         working_bytes=_working_bytes(shape, max(longest, PREFILL_SLICE_TOKENS), value_bytes),
-        probe_bytes=sums_bytes(geometry),
+        probe_bytes=sums_bytes(geometry) if plan.has_middle else 0,
         device=placement.device,
         dtype=placement.dtype,
     )

@@ -101,7 +101,7 @@ def _score_chunks(plan: ScoringPlan, scorer: Scorer, store: ChunkStore, keep_tok
             return True
         for scored in scorer.score(plan.documents[index], set(done), plan.wanted(index)):
             middle = plan.middle(index, scored.chunk.start, scored.chunk.stop)
-            sums = scorer.sums(plan.documents[index], scored, middle)
+            sums = scorer.sums(plan.documents[index], scored, middle) if plan.has_middle else None
             store.save(index, scored.chunk.index, scored.token_scores, keep_token_scores, middle, sums)
             if stopping and not by_document and stopping.add(store.chunk_statistics(index, scored.chunk.index)):
                 return True

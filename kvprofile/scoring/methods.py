@@ -30,7 +30,7 @@ class Method:
     @property
     def token_score(self) -> str:
         """What the method's token scores are, to which the probe is fitted."""
-        return "KVzip score"
+        return "x / (1 + x) of KVzip+" if self.weighs else "KVzip score"
 
     @property
     def loss_aware(self) -> bool:

@@ -96,7 +96,9 @@ class ScoringPlan:
 
     @property
     def has_middle(self) -> bool:
-        """Whether a document has tokens between sinks and window, so that there will be graded budgets."""
+        """Whether a document has tokens between sinks and window, so that an exact run makes graded budgets."""
+        if not self.options.effort.exact:
+            return False
         found = (self.middle(index) for index in range(len(self.documents)))
         return any(middle.stop > middle.start for middle in found)
 

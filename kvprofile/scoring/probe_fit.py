@@ -17,6 +17,9 @@ from kvprofile.budget.profile import Geometry
 RIDGE = 1e-3
 """Of each feature's mean square, added to the diagonal of X'X / n."""
 
+LEAST_SPREAD = 1e-6
+"""Of y'y: variance below that is rounding."""
+
 HALVES = 2
 
 Place = tuple[int, int]
@@ -70,31 +73,32 @@ class ProbeFit:
     def solve(self) -> tuple[torch.Tensor, list[float | None]]:
         """Weights [L', G, F] of all tokens, and by layer how much of y a half's fit explains in the other (R^2).
 
-        Raises ValueError where nothing was added.
+        Layer by layer, so that little is held in float64. Raises ValueError where nothing was added.
         """
         if not self.tokens:
             raise ValueError("no token was added")
-        gram = self.sums["gram"].double()
-        weights = _ridge(gram.sum(0), self.sums["moment"].sum(0), self.tokens)
-        return weights.float(), self._held_out(gram)
+        weights = []
+        r2: list[float | None] = [None] * self.geometry.layers
+        for number, layer in enumerate(self.geometry.profiled_layers):
+            gram, moment = self.sums["gram"][:, number].double(), self.sums["moment"][:, number]
+            weights.append(_ridge(gram.sum(0), moment.sum(0), self.tokens).float())
+            r2[layer] = self._held_out(gram, number)
+        return torch.stack(weights), r2
 
-    def _held_out(self, gram: torch.Tensor) -> list[float | None]:
-        rows: list[float | None] = [None] * self.geometry.layers
-        moment, square, total, tokens = (self.sums[name] for name in ("moment", "square", "total", "tokens"))
+    def _held_out(self, gram: torch.Tensor, number: int) -> float | None:
+        """What a layer's fits to either half explain of the other, all heads together; None where nothing varies."""
+        moment, square, total = (self.sums[name][:, number] for name in ("moment", "square", "total"))
+        tokens = self.sums["tokens"]
         if not tokens.all():
-            return rows
-        explained = []
+            return None
+        wrong = spread = 0.0
         for mine, other in ((0, 1), (1, 0)):
             weights = _ridge(gram[mine], moment[mine], int(tokens[mine]))
             # |y - Xw|^2 = y'y - 2 w'X'y + w'X'X w, against the variance of y
-            fitted = torch.einsum("lgf,lgfk,lgk->lg", weights, gram[other], weights)
-            wrong = square[other] - 2 * (weights * moment[other]).sum(-1) + fitted
-            spread = square[other] - total[other].square() / tokens[other]
-            explained.append(1.0 - wrong / spread.clamp_min(1e-12))
-        mean = torch.stack(explained).mean(0).mean(-1)
-        for layer, value in zip(self.geometry.profiled_layers, mean.tolist(), strict=True):
-            rows[layer] = round(value, 4)
-        return rows
+            fitted = torch.einsum("gf,gfk,gk->g", weights, gram[other], weights)
+            wrong += float((square[other] - 2 * (weights * moment[other]).sum(-1) + fitted).sum())
+            spread += float((square[other] - total[other].square() / tokens[other]).sum())
+        return round(1.0 - wrong / spread, 4) if spread > LEAST_SPREAD * float(square.sum()) else None
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Everything, to be written to a file."""

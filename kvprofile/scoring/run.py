@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from kvprofile import __version__
 from kvprofile.budget import store
 from kvprofile.budget.allocate import preset_budgets
-from kvprofile.budget.probe import FEATURES, FLOOR, Probe
+from kvprofile.budget.probe import FEATURES, FLOOR, Probe, digest, is_probe
 from kvprofile.budget.probe import path_of as probe_path
 from kvprofile.budget.profile import (
     GRADED_VERSION,
@@ -66,6 +66,8 @@ def profile(
         if probe is not None:
             write_atomically(probe_path(output), probe.content)
         store.save(made, output)
+        if probe is None and is_probe(probe_path(output)):  # of the file that was there before
+            probe_path(output).unlink()
         chunks.discard()
     return made
 
@@ -85,7 +87,7 @@ def _probe(plan: ScoringPlan, chunks: ChunkStore) -> _FittedProbe | None:
     weights, r2 = chunks.fit.solve()
     content = Probe(plan.description.geometry.profiled_layers, weights).to_bytes()
     target = f"log({METHODS[plan.options.method].token_score} + {FLOOR:g})"
-    record = ProbeRecord(sha256=sha256_of(content), features=FEATURES, target=target, tokens=chunks.fit.tokens, r2=r2)
+    record = ProbeRecord(sha256=digest(content), features=FEATURES, target=target, tokens=chunks.fit.tokens, r2=r2)
     return _FittedProbe(content, record)
 
 
@@ -152,6 +154,8 @@ def refuse_token_score_file(path: Path, output: Path, force: bool) -> None:
     """Raise InputError unless token scores may be written to ``path``: a new file, or one of kvprofile's own."""
     if path.suffix != ".safetensors":
         raise InputError(f"--save-token-scores {path}: give a file name that ends in .safetensors")
+    if path.resolve() == probe_path(output).resolve():
+        raise InputError(f"--save-token-scores {path} is the probe's file too; give another name")
     if path.resolve() == output.resolve():
         raise InputError(f"--save-token-scores {path} is the budget file too; give another name")
     if path.is_file() and not force and not _holds_token_scores(path):
@@ -162,7 +166,7 @@ def refuse_token_score_file(path: Path, output: Path, force: bool) -> None:
 def _holds_token_scores(path: Path) -> bool:
     try:
         with safe_open(path, "pt") as tensors:
-            return "kvprofile" in (tensors.metadata() or {})
+            return "prefix_tokens" in (tensors.metadata() or {}).get("kvprofile", "")
     except (OSError, SafetensorError):
         return False
 

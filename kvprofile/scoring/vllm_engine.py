@@ -86,6 +86,8 @@ class VllmEngine:
                 for scored in scorer.score(document, f"document-{index}", store.finished(index), middle):
                     between = middle(scored.chunk)
                     store.save(index, scored.chunk.index, scored.token_scores, keep_token_scores, between, scored.sums)
+            if plan.has_middle and not store.fit.tokens:
+                progress.say("several ranks share each KV head, so there are no graded budgets, and no probe")
             if scorer.evictions:
                 progress.say(f"the context fell out of vLLM's cache {scorer.evictions} times and was read again")
             return self._kernel(session)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from kvprofile.budget import probe, store
+from kvprofile.budget.choice import choose
 from kvprofile.cli import run
 from kvprofile.scoring.chunk_store import ChunkStore
 from kvprofile.scoring.probe_fit import ProbeFit
@@ -52,7 +53,7 @@ def test_score_writes_shares_and_a_probe_that_does_well_on_other_documents(score
     assert profile.schema_version == 2
     assert set(profile.budgets) == {"0.9", "0.7", "0.5", "0.3", "0.2", "0.15"}
     assert all(budget.retention_realised == float(key) for key, budget in profile.budgets.items())
-    assert profile.probe.tokens == 3 * (480 - 16 - 64)
+    assert profile.probe.tokens == 3 * (480 - 64 - (16 - 2))  # two tokens stand before the context
     assert sum(profile.probe.r2) / len(profile.probe.r2) > 0.2
     weights = probe.load(probe.path_of(scored), profile).weights
     assert weights.shape == (6, 4, 16 + 32 + 7)
@@ -90,7 +91,7 @@ def test_graded_is_the_default_where_there_is_a_probe(capsys, budget, tmp_path):
     assert [row["name"] for row in found["rows"]] == ["full", "kvzip"]
 
 
-def test_the_probe_beats_random_tokens_and_equal_counts(capsys, budget, tmp_path):
+def test_shares_and_the_probe_beat_reversed_tokens_and_other_shares(capsys, budget, tmp_path):
     found = evaluated(capsys, budget, tmp_path / "run", "--contexts", "4", "--retention", "0.15")
     loss = {(row["name"], row["retention"]): row["kl"]["value"] for row in found["rows"]}
     for control in ("reversed", "shuffled", "equal"):
@@ -135,8 +136,9 @@ def test_a_table_carries_shares_there_and_back(budget, tmp_path):
     assert run(["export", str(budget), "--format", "csv", "--retention", "0.3", "--output", str(table)]) == 0
     arguments = ["import", str(table), "--format", "csv", "--model", str(POCKET), "--output", str(back)]
     assert run(arguments) == 0
-    shares = {value for row in store.load(back).budgets["0.3"].heads for value in row}
-    assert 1 < len(shares) <= 4
+    expected = choose(store.load(budget), 0.3).heads
+    assert store.load(back).budgets["0.3"].heads == expected
+    assert len({value for row in expected for value in row}) == 4
 
 
 def test_chunks_whose_sums_are_not_written_are_scored_again(tmp_path):
@@ -168,3 +170,74 @@ def test_chunks_whose_sums_are_not_written_are_scored_again(tmp_path):
         assert kept == 0
         third.save(0, 0, scores, False, slice(0, 30), sums())  # in the sums already
         assert torch.equal(third.fit.solve()[0], before.solve()[0])
+
+
+@pytest.mark.parametrize(("method", "target"), [("kvzip-plus", "x / (1 + x) of KVzip+"), ("gate", "KVzip score")])
+def test_every_method_makes_graded_budgets_of_its_token_scores(tmp_path, method, target):
+    path = tmp_path / "pocket.json"
+    trim = ["--sink-tokens", "16", "--recent-tokens", "64", "--documents", "2", "--method", method]
+    assert run(["score", str(POCKET), *SCORE, *trim, "--output", str(path)]) == 0
+    profile = store.load(path)
+    assert profile.probe.target == f"log({target} + 0.0001)"
+    assert choose(profile, 0.5, kind="whole").statistic == profile.scoring.statistic
+
+
+def test_a_fast_run_makes_whole_budgets_only(tmp_path, capsys):
+    path = tmp_path / "pocket.json"
+    trim = ["--sink-tokens", "16", "--recent-tokens", "64", "--method", "kvzip-mean", "--fast"]
+    assert run(["score", str(POCKET), *SCORE, *trim, "--output", str(path)]) == 0
+    assert "fast: no graded budgets, and no probe" in capsys.readouterr().err
+    assert store.load(path).schema_version == 1
+
+
+def test_a_probe_goes_with_the_budget_file_that_replaces_it(budget):
+    assert run(["score", str(POCKET), *SCORE, "--recent-tokens", "400", "--output", str(budget)]) == 0
+    assert store.load(budget).schema_version == 1
+    assert not probe.path_of(budget).exists()
+
+
+def test_files_that_are_not_probes_are_left_alone(budget, capsys):
+    path = probe.path_of(budget)
+    path.write_bytes(b"mine")
+    score = ["score", str(POCKET), *SCORE, "--recent-tokens", "64", "--output", str(budget)]
+    assert "exists and is not a probe; pass --force" in refused(capsys, *score)
+    assert path.read_bytes() == b"mine"
+    path.unlink()
+    told = refused(capsys, *score, "--save-token-scores", str(path))
+    assert "is the probe's file too" in told
+    path.mkdir()
+    refused(capsys, *score)
+
+
+def test_token_scores_do_not_replace_a_probe(budget, tmp_path, capsys):
+    other = tmp_path / "other.json"
+    score = ["score", str(POCKET), *SCORE, "--recent-tokens", "64", "--output", str(other)]
+    told = refused(capsys, *score, "--save-token-scores", str(probe.path_of(budget)))
+    assert "exists and holds no token scores" in told
+
+
+def test_what_ranks_or_lays_out_whole_heads_is_refused_for_graded_ones(budget, capsys, tmp_path):
+    assert "a statistic ranks whole heads" in refused(
+        capsys, "show", str(budget), "--kind", "graded", "--statistic", "mean"
+    )
+    ask = ["evaluate", str(POCKET), "--profile", str(budget), *ASK]
+    assert "--statistic ranks whole heads" in refused(capsys, *ask, "--kind", "graded", "--statistic", "mean")
+    assert "--own-scores is a ceiling for graded" in refused(capsys, *ask, "--kind", "whole", "--own-scores")
+    table = ["export", str(budget), "--format", "csv", "--retention", "0.3", "--output", str(tmp_path / "t.csv")]
+    assert "graded ones are not; ask for --kind whole" in refused(capsys, *table, "--pipeline-parallel-size", "2")
+    assert "hold scores, not budgets" in refused(
+        capsys, "export", str(budget), "--format", "kvzip", "--kind", "graded", "--output", str(tmp_path / "k.pt")
+    )
+
+
+def test_a_whole_and_a_graded_file_are_compared_by_whole_heads(budget, capsys, tmp_path):
+    old = tmp_path / "old.json"
+    profile = store.load(budget)
+    whole = {
+        "schema_version": 1,
+        "probe": None,
+        "budgets": {"0.5": choose(profile, 0.5, kind="whole").allocation.budgets},
+    }
+    store.save(profile.model_copy(update=whole), old)
+    assert run(["diff", str(old), str(budget), "--retention", "0.5"]) == 0
+    assert "at retention 0.5: no heads change" in capsys.readouterr().out

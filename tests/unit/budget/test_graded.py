@@ -14,7 +14,6 @@ from kvprofile.budget.choice import choose, choose_whole, default_kind
 from kvprofile.budget.profile import GRADED_PRESETS, Profile, mean_budget
 from kvprofile.budget.profile_diff import compare
 from kvprofile.errors import InputError
-from kvprofile.files import sha256_of
 from tests.helpers.factories import make_graded, make_profile
 
 
@@ -47,7 +46,7 @@ def test_between_stated_retentions_shares_lie_between():
     for rows in zip(low, found, high, strict=True):
         for below, value, above in zip(*rows, strict=True):
             assert value == pytest.approx((below + above) / 2)
-    assert choose(profile, 0.4).origin == "between those stored at 0.3 and 0.5"
+    assert choose(profile, 0.4).origin == "shares between those stored at 0.3 and 0.5, in classes"
     assert graded.shares(profile, 1.0)[0] == [[1.0] * len(row) for row in low]
 
 
@@ -116,7 +115,7 @@ def save_probe(folder, profile=None, size=7):
     geometry = (profile or make_profile()).model.geometry
     weights = torch.rand(len(geometry.profiled_layers), geometry.kv_heads, size)
     content = probe.Probe(geometry.profiled_layers, weights).to_bytes()
-    made = make_graded(probe_sha256=sha256_of(content))
+    made = make_graded(probe_sha256=probe.digest(content))
     store.save(made, folder / "model.json")
     probe.path_of(folder / "model.json").write_bytes(content)
     return made, weights
@@ -153,7 +152,7 @@ def test_a_probe_of_other_features_or_another_shape_is_refused(tmp_path):
         probe.load(path, other)
     small = probe.Probe((0,), torch.rand(1, 1, 7)).to_bytes()
     path.write_bytes(small)
-    changed = made.model_copy(update={"probe": made.probe.model_copy(update={"sha256": sha256_of(small)})})
+    changed = made.model_copy(update={"probe": made.probe.model_copy(update={"sha256": probe.digest(small)})})
     with pytest.raises(InputError, match=r"is for \(1, 1\) layers and KV heads"):
         probe.load(path, changed)
 
