@@ -30,7 +30,7 @@ def merge(
         store.refuse_other_model(target, model.name, model.geometry)
     with alone(target.with_name(f".{target.name}{LOCK}"), target):
         made.write(target)
-    say(f"wrote {made.written(target)} from {len(shards)} shards; review and commit")
+    say(f"wrote {made.written(target)} from {len(shards)} shards; review and commit{' both' if made.probe else ''}")
     choice = show.choice_for(made.profile, 0.5)
     if as_json:
         print_json({**show.summary(made.profile, choice), "file": str(target), "shards": len(shards)})

@@ -177,8 +177,8 @@ def _print_estimate(found: RunEstimate, as_json: bool) -> None:
 
 def _print_shard(part: Shard, written: Path, documents: int, seconds: float | None, as_json: bool) -> None:
     """Where a shard lies; ``seconds`` that it took, None where it was there already."""
-    done = "is there already, of this run" if seconds is None else f"written in {seconds:.0f} s"
-    say(f"{written}: {done}; 'kvprofile merge' makes the budget file of all {part.of}")
+    done = "is there already, of this run" if seconds is None else f"was written in {seconds:.0f} s"
+    say(f"{written} {done}; put all {part.of} together with 'kvprofile merge'")
     if as_json:
         print_json({"file": str(written), "shard": part.number, "of": part.of, "documents": documents})
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import safetensors.torch
@@ -41,7 +41,7 @@ def profile(
     stay for the next run.
     """
     keep_token_scores = save_token_scores is not None
-    chunks = _store(plan, engine, output, keep_token_scores)
+    chunks = ChunkStore(output, _run_key(plan, engine, keep_token_scores), plan.description.geometry)
     with _scored(plan, engine, chunks, progress, keep_token_scores) as attention:
         if save_token_scores is not None:
             _write_token_scores(plan, chunks, save_token_scores)
@@ -59,19 +59,16 @@ def score_shard(plan: ScoringPlan, engine: Engine, path: Path, progress: Progres
     if plan.shard is None:
         raise ValueError("the plan has no shard")
     key = _run_key(plan, engine, keep_token_scores=False)
-    if shard_file.is_finished(path, key, force):
+    chunks = ChunkStore(path, key, plan.description.geometry)
+    facts = _facts(plan, engine, "", chunks)
+    header = shard_file.ShardFile(path, __version__, plan.shard, len(plan.documents), key, facts)
+    if shard_file.is_finished(header, force):
         return False
-    chunks = _store(plan, engine, path, keep_token_scores=False)
     with _scored(plan, engine, chunks, progress, keep_token_scores=False) as attention:
-        facts = _facts(plan, engine, attention, chunks)
-        header = shard_file.ShardFile(path, __version__, plan.shard, len(plan.documents), key, facts)
-        shard_file.write(path, header, _documents(plan, chunks), chunks.fit)
+        header = replace(header, facts=_facts(plan, engine, attention, chunks))
+        shard_file.write(header, _documents(plan, chunks), chunks.fit)
         chunks.discard()
     return True
-
-
-def _store(plan: ScoringPlan, engine: Engine, output: Path, keep_token_scores: bool) -> ChunkStore:
-    return ChunkStore(output, _run_key(plan, engine, keep_token_scores), plan.description.geometry)
 
 
 @contextmanager

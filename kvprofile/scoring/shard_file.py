@@ -73,7 +73,7 @@ class ShardFile:
         return ProbeFit.of({name.removeprefix(_FIT): one for name, one in found.items()}, self.facts.model.geometry)
 
 
-def write(path: Path, header: ShardFile, documents: Sequence[DocumentScores], fit: ProbeFit) -> None:
+def write(header: ShardFile, documents: Sequence[DocumentScores], fit: ProbeFit) -> None:
     """Write a shard's file, atomically."""
     geometry = header.facts.model.geometry
     heads = (len(geometry.profiled_layers), geometry.kv_heads)
@@ -97,7 +97,7 @@ def write(path: Path, header: ShardFile, documents: Sequence[DocumentScores], fi
         "run_key": header.run_key,
         "facts": _dumped(header.facts),
     }
-    write_atomically(path, safetensors.torch.save(tensors, {_HEADER: json.dumps(told, sort_keys=True)}))
+    write_atomically(header.path, safetensors.torch.save(tensors, {_HEADER: json.dumps(told, sort_keys=True)}))
 
 
 def read(path: Path) -> ShardFile:
@@ -124,19 +124,20 @@ def read(path: Path) -> ShardFile:
         raise InputError(f"{path}: its header is not that of a shard; score the shard again") from error
 
 
-def is_finished(path: Path, run_key: str, force: bool) -> bool:
-    """Whether the shard's file is there already, of this run.
+def is_finished(wanted: ShardFile, force: bool) -> bool:
+    """Whether the file of a shard is there already, of the same run; the attention kernel is not yet known.
 
-    Raises InputError where ``path`` is something else that should not be replaced without ``force``.
+    Raises InputError where there is something else that should not be replaced without ``force``.
     """
-    if not path.exists():
+    if not wanted.path.exists():
         return False
     try:
-        return read(path).run_key == run_key
+        found = read(wanted.path)
     except InputError as error:
         if force:
             return False
-        raise InputError(f"{error}; or pass --force to replace {path.name}") from error
+        raise InputError(f"{error}; or pass --force to replace {wanted.path.name}") from error
+    return found.shard == wanted.shard and _why_foreign(found, wanted) is None
 
 
 def merge(paths: Sequence[Path]) -> Result:
@@ -170,12 +171,8 @@ def complete(files: Sequence[ShardFile]) -> list[ShardFile]:
         found[one.shard] = one
     main = next((one for one in files if one.read), first)
     for one in files:
-        facts, others = _dumped(main.facts), _dumped(one.facts)
-        if not one.read:  # it has loaded no model
-            others["scoring"]["attention"] = facts["scoring"]["attention"]
-        difference = _difference(facts, others)
-        if difference or one.run_key != main.run_key or one.documents != main.documents:
-            why = difference or "texts, templates or settings of the engine differ"
+        why = _why_foreign(main, one)
+        if why:
             raise InputError(f"{one.path} belongs to another run than {main.path}: {why}; score it again")
     missing = [Shard(i, first.shard.of) for i in range(1, first.shard.of + 1) if Shard(i, first.shard.of) not in found]
     if missing:
@@ -187,6 +184,17 @@ def complete(files: Sequence[ShardFile]) -> list[ShardFile]:
             "name its file"
         )
     return [found[shard] for shard in sorted(found)]
+
+
+def _why_foreign(main: ShardFile, other: ShardFile) -> str | None:
+    """What shows that another shard is of another run; None where nothing does."""
+    facts, others = _dumped(main.facts), _dumped(other.facts)
+    if not others["scoring"]["attention"]:  # no model was loaded
+        others["scoring"]["attention"] = facts["scoring"]["attention"]
+    difference = _difference(facts, others)
+    if difference or (other.run_key, other.documents) != (main.run_key, main.documents):
+        return difference or "texts, templates or settings of the engine differ"
+    return None
 
 
 def _partial(path: Path) -> Path:
