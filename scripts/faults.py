@@ -251,6 +251,12 @@ def main() -> None:
     commands = [
         Command("score", score, ("out.json",), ("out.json.partial",)),
         Command(
+            "score --shard",
+            [*score, "--shard", "1/2"],
+            ("out.json.shard-1-of-2.safetensors",),
+            ("out.json.shard-1-of-2.safetensors.partial",),
+        ),
+        Command(
             "score --save-token-scores",
             [*score, "--save-token-scores", "PLACE/tokens.safetensors"],
             ("out.json", "tokens.safetensors"),

@@ -60,11 +60,11 @@ def is_probe(path: Path) -> bool:
 def sums_bytes(geometry: Geometry) -> int:
     """Bytes of the sums that a fit is made from while a model is scored, two sets of them.
 
-    F x F values in float32 for each profiled head, and little more; where values are as large as keys.
+    Half of F x F values in float64 for each profiled head, and little more; where values are as large as keys.
     """
     heads = len(geometry.profiled_layers) * geometry.kv_heads
     size = geometry.head_size // 2 + geometry.head_size + 7
-    return 2 * heads * (4 * size * size + 8 * size + 16)
+    return 2 * heads * (4 * size * (size + 1) + 8 * size + 16)
 
 
 def features(keys: torch.Tensor, values: torch.Tensor, first: int, prompt_tokens: int) -> torch.Tensor:

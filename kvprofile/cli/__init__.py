@@ -25,6 +25,7 @@ from kvprofile.errors import InputError
 
 COMMANDS = {
     "score": "Profile a checkpoint and write its budget file. Run it again after an interruption to continue.",
+    "merge": "Put the shards of one 'score --shard' run together: its budget file and probe. No model needed.",
     "show": "Show which KV heads matter and how much of the context each keeps.",
     "diff": "Compare two profiles: how far their rankings agree and which heads change at each retention.",
     "plot": "Draw profiles: scores, shares of graded heads, sorted scores, what each layer keeps at each retention.",

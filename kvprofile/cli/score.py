@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,6 +23,7 @@ from kvprofile.files import BUDGET_DIR, require_writable
 from kvprofile.scoring.effort import EXACT, FAST
 from kvprofile.scoring.engine import Engine, check_engine, choose_engine
 from kvprofile.scoring.plan import ScoringOptions, ScoringPlan, plan
+from kvprofile.scoring.shard import Shard
 
 if TYPE_CHECKING:
     from kvprofile.scoring.estimate import RunEstimate
@@ -58,6 +60,9 @@ def score(
     fast: Annotated[
         bool, typer.Option("--fast", help="Read less, for nearly the same ranking; with --method kvzip-mean.")
     ] = False,
+    shard: Annotated[
+        str | None, typer.Option(help="I/N: score every N-th document from the I-th, for 'merge'. I counts from 1.")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print what the run needs of time and memory; load and write nothing.")
     ] = False,
@@ -79,20 +84,25 @@ def score(
         raise InputError("--save-token-scores needs every chunk; leave out --fast")
     if fast and method != "kvzip-mean":
         raise InputError("--fast keeps the ranking by mean, not by maximum (docs/scoring.md); add --method kvzip-mean")
+    part = Shard.parse(shard) if shard is not None else None
+    if part and (fast or save_token_scores is not None):
+        name = "--fast" if fast else "--save-token-scores"
+        raise InputError(f"{name} looks at all documents together; leave it out, or leave out --shard")
     corpora = [load_corpus(reference, documents) for reference in corpus or bundled_names()]
     source = checkpoint.locate(model, revision, trust_remote_code)
     target = output or store.default_path(source.name)
-    require_writable(target)
+    written = part.path(target) if part else target
+    require_writable(written)
     from kvprofile.scoring import estimate, hf_engine, run, vllm_engine  # torch: seconds that wrong usage need not wait
 
     if save_token_scores is not None:
         run.refuse_token_score_file(save_token_scores, target, force)
     description = checkpoint.describe(source, trust_remote_code)
-    if not force:
+    if not force and part is None:
         store.refuse_other_model(target, source.name, description.geometry)
     tokenizer = checkpoint.load_tokenizer(source, trust_remote_code)
-    planned = plan(description, tokenizer, corpora, options)
-    if planned.has_middle:
+    planned = replace(plan(description, tokenizer, corpora, options), shard=part)
+    if planned.has_middle and part is None:
         _require_own_probe(probe_path(target), force)
     chosen, why = choose_engine(engine, description, method)
     runs: Engine
@@ -113,6 +123,11 @@ def score(
         return
 
     started = time.monotonic()
+    if part:
+        with TokenProgress("scoring") as progress:
+            scored = run.score_shard(planned, runs, written, progress, force)
+        _print_shard(part, written, len(planned.own), time.monotonic() - started if scored else None, as_json)
+        return
     with TokenProgress("scoring") as progress:
         made = run.profile(planned, runs, target, progress, save_token_scores)
     if made.probe is None:
@@ -141,6 +156,8 @@ def _announce(planned: ScoringPlan, reasons: tuple[str, ...]) -> None:
         say(f"  {skipped} layers slide over a window or have no cache, and are not scored")
     tokens = sum(record.tokens for record in planned.corpora)
     say(f"  {len(planned.documents)} documents of {len(planned.corpora)} corpora, {tokens:,} tokens of context")
+    if planned.shard:
+        say(f"  shard {planned.shard} reads {len(planned.own)} of them")
     if not planned.options.effort.exact:
         say("  fast: no graded budgets, and no probe")
     elif planned.has_middle:
@@ -167,6 +184,14 @@ def _print_estimate(found: RunEstimate, as_json: bool) -> None:
         f"work about {found.working_bytes / gib:.2f} GiB, sums for a probe {found.probe_bytes / 2**20:.1f} MiB",
     ):
         typer.echo(line)
+
+
+def _print_shard(part: Shard, written: Path, documents: int, seconds: float | None, as_json: bool) -> None:
+    """Where a shard lies; ``seconds`` that it took, None where it was there already."""
+    done = "is there already, of this run" if seconds is None else f"was written in {seconds:.0f} s"
+    say(f"{written} {done}; put all {part.of} together with 'kvprofile merge'")
+    if as_json:
+        print_json({"file": str(written), "shard": part.number, "of": part.of, "documents": documents})
 
 
 def _print_result(made: Profile, target: Path, token_scores: Path | None, as_json: bool) -> None:

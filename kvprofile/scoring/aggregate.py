@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from kvprofile.budget.profile import Geometry, Matrix, Scores, round_significant
+from kvprofile.scoring.shares import preset_shares
 
 SIGNIFICANT_DIGITS = 5
 BINS = 1024
@@ -69,26 +70,47 @@ def histogram(token_scores: torch.Tensor) -> torch.Tensor:
     return torch.bincount(flat.flatten(), minlength=layers * heads * BINS).view(layers, heads, BINS).int()
 
 
-def merge_documents(
-    documents: Sequence[HeadStatistics],
-    geometry: Geometry,
-    losses: Sequence[torch.Tensor | None] = (),
-    tokens: Sequence[int] = (),
-) -> Scores:
+@dataclass(frozen=True)
+class DocumentScores:
+    """What of a scored document of so many context ``tokens`` enters a profile.
+
+    maximum [L', G] float32; mean and p99 [L', G] float64; shares [P, L', G] of its tokens between sinks and window at
+    the presets, None without such tokens; loss [L', G], None where the method knows none.
+    """
+
+    maximum: torch.Tensor
+    mean: torch.Tensor
+    p99: torch.Tensor
+    shares: torch.Tensor | None
+    loss: torch.Tensor | None
+    tokens: int
+
+    @classmethod
+    def of(
+        cls, statistics: HeadStatistics, middle: torch.Tensor | None, loss: torch.Tensor | None, tokens: int
+    ) -> DocumentScores:
+        """From the statistics of all its tokens, and the histogram of those between sinks and window."""
+        shares = preset_shares(middle) if middle is not None and middle.any() else None
+        return cls(statistics.maximum, statistics.mean(), statistics.quantile(), shares, loss, tokens)
+
+
+def merge_documents(documents: Sequence[DocumentScores], geometry: Geometry) -> Scores:
     """Scores [L][G] over documents: the maximum of maxima, the mean of means and of quantiles, and the spread.
 
-    ``losses`` are loss-aware scores [L', G] of documents of so many ``tokens``, whose mean over tokens is taken; none
-    where the method knows none.
+    Of loss-aware scores the mean over tokens is taken.
     """
+    losses = [d.loss for d in documents]
     maxima = torch.stack([d.maximum.double() for d in documents])
     spread = maxima.std(0, correction=0) if len(documents) > 1 else None
     return Scores(
         significant_digits=SIGNIFICANT_DIGITS,
         max=_matrix(maxima.amax(0), geometry),
-        mean=_matrix(torch.stack([d.mean() for d in documents]).mean(0), geometry),
-        p99=_matrix(torch.stack([d.quantile() for d in documents]).mean(0), geometry),
+        mean=_matrix(torch.stack([d.mean for d in documents]).mean(0), geometry),
+        p99=_matrix(torch.stack([d.p99 for d in documents]).mean(0), geometry),
         spread=None if spread is None else _matrix(spread, geometry),
-        loss=_matrix(_weighted(losses, tokens), geometry) if any(loss is not None for loss in losses) else None,
+        loss=_matrix(_weighted(losses, [d.tokens for d in documents]), geometry)
+        if any(loss is not None for loss in losses)
+        else None,
     )
 
 

@@ -49,7 +49,8 @@ def estimate(plan: ScoringPlan, placement: Placement, rate: Callable[[str, str],
     options, geometry = plan.options, plan.description.geometry
     shape = DecoderShape.of(plan.description.config, geometry)
     work, read = Work(), 0
-    for index, document in enumerate(plan.documents):
+    for index in plan.own:
+        document = plan.documents[index]
         wanted = plan.wanted(index)
         repeats = [
             Repeat.of(document, chunk, sparse_rows=options.effort.sparse_rows)
@@ -64,8 +65,8 @@ def estimate(plan: ScoringPlan, placement: Placement, rate: Callable[[str, str],
     longest = longest_repeat(plan.frame, min(options.chunk_tokens, plan.document_tokens))
     held = geometry.values_per_token * (plan.document_tokens + longest)
     return RunEstimate(
-        documents=len(plan.documents),
-        context_tokens=sum(len(document.context_ids) for document in plan.documents),
+        documents=len(plan.own),
+        context_tokens=sum(len(plan.documents[index].context_ids) for index in plan.own),
         tokens_read=read,
         prefill_multiply_adds=work.prefill,
         scoring_multiply_adds=work.scoring,

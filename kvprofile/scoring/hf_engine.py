@@ -56,10 +56,10 @@ class HfEngine:
         """Score what is not finished yet; returns the attention kernel used, with the reason."""
         chunk_tokens = plan.options.chunk_tokens
         work = [
-            forward_tokens(d, plan.frame, chunk_tokens, store.finished(i), plan.wanted(i))
-            for i, d in enumerate(plan.documents)
+            forward_tokens(plan.documents[i], plan.frame, chunk_tokens, store.finished(i), plan.wanted(i))
+            for i in plan.own
         ]
-        work += [_loss_tokens(plan, d) for i, d in enumerate(plan.documents) if store.loss(i) is None]
+        work += [_loss_tokens(plan, plan.documents[i]) for i in plan.own if store.loss(i) is None]
         loss_aware = METHODS[plan.options.method].loss_aware
         model = load_model(plan.description, self.placement, needs_head=loss_aware)
         progress.start(sum(work))
@@ -96,6 +96,8 @@ def _score_chunks(plan: ScoringPlan, scorer: Scorer, store: ChunkStore, keep_tok
     stopping = Stopping(METHODS[options.method].statistic, options.seed) if options.effort.stop_early else None
     by_document = len(plan.documents) >= FEWEST_PIECES
     for index in options.effort.order(len(plan.documents), options.seed):
+        if index not in plan.own:
+            continue
         done = sorted(store.finished(index))
         if stopping and not by_document and any(stopping.add(store.chunk_statistics(index, chunk)) for chunk in done):
             return True
@@ -116,9 +118,9 @@ def _score_losses(plan: ScoringPlan, model: PreTrainedModel, store: ChunkStore, 
     rule = TrimRule(options.sink_tokens, options.recent_tokens, block_tokens=1, window=SLIDING)
     sizes: dict[str, Any] = {"document_tokens": plan.document_tokens, "chunk_tokens": options.chunk_tokens}
     with gating(model, plan.description.geometry, rule, plan.frame, advance=progress.advance, **sizes) as gated:
-        for index, document in enumerate(plan.documents):
+        for index in plan.own:
             if store.loss(index) is None:
-                store.save_loss(index, _loss_scores(options.method, gated, document))
+                store.save_loss(index, _loss_scores(options.method, gated, plan.documents[index]))
 
 
 def _loss_scores(method: str, gated: GatedModel, document: FramedDocument) -> torch.Tensor:

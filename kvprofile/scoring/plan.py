@@ -23,6 +23,7 @@ from kvprofile.scoring.prompts import (
     most_context_tokens,
     required_positions,
 )
+from kvprofile.scoring.shard import Shard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,7 +63,10 @@ class ScoringOptions:
 
 @dataclass(frozen=True)
 class ScoringPlan:
-    """A run that has passed every check that needs no weights. ``notes`` are what its user should know of it."""
+    """A run that has passed every check that needs no weights. ``notes`` are what its user should know of it.
+
+    With a ``shard``, this process scores only some of the documents; all of them are planned.
+    """
 
     description: Description
     tokenizer: PreTrainedTokenizerBase
@@ -71,6 +75,13 @@ class ScoringPlan:
     corpora: tuple[CorpusRecord, ...]
     options: ScoringOptions
     notes: tuple[str, ...] = ()
+    shard: Shard | None = None
+
+    @property
+    def own(self) -> range:
+        """Numbers of the documents that this process scores."""
+        count = len(self.documents)
+        return self.shard.documents(count) if self.shard else range(count)
 
     @property
     def document_tokens(self) -> int:

@@ -3,6 +3,9 @@
 For each KV head: features of a cached token to the logarithm of its score (``budget.probe``). The sums need no token to
 be kept, and there are two of each, for every other document, so that either half can tell how well the other half's fit
 does on documents it has not seen.
+
+Sums do not depend on the order in which chunks are added: each chunk's are rounded to steps that are powers of two, so
+that adding them up in float64 is exact. Several processes may each add some documents, and their sums be added.
 """
 
 from __future__ import annotations
@@ -22,6 +25,10 @@ LEAST_SPREAD = 1e-6
 
 HALVES = 2
 
+STEP_BITS = 16
+"""Steps are this many powers of two finer than a chunk's mean square (of products: the geometric mean of two). So 53
+bits hold the sum of 10^8 tokens exactly as long as no chunk's mean square is below 1/1000 of the mean of all."""
+
 Place = tuple[int, int]
 """(document, chunk)."""
 
@@ -30,8 +37,8 @@ Place = tuple[int, int]
 class ProbeFit:
     """Sums over the tokens of the ``places`` added so far.
 
-    ``sums``, once there are any: those of ``probe.sums`` with axes [2, L'] before theirs, and tokens [2], how many
-    there were for each head.
+    ``sums``, once there are any: those of ``probe.sums`` in float64 with axes [2, L'] before theirs, of the gram the
+    upper triangle only, and tokens [2], how many there were for each head.
     """
 
     geometry: Geometry
@@ -60,7 +67,7 @@ class ProbeFit:
         self.broken = True
         half = place[0] % HALVES
         for number, found in enumerate(layers if tokens else ()):
-            for name, tensor in found.items():
+            for name, tensor in _in_steps(found, tokens).items():
                 if name not in self.sums:
                     shape = (HALVES, len(self.geometry.profiled_layers), *tensor.shape)
                     self.sums[name] = tensor.new_zeros(shape)
@@ -70,6 +77,14 @@ class ProbeFit:
         self.places.add(place)
         self.broken = False
 
+    def join(self, other: ProbeFit) -> None:
+        """Add the sums of other places. Raises ValueError where both hold a place."""
+        if self.places & other.places:
+            raise ValueError("a chunk was added twice")
+        for name, tensor in other.sums.items():
+            self.sums[name] = self.sums[name] + tensor if name in self.sums else tensor
+        self.places |= other.places
+
     def solve(self) -> tuple[torch.Tensor, list[float | None]]:
         """Weights [L', G, F] of all tokens, and by layer how much of y a half's fit explains in the other (R^2).
 
@@ -78,9 +93,10 @@ class ProbeFit:
         if not self.tokens:
             raise ValueError("no token was added")
         weights = []
+        size = self.sums["moment"].shape[-1]
         r2: list[float | None] = [None] * self.geometry.layers
         for number, layer in enumerate(self.geometry.profiled_layers):
-            gram, moment = self.sums["gram"][:, number].double(), self.sums["moment"][:, number]
+            gram, moment = _square(self.sums["gram"][:, number], size), self.sums["moment"][:, number]
             weights.append(_ridge(gram.sum(0), moment.sum(0), self.tokens).float())
             r2[layer] = self._held_out(gram, number)
         return torch.stack(weights), r2
@@ -110,6 +126,42 @@ class ProbeFit:
         places = {(int(document), int(chunk)) for document, chunk in tensors["places"].tolist()}
         sums = {name: tensor for name, tensor in tensors.items() if name != "places"}
         return cls(geometry, sums, places)
+
+
+def _in_steps(found: Mapping[str, torch.Tensor], tokens: int) -> dict[str, torch.Tensor]:
+    """The ``probe.sums`` of so many tokens, rounded to steps, in float64; of the gram the upper triangle.
+
+    By Cauchy and Schwarz no sum of products exceeds the root of its two sums of squares, which set its step.
+    """
+    gram, square = found["gram"].double(), found["square"]
+    x = _exponent(gram.diagonal(dim1=-2, dim2=-1) / tokens)
+    y = _exponent(square / tokens)
+    rows, columns = torch.triu_indices(*gram.shape[-2:])
+    return {
+        "gram": _rounded(gram[..., rows, columns], x[..., rows] + x[..., columns]),
+        "moment": _rounded(found["moment"], x + y[..., None]),
+        "square": _rounded(square, y + y),
+        "total": _rounded(found["total"], x[..., -1] + y),
+    }
+
+
+def _exponent(mean_square: torch.Tensor) -> torch.Tensor:
+    """The power of two above its root."""
+    return torch.frexp(mean_square.sqrt()).exponent.long()
+
+
+def _rounded(values: torch.Tensor, exponent: torch.Tensor) -> torch.Tensor:
+    step = ((exponent - STEP_BITS).clamp(-1000, 1000) + 1023 << 52).view(torch.float64)  # 2 to that power, exactly
+    return (values.double() / step).round() * step
+
+
+def _square(triangle: torch.Tensor, size: int) -> torch.Tensor:
+    """The symmetric matrices [..., F, F] of their upper triangles."""
+    rows, columns = torch.triu_indices(size, size)
+    found = triangle.new_empty(*triangle.shape[:-1], size, size)
+    found[..., rows, columns] = triangle
+    found[..., columns, rows] = triangle
+    return found
 
 
 def _ridge(gram: torch.Tensor, moment: torch.Tensor, tokens: int) -> torch.Tensor:

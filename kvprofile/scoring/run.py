@@ -1,10 +1,11 @@
-"""A whole profiling run: corpora and a checkpoint in, a profile out, resumable chunk by chunk."""
+"""A whole profiling run: corpora and a checkpoint in, a profile or a shard of it out, resumable chunk by chunk."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import safetensors.torch
@@ -12,31 +13,20 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from kvprofile import __version__
-from kvprofile.budget import store
-from kvprofile.budget.allocate import preset_budgets
-from kvprofile.budget.probe import FEATURES, FLOOR, Probe, digest, is_probe
 from kvprofile.budget.probe import path_of as probe_path
-from kvprofile.budget.profile import (
-    GRADED_VERSION,
-    WHOLE_VERSION,
-    ProbeRecord,
-    Profile,
-    Runtime,
-    Scores,
-    Scoring,
-    Shortcuts,
-)
+from kvprofile.budget.profile import Profile, Runtime, Scoring, Shortcuts
 from kvprofile.checkpoint import identity
 from kvprofile.errors import InputError
 from kvprofile.files import require_writable, sha256_of, write_atomically
 from kvprofile.progress import Progress
-from kvprofile.scoring.aggregate import merge_documents
+from kvprofile.scoring import shard_file
+from kvprofile.scoring.aggregate import DocumentScores
+from kvprofile.scoring.assemble import Facts, assemble
 from kvprofile.scoring.chunk_store import ChunkStore
 from kvprofile.scoring.engine import Engine
 from kvprofile.scoring.methods import METHODS
 from kvprofile.scoring.plan import ScoringPlan
 from kvprofile.scoring.prompts import PROMPTS_VERSION
-from kvprofile.scoring.shares import graded_budgets
 
 
 def profile(
@@ -53,66 +43,69 @@ def profile(
     """
     keep_token_scores = save_token_scores is not None
     chunks = ChunkStore(output, _run_key(plan, engine, keep_token_scores), plan.description.geometry)
+    with _scored(plan, engine, chunks, progress, keep_token_scores) as attention:
+        if save_token_scores is not None:
+            _write_token_scores(plan, chunks, save_token_scores)
+        made = assemble(_facts(plan, engine, attention, chunks), _documents(plan, chunks), chunks.fit)
+        made.write(output)
+        chunks.discard()
+    return made.profile
+
+
+def score_shard(plan: ScoringPlan, engine: Engine, path: Path, progress: Progress, force: bool = False) -> bool:
+    """Score the documents of the plan's shard and write its file to ``path``; False where it is there already.
+
+    Raises InputError as ``profile``.
+    """
+    if plan.shard is None:
+        raise ValueError("the plan has no shard")
+    key = _run_key(plan, engine, keep_token_scores=False)
+    chunks = ChunkStore(path, key, plan.description.geometry)
+    facts = _facts(plan, engine, "", chunks)
+    header = shard_file.ShardFile(path, __version__, plan.shard, len(plan.documents), key, facts)
+    if shard_file.is_finished(header, force):
+        return False
+    with _scored(plan, engine, chunks, progress, keep_token_scores=False) as attention:
+        header = replace(header, facts=_facts(plan, engine, attention, chunks))
+        shard_file.write(header, _documents(plan, chunks), chunks.fit)
+        chunks.discard()
+    return True
+
+
+@contextmanager
+def _scored(
+    plan: ScoringPlan, engine: Engine, chunks: ChunkStore, progress: Progress, keep_token_scores: bool
+) -> Iterator[str]:
+    """Every chunk of the plan finished, for this process alone; gives the attention kernel used, '' for no document."""
     with chunks.opened() as kept:
         if kept:
             progress.say(f"continuing: {kept} chunks are finished already")
         elif chunks.replaced:
             progress.say(f"starting anew: {chunks.replaced} finished chunks belong to a run with other inputs")
-        attention = engine.score(plan, chunks, progress, keep_token_scores)
-        if save_token_scores is not None:
-            _write_token_scores(plan, chunks, save_token_scores)
-        probe = _probe(plan, chunks)
-        made = _assemble(plan, engine, attention, chunks, probe)
-        if probe is not None:
-            write_atomically(probe_path(output), probe.content)
-        store.save(made, output)
-        if probe is None and is_probe(probe_path(output)):  # of the file that was there before
-            probe_path(output).unlink()
-        chunks.discard()
-    return made
+        yield engine.score(plan, chunks, progress, keep_token_scores) if plan.own else ""
 
 
-@dataclass(frozen=True)
-class _FittedProbe:
-    """The bytes of a probe's file, and what the budget file says of it."""
-
-    content: bytes
-    record: ProbeRecord
-
-
-def _probe(plan: ScoringPlan, chunks: ChunkStore) -> _FittedProbe | None:
-    """The probe, fitted to all tokens between sinks and window; None where no document is long enough to have any."""
-    if not chunks.fit.tokens:
-        return None
-    weights, r2 = chunks.fit.solve()
-    content = Probe(plan.description.geometry.profiled_layers, weights).to_bytes()
-    target = f"log({METHODS[plan.options.method].token_score} + {FLOOR:g})"
-    record = ProbeRecord(sha256=digest(content), features=FEATURES, target=target, tokens=chunks.fit.tokens, r2=r2)
-    return _FittedProbe(content, record)
+def _documents(plan: ScoringPlan, chunks: ChunkStore) -> list[DocumentScores]:
+    """What each document that was read adds to the profile."""
+    return [
+        DocumentScores.of(
+            chunks.statistics(index),
+            chunks.middle(index),
+            chunks.loss(index),
+            len(plan.documents[index].context_ids),
+        )
+        for index in plan.own
+        if chunks.finished(index)
+    ]
 
 
-def _assemble(
-    plan: ScoringPlan, engine: Engine, attention: str, chunks: ChunkStore, probe: _FittedProbe | None
-) -> Profile:
+def _facts(plan: ScoringPlan, engine: Engine, attention: str, chunks: ChunkStore) -> Facts:
     options = plan.options
-    read = [index for index in range(len(plan.documents)) if chunks.finished(index)]
-    statistics = [chunks.statistics(index) for index in read]
-    statistic = METHODS[options.method].statistic
-    losses = [chunks.loss(index) for index in read]
-    tokens = [len(plan.documents[index].context_ids) for index in read]
-    scores: Scores = merge_documents(statistics, plan.description.geometry, losses, tokens)
-    if probe is None:
-        budgets = preset_budgets(scores, statistic)
-    else:
-        between = [chunks.middle(index) for index in read]
-        budgets = graded_budgets([one for one in between if one.any()], plan.description.geometry)
-    return Profile(
-        schema_version=WHOLE_VERSION if probe is None else GRADED_VERSION,
-        kvprofile_version=__version__,
+    return Facts(
         model=identity(plan.description, plan.tokenizer),
         scoring=Scoring(
             method=options.method,
-            statistic=statistic,
+            statistic=METHODS[options.method].statistic,
             chunk_tokens=options.chunk_tokens,
             context_tokens=options.context_tokens,
             prompts_version=PROMPTS_VERSION,
@@ -127,9 +120,6 @@ def _assemble(
             imported_from=None,
             shortcuts=None if options.effort.exact else _shortcuts(plan, chunks),
         ),
-        scores=scores,
-        budgets=budgets,
-        probe=None if probe is None else probe.record,
         runtime=Runtime(sink_tokens=options.sink_tokens, recent_tokens=options.recent_tokens),
     )
 

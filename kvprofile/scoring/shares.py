@@ -36,11 +36,16 @@ def document_shares(histogram: torch.Tensor, retention: float) -> torch.Tensor:
     return (counts[..., at + 1 :].sum(-1) + part * counts[..., at]) / positions
 
 
-def graded_budgets(histograms: Sequence[torch.Tensor], geometry: Geometry) -> dict[str, HeadBudgets]:
-    """Graded budgets at every preset, from the histograms of documents that have tokens between sinks and window."""
+def preset_shares(histogram: torch.Tensor) -> torch.Tensor:
+    """Shares [P, L', G] of a document at every preset."""
+    return torch.stack([document_shares(histogram, retention) for retention in GRADED_PRESETS])
+
+
+def graded_budgets(documents: Sequence[torch.Tensor], geometry: Geometry) -> dict[str, HeadBudgets]:
+    """Graded budgets at every preset, from the ``preset_shares`` of documents with tokens between sinks and window."""
     found = {}
-    for retention in GRADED_PRESETS:
-        shares = torch.stack([document_shares(histogram, retention) for histogram in histograms]).mean(0)
+    for place, retention in enumerate(GRADED_PRESETS):
+        shares = torch.stack([document[place] for document in documents]).mean(0)
         heads = _matrix(_in_units(shares.flatten(), retention).view_as(shares), geometry)
         found[retention_key(retention)] = HeadBudgets(heads=heads, retention_realised=round(mean_budget(heads), 9))
     return found

@@ -69,7 +69,7 @@ class VllmEngine:
     def score(self, plan: ScoringPlan, store: ChunkStore, progress: Progress, keep_token_scores: bool) -> str:
         """Score what is not finished yet; returns the attention kernel used. Raises InputError where vLLM cannot."""
         chunk_tokens, geometry = plan.options.chunk_tokens, plan.description.geometry
-        work = [forward_tokens(d, plan.frame, chunk_tokens, store.finished(i)) for i, d in enumerate(plan.documents)]
+        work = [forward_tokens(plan.documents[i], plan.frame, chunk_tokens, store.finished(i)) for i in plan.own]
         with started(self.arguments) as llm, Session(llm) as session:
             if session.layers != geometry.profiled_layers or session.kv_heads != geometry.kv_heads:
                 raise InputError(
@@ -78,12 +78,12 @@ class VllmEngine:
                 )
             progress.start(sum(work))
             scorer = SessionScorer(session, plan.frame, chunk_tokens=chunk_tokens, advance=progress.advance)
-            for index, document in enumerate(plan.documents):
+            for index in plan.own:
 
                 def middle(chunk: Chunk, index: int = index) -> slice:
                     return plan.middle(index, chunk.start, chunk.stop)
 
-                for scored in scorer.score(document, f"document-{index}", store.finished(index), middle):
+                for scored in scorer.score(plan.documents[index], f"document-{index}", store.finished(index), middle):
                     between = middle(scored.chunk)
                     store.save(index, scored.chunk.index, scored.token_scores, keep_token_scores, between, scored.sums)
             if plan.has_middle and not store.fit.tokens:

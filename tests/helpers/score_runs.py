@@ -43,7 +43,8 @@ def finish(checkpoint, output, *options):
 def wait_for_chunks(output, count, process):
     folder = output.with_name(output.name + ".partial")
     deadline = time.monotonic() + 120
-    while len(list(folder.glob("document-*.safetensors"))) < count:
+    sums = folder / "sums.safetensors"  # without its sums a chunk does not count as finished
+    while len(list(folder.glob("document-*.safetensors"))) < count or not sums.exists():
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.005)

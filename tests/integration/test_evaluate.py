@@ -87,6 +87,7 @@ def measured(request, tiny_checkpoint):
     planned = plan(tiny_checkpoint, tiny_profile())
     model = load_model(planned.description, placement())
     heads = [variant.heads for variant in planned.variants]
+    budgets = [(each, None) for each in heads]
     read = []
     with (
         mock.patch("kvprofile.evaluate.measurer.SPARE_TOKENS", SPARE),
@@ -94,7 +95,7 @@ def measured(request, tiny_checkpoint):
         simulating(model, planned.description.geometry, heads[0], planned.rule) as simulation,
     ):
         measurer = Measurer(simulation, planned.tokenizer, planned.words, batch, read.append)
-        found = [measurer.measure(asked, heads) for asked in planned.asked]
+        found = [measurer.measure(asked, budgets) for asked in planned.asked]
     assert sum(read) == sum(len(asked.context_ids) + len(heads) * asked.read_tokens for asked in planned.asked)
     return planned, found
 

@@ -14,7 +14,14 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize(
     ("command", "kills"),
-    [("score", 8), ("score --save-token-scores", 7), ("evaluate", 7), ("export", 8), ("export of a folder", 8)],
+    [
+        ("score", 8),
+        ("score --shard", 7),
+        ("score --save-token-scores", 7),
+        ("evaluate", 7),
+        ("export", 8),
+        ("export of a folder", 8),
+    ],
 )
 def test_interrupted_commands_lose_nothing_and_leave_nothing(command, kills):
     arguments = ["scripts/faults.py", "--kills", str(kills), "--only", command]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvprofile.budget.profile import Geometry
-from kvprofile.scoring.aggregate import HeadStatistics, merge_documents
+from kvprofile.scoring.aggregate import DocumentScores, HeadStatistics, merge_documents
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=5), st.integers(0, 99))
@@ -27,12 +27,16 @@ def test_statistics_of_chunks_add_up(sizes, seed):
     torch.testing.assert_close(total.quantile(), exact, rtol=0.02, atol=1e-9)
 
 
+def document(token_scores):
+    return DocumentScores.of(HeadStatistics.of(torch.tensor(token_scores)), None, None, 2)
+
+
 def test_documents_are_merged_and_sliding_layers_left_null():
     geometry = Geometry(
         layers=2, attention_heads=2, kv_heads=2, head_size=4, layer_types=["sliding_attention", "full_attention"]
     )
-    first = HeadStatistics.of(torch.tensor([[[0.2, 0.4], [0.1, 0.1]]]))
-    second = HeadStatistics.of(torch.tensor([[[0.8, 0.0], [0.1, 0.3]]]))
+    first = document([[[0.2, 0.4], [0.1, 0.1]]])
+    second = document([[[0.8, 0.0], [0.1, 0.3]]])
     scores = merge_documents([first, second], geometry)
     assert scores.max == [[None, None], [0.8, 0.3]]
     assert scores.mean == [[None, None], [0.35, 0.15]]

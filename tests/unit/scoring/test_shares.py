@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from kvprofile.budget.profile import GRADED_PRESETS
 from kvprofile.scoring.aggregate import histogram
-from kvprofile.scoring.shares import document_shares, graded_budgets
+from kvprofile.scoring.shares import document_shares, graded_budgets, preset_shares
 from tests.helpers.factories import make_geometry
 
 
@@ -44,7 +44,7 @@ def test_equal_scores_give_equal_shares():
 
 def test_budgets_keep_the_retention_to_the_last_digit_and_rise_with_it():
     geometry = make_geometry(4, 2, sliding=[1])
-    found = graded_budgets([histogram(scores(seed)) for seed in (1, 2, 3)], geometry)
+    found = graded_budgets([preset_shares(histogram(scores(seed))) for seed in (1, 2, 3)], geometry)
     assert [float(key) for key in found] == list(GRADED_PRESETS)
     before = None
     for key, budget in found.items():
