@@ -200,7 +200,7 @@ MAIN = Part(
     ("kvzip", "kvzip-mean", RANDOM, INVERTED, STREAMING),
     RETENTIONS,
     (
-        *((task, 1500, 13, 8) for task in (*FACTS, "multi_turn", "functions")),
+        *((task, 1500, 14, 8) for task in (*FACTS, "multi_turn", "functions")),
         ("persona", 1500, 20, 3),
         *((task, 4000, 5, 12) for task in FACTS),
         *((task, 7000, 2, 12) for task in FACTS),
