@@ -200,7 +200,7 @@ MAIN = Part(
     ("kvzip", "kvzip-mean", RANDOM, INVERTED, STREAMING),
     RETENTIONS,
     (
-        *((task, 1500, 13, 8) for task in (*FACTS, "multi_turn", "functions")),
+        *((task, 1500, 14, 8) for task in (*FACTS, "multi_turn", "functions")),
         ("persona", 1500, 20, 3),
         *((task, 4000, 5, 12) for task in FACTS),
         *((task, 7000, 2, 12) for task in FACTS),
@@ -336,13 +336,11 @@ def _split(results: Results, keys: Iterable[Any], key_of: Callable[[Item], Any])
 def spans(results: Results, part: Part) -> dict[str, Any]:
     """A part of continued texts, by the tokens that follow the trim."""
     summary = summarise(results)
-    rows = [
-        {
-            key: row[key]
-            for key in ("name", "retention", "retention_realised", "kl", "agreement", "loss_rise", "by_span")
-        }
-        for row in summary["rows"]
-    ]
+    shown = ("name", "retention", "retention_realised", "kl", "agreement", "loss_rise", "by_span")
+    rows = [{key: row[key] for key in shown} for row in summary["rows"]]
+    for row in rows:
+        name, at = row["name"], f"@{row['retention']:g}" if row["retention"] is not None else ""
+        row["kl_less_kvzip"] = estimate(results.rise(f"{name}{at}", "kl", f"kvzip{at}")) if at else None
     return {"texts": summary["questions"], "planned": len(part.pieces()), "retentions": list(part.retentions),
             "methods": list(part.methods), "tokens": part.continued, "rows": rows}  # fmt: skip
 

@@ -24,7 +24,7 @@ def test_a_context_makes_a_page(tmp_path, monkeypatch, capsys):
     study(monkeypatch, tmp_path, "--first", "2")
     assert "2 of 2: main, needle/1500/0" in capsys.readouterr().out
     page = (tmp_path / "studies" / "real-model.md").read_text()
-    assert "11 questions on 2" in page
+    assert "questions on 2" in page
     assert (tmp_path / "studies" / "real-model.png").stat().st_size > 10_000
     found = json.loads((tmp_path / "studies" / "data" / "real-model.json").read_text())["main"]
     half = {row["name"]: row["kl"][0] for row in found["rows"] if row["retention"] in (0.5, None)}
