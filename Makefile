@@ -12,7 +12,7 @@ DEMO := models/pocket --context-tokens 480 --chunk-tokens 480 --sink-tokens 16 -
 BENCH := --preset seed --model models/pocket --provider loopback --dtype float32 --max-model-len 4096 --block-tokens 32 \
 	--pool-memory 64MiB --enforce-eager --concurrency 8 --requests 30 --max-output-tokens 32
 
-.PHONY: install install-vllm browser demo real-model study-real test-fast test test-slow test-real test-matrix \
+.PHONY: install install-vllm browser demo real-model study-real study-graded test-fast test test-slow test-real test-matrix \
 	test-vllm-matrix lint format audit docs bench bench-real bench-runtime bench-profile bench-train clean
 
 install: $(VENV)/installed
@@ -47,6 +47,9 @@ real-model: install
 # after an hour. Stopped, it continues where it was.
 study-real: real-model
 	$(BIN)/python -m scripts.real_study $(ARGS)
+
+study-graded: real-model
+	$(BIN)/python -m scripts.graded_study $(ARGS)
 
 # What to run while you work: tests/unit needs neither vLLM nor a browser, and a test of the layout keeps it so.
 # Two processes, each with whole files, so that what a file prepares is prepared once.

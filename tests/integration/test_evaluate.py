@@ -172,9 +172,9 @@ def test_equal_budgets_are_computed_once(tiny_checkpoint, tmp_path):
     trims = []
     trim = Simulation.trim_each
 
-    def counted(self, budgets):
+    def counted(self, budgets, **others):
         trims.extend(budgets)
-        trim(self, budgets)
+        trim(self, budgets, **others)
 
     with mock.patch.object(Simulation, "trim_each", counted):
         evaluation.evaluate(planned, placement(), tmp_path / "run", Silent())
@@ -244,7 +244,7 @@ def same_again(capsys, checkpoint):
     for name in ("items.jsonl", "summary.json", "run.json"):
         assert (folder / name).read_bytes() == Path("out", name).read_bytes()
     assert max(map(len, first.out.splitlines())) <= 80
-    assert "agreement %   needle repeat\n" in first.out
+    assert "agreement %     needle repeat\n" in first.out
     assert "kvzip keeps 99% of the full cache's first choices at no retention" in " ".join(first.out.split())
     with mock.patch.object(evaluation, "load_model", side_effect=AssertionError("nothing is left to measure")):
         assert command(["evaluate", str(checkpoint), *FAST]) == 0

@@ -10,6 +10,7 @@ import torch
 
 from kvprofile.budget import store
 from kvprofile.budget.allocate import ranking
+from kvprofile.budget.choice import choose_whole
 from kvprofile.cli import run as run_here
 from kvprofile.scoring import hf_engine
 from kvprofile.scoring.methods import METHODS, repeats_read
@@ -45,8 +46,9 @@ def test_every_method_ranks_by_its_statistic(tiny_checkpoint, tmp_path, method):
     assert (found.scores.mean == plain.scores.mean) is as_plain
     scores = found.scores.statistics()[found.scoring.statistic]
     best = ranking(scores)[:3]
-    assert sum(value or 0.0 for row in found.budgets["0.5"].heads for value in row) == 3
-    assert all(found.budgets["0.5"].heads[layer][head] == 1.0 for layer, head in best)
+    heads = choose_whole(found, 0.5).heads
+    assert sum(value or 0.0 for row in heads for value in row) == 3
+    assert all(heads[layer][head] == 1.0 for layer, head in best)
     assert (found.scores.loss is not None) == METHODS[method].loss_aware
     assert not list(tmp_path.glob("*.partial"))
 

@@ -119,7 +119,7 @@ def test_weights_that_are_not_numbers(capsys, workplace, checkpoint):
     weights = load_file(checkpoint / "model.safetensors")
     weights["model.layers.1.self_attn.k_proj.weight"][0, 0] = torch.nan
     save_file(weights, checkpoint / "model.safetensors", metadata={"format": "pt"})
-    line = refused(capsys, workplace, [checkpoint, *FAST], lines_before=5)
+    line = refused(capsys, workplace, [checkpoint, *FAST], lines_before=6)
     assert "layer 1 gives scores that are not numbers" in line
 
 
@@ -443,7 +443,7 @@ def test_a_folder_that_only_looks_like_a_run(capsys, workplace, checkpoint, tmp_
     folder = tmp_path / "o.json.partial"
     folder.mkdir()
     (folder / "notes").write_text("precious")
-    line = refused(capsys, workplace, [checkpoint, *FAST, "--output", tmp_path / "o.json"], lines_before=5)
+    line = refused(capsys, workplace, [checkpoint, *FAST, "--output", tmp_path / "o.json"], lines_before=6)
     assert "is not a run's folder" in line
     assert (folder / "notes").read_text() == "precious"
 
