@@ -15,7 +15,8 @@ PAGES = [
     *sorted(
         page
         for page in (ROOT / "docs").rglob("*.md")
-        if "reference" not in page.parts and page.name not in ("static-budgets.md", "real-model.md", "graded-budgets.md")  # generated
+        if "reference" not in page.parts
+        and page.name not in ("static-budgets.md", "real-model.md", "graded-budgets.md")  # generated
     ),
 ]
 
