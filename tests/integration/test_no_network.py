@@ -18,6 +18,8 @@ BUDGET = ROOT / "models" / "kv_budget" / "pocket.json"
 COMMANDS = [
     ["score", POCKET, *SCORE, "--dry-run"],
     ["score", POCKET, *SCORE, "--output", "made.json"],
+    ["score", POCKET, *SCORE, "--output", "shared.json", "--shard", "1/1"],
+    ["merge", "shared.json.shard-1-of-1.safetensors"],
     ["evaluate", POCKET, "--profile", BUDGET, "--tasks", "needle", "--contexts", "1", "--context-tokens", "300"],
     ["show", "made.json"],
     ["validate", "made.json"],

@@ -52,7 +52,7 @@ def test_score(tiny_checkpoint, undisturbed, tmp_path, options):
     errors = first.communicate(timeout=120)[1]
     assert first.returncode == 0, errors
     assert output.read_bytes() == undisturbed
-    assert [path.name for path in tmp_path.iterdir()] == ["tiny.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny.json", "tiny.probe.safetensors"]
 
 
 @pytest.mark.slow
@@ -62,7 +62,7 @@ def test_score_started_twice_in_one_moment(tiny_checkpoint, undisturbed, tmp_pat
     errors = [process.communicate(timeout=300)[1] for process in both]
     assert sorted(process.returncode for process in both) in ([0, 0], [0, 2]), errors
     assert output.read_bytes() == undisturbed
-    assert [path.name for path in tmp_path.iterdir()] == ["tiny.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny.json", "tiny.probe.safetensors"]
 
 
 @pytest.mark.slow

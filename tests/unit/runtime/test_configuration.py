@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvprofile.budget import store
+from kvprofile.budget.choice import choose_whole
 from kvprofile.errors import InputError
 from kvprofile.runtime import gate, stats
 from kvprofile.runtime.engine_budget import CONFIG_KEY, EngineBudget, RankHeads
@@ -101,10 +102,11 @@ def test_releases_that_were_not_tested_are_refused_by_name():
 
 def test_a_profile_gives_the_budget_at_a_retention():
     budget, origin = find(settings(BUDGET=PROFILE, RETENTION=0.5), served())
-    stated = POCKET.budgets["0.5"]
-    assert budget.full_heads == tuple(tuple(h for h, v in enumerate(row) if v == 1.0) for row in stated.heads)
+    chosen = choose_whole(POCKET, 0.5)
+    assert budget.full_heads == tuple(tuple(h for h, v in enumerate(row) if v == 1.0) for row in chosen.heads)
+    assert budget.full == 12
     assert (budget.sink_tokens, budget.recent_tokens) == (POCKET.runtime.sink_tokens, POCKET.runtime.recent_tokens)
-    assert f"{stated.retention_realised:.4f} realised" in origin
+    assert f"{chosen.retention_realised:.4f} realised" in origin
     whole, _ = find(settings(BUDGET=PROFILE, RETENTION=1.0), served())
     assert whole.full == whole.heads == SHAPE["layers"] * SHAPE["kv_heads"]
     shorter, _ = find(settings(BUDGET=PROFILE, RETENTION=0.5, SINK=0, RECENT=32), served())
