@@ -173,6 +173,18 @@ class Bootstrap:
         floor = Interval(1 + floor.low / whole, 1 + floor.high / whole)
         return _estimate(value, above / below, self.tail, floor, Interval(0.0, math.inf))
 
+    def quotient(self, ours: Values, theirs: Values) -> Estimate:
+        """Mean of ``ours`` over the mean of ``theirs``, of values that have no upper bound, by the bootstrap alone.
+
+        Unknown where a draw of ``theirs`` has a mean of zero or less.
+        """
+        first, second = self._rows(ours), self._rows(theirs)
+        if second.mean() <= 0:
+            return Estimate(None, None, None)
+        above, below = self._draw(first), self._draw(second)
+        drawn = above / below if above is not None and below is not None and below.min() > 0 else None
+        return _estimate(float(first.mean() / second.mean()), drawn, self.tail)
+
     def _rows(self, values: Values) -> npt.NDArray[np.float64]:
         rows = np.atleast_2d(np.asarray(values, dtype=np.float64))
         if rows.shape[1] != len(self.index):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -35,6 +36,7 @@ from scripts.real_study import BLOCK, FACTS, MODEL, ROOT, SHIPPED, SINKS, TEMPLA
 
 WHOLE_LABEL = "kvzip"
 RETENTIONS = (0.5, 0.3, 0.15)
+README_PARAGRAPH = re.compile(r"(?<=<!-- made by `make study-graded` -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,7 @@ def comparison(results: Results, part: Part) -> dict[str, Any]:
         )
     ratios = {
         f"{retention:g}": estimate(
-            results.bootstrap.ratio(
+            results.bootstrap.quotient(
                 results.column(f"{GRADED}@{retention:g}", "kl"), results.column(f"{WHOLE_LABEL}@{retention:g}", "kl")
             )
         )
@@ -195,8 +197,8 @@ def texts(results: Results, part: Part) -> dict[str, Any]:
     return {"texts": summary["questions"], "planned": len(part.pieces()), "tokens": part.continued, "rows": rows}
 
 
-def write_page(runs: Path, output: Path) -> None:
-    """The page and its data; nothing where nothing was asked yet."""
+def write_page(runs: Path, output: Path, readme: Path) -> None:
+    """The page, its data and the readme's paragraph; nothing where nothing was asked yet."""
     found = finished(QUESTIONS, runs)
     if found is None:
         return
@@ -224,6 +226,9 @@ def write_page(runs: Path, output: Path) -> None:
     page = environment.get_template("graded_study.md.jinja").render(data)
     write_atomically(output / "graded-budgets.md", page.encode())
     print(f"wrote {output / 'graded-budgets.md'}")
+    told = environment.get_template("graded_study_readme.md.jinja").render(data)
+    text = readme.read_text(encoding="utf-8")
+    write_atomically(readme, README_PARAGRAPH.sub(lambda _: told, text).encode())
 
 
 def _share(text: str) -> tuple[int, int]:
@@ -241,12 +246,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "study-real", help="where finished work is kept")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "studies", help="where the page goes")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="whose paragraph is written anew")
     arguments = parser.parse_args()
     if real_model.is_whole(MODEL) is False:
         parser.error(f"{MODEL} is not there; `make real-model` makes it")
     torch.set_num_threads(arguments.threads)
     ask(PARTS, arguments.runs, arguments.minutes, arguments.share, arguments.first)
-    write_page(arguments.runs, arguments.output)
+    write_page(arguments.runs, arguments.output, arguments.readme)
 
 
 if __name__ == "__main__":

@@ -235,3 +235,20 @@ def test_bootstrap_mean_is_the_share_by_exercise():
     exercises = [[1.0, 0.0, 1.0], [1.0], [0.0, 0.0]]
     found = Bootstrap([0, 0, 0, 1, 2, 2]).share([value for values in exercises for value in values])
     assert bootstrap_mean(exercises) == (found.low, found.high)
+
+
+def test_a_quotient_of_what_has_no_bound_holds_the_truth():
+    """Theirs is exponential, ours about a fifth of it; 95 % of the intervals should hold the fifth."""
+    rng = np.random.default_rng(3)
+    held = 0
+    for _ in range(200):
+        context = rng.exponential(1.0, 30).repeat(4)
+        theirs = context * rng.uniform(0.5, 1.5, 120)
+        ours = 0.2 * theirs * rng.uniform(0.5, 1.5, 120)
+        found = Bootstrap(questions(30, 4)).quotient(ours, theirs)
+        assert found.low < found.value < found.high
+        assert found.high - found.low < 0.1, "a floor for shares would be wider"
+        held += found.low <= 0.2 <= found.high
+    assert 180 <= held <= 198
+    assert Bootstrap(questions(3, 2)).quotient([1.0] * 6, [0.0] * 6) == Estimate(None, None, None)
+    assert Bootstrap([0, 0]).quotient([1.0, 1.0], [2.0, 2.0]) == Estimate(0.5, None, None)
