@@ -78,7 +78,7 @@ def test_killed_at_random_moments_gives_the_same_bytes(tiny_checkpoint, tmp_path
         kills += 1
     finish(tiny_checkpoint, output)
     assert output.read_bytes() == expected.read_bytes()
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["expected", "tiny.json"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["expected", "tiny.json", "tiny.probe.safetensors"]
 
 
 def test_memory_over_weights_and_cache_does_not_grow():

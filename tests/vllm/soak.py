@@ -186,13 +186,14 @@ def budgets(retention, rule, folder):
     from transformers import AutoModelForCausalLM
 
     from kvprofile.budget import store
+    from kvprofile.budget.choice import choose_whole
     from kvprofile.checkpoint import describe, locate
     from tests.vllm.engine import Subject, write_budget
 
     geometry = describe(locate(str(POCKET))).geometry
     model = AutoModelForCausalLM.from_pretrained(POCKET, dtype=torch.float32, attn_implementation="sdpa")
     profile = store.load(ROOT / "models" / "kv_budget" / "pocket.json")
-    heads = profile.budgets[f"{retention:g}"].heads
+    heads = choose_whole(profile, retention).heads
     subject = Subject(model, POCKET, geometry)
     return subject, heads, write_budget(folder / "soak.json", subject, heads, rule, name="pocket")
 
