@@ -21,8 +21,27 @@ def test_score_and_evaluate(workplace, capsys):
     assert run(["score", model, *few, "--sink-tokens", "16", "--recent-tokens", "64"]) == 0
     capsys.readouterr()
     asked = ["--tasks", "needle", "--context-tokens", "600", "--contexts", "2", "--questions", "3"]
-    assert run(["evaluate", model, *asked, "--retention", "0.5", "--random-seeds", "1", "--json"]) == 0
+    assert (
+        run(
+            [
+                "evaluate",
+                model,
+                *asked,
+                "--kind",
+                "whole",
+                "--kind",
+                "graded",
+                "--retention",
+                "0.5",
+                "--random-seeds",
+                "1",
+                "--json",
+            ]
+        )
+        == 0
+    )
     found = json.loads(capsys.readouterr().out)
     rows = {row["name"]: row for row in found["rows"]}
     assert rows["kvzip"]["kl"]["value"] < rows["streaming"]["kl"]["value"]
+    assert rows["graded"]["kl"]["value"] < rows["kvzip"]["kl"]["value"]
     assert (workplace / "models" / "kv_budget" / f"{real_model.FOLDER.name}.json").is_file()
