@@ -24,15 +24,30 @@ import torch
 from kvprofile.budget.probe import path_of
 from kvprofile.budget.trim import GRADED
 from kvprofile.evaluate.evaluation import evaluate_checkpoint
-from kvprofile.evaluate.item_store import SUMMARY, Item, rounded
+from kvprofile.evaluate.item_store import SUMMARY, rounded
 from kvprofile.evaluate.options import EvaluationOptions
 from kvprofile.evaluate.summary import Results, summarise
 from kvprofile.evaluate.token_choice import OWN_SCORES
-from kvprofile.evaluate.variants import GRADED_CONTROLS, Contender, Variant
+from kvprofile.evaluate.variants import GRADED_CONTROLS, Contender
 from kvprofile.files import document, write_atomically
 from kvprofile.questions.tasks import CONTINUED_TOKENS
 from scripts import real_model, real_study
-from scripts.real_study import BLOCK, FACTS, MODEL, ROOT, SHIPPED, SINKS, TEMPLATES, WINDOW, estimate, shipped
+from scripts.real_study import (
+    BLOCK,
+    CONTINUATIONS,
+    LONG,
+    MAIN,
+    MODEL,
+    ROOT,
+    SHIPPED,
+    SINKS,
+    TEMPLATES,
+    WINDOW,
+    estimate,
+    merged,
+    mixed,
+    shipped,
+)
 
 WHOLE_LABEL = "kvzip"
 RETENTIONS = (0.5, 0.3, 0.15)
@@ -50,12 +65,7 @@ class Part:
 
     def pieces(self) -> list[Piece]:
         """Its contexts, mixed, so that the first are a small study already."""
-        found = [
-            ((number + 0.5) / count, Piece(self, task, length, number, questions))
-            for task, length, count, questions in self.contexts
-            for number in range(count)
-        ]
-        return [piece for _, piece in sorted(found, key=lambda entry: entry[0])]
+        return [Piece(self, *context) for _, context in mixed(self.contexts)]
 
 
 @dataclass(frozen=True)
@@ -75,7 +85,7 @@ class Piece:
 
     def options(self) -> EvaluationOptions:
         """What is asked, of the contexts of the other study; random heads and tokens are drawn for each anew."""
-        like = real_study.Piece(real_study.MAIN, self.task, self.length, self.number, self.questions)
+        like = real_study.Piece(MAIN, self.task, self.length, self.number, self.questions)
         return replace(
             like.options(),
             retentions=RETENTIONS if self.part.controls else RETENTIONS[:2],
@@ -93,18 +103,9 @@ class Piece:
         return runs / self.part.name / f"{self.task}-{self.length}-{self.number}-{key}"
 
 
-QUESTIONS = Part(
-    "graded",
-    (
-        *((task, 1500, 13, 8) for task in (*FACTS, "multi_turn", "functions")),
-        ("persona", 1500, 20, 3),
-        *((task, 4000, 5, 12) for task in FACTS),
-        *((task, 7000, 2, 12) for task in FACTS),
-    ),
-    controls=True,
-)
-TEXTS = Part("graded-texts", (("continuation", 1000, 160, 1),), controls=False, continued=150)
-LONG_TEXTS = Part("graded-long-texts", (("continuation", 1001, 40, 1),), controls=False)
+QUESTIONS = Part("graded", MAIN.contexts, controls=True)
+TEXTS = Part("graded-texts", CONTINUATIONS.contexts, controls=False, continued=CONTINUATIONS.continued)
+LONG_TEXTS = Part("graded-long-texts", LONG.contexts, controls=False)
 PARTS = (QUESTIONS, LONG_TEXTS, TEXTS)
 
 
@@ -134,15 +135,7 @@ def ask(parts: Sequence[Part], runs: Path, minutes: float, share: tuple[int, int
 
 def finished(part: Part, runs: Path) -> Results | None:
     """All that was asked of a part, as one evaluation; None where nothing was."""
-    items: list[Item] = []
-    variants: tuple[Variant, ...] = ()
-    for piece in part.pieces():
-        folder = piece.folder(runs)
-        if (folder / SUMMARY).is_file():
-            found = Results.load(folder)
-            variants = variants or found.variants
-            items += [replace(i, exercise=piece.name) for seeds in found.items.values() for each in seeds for i in each]
-    return Results.of(items, variants) if items else None
+    return merged((piece.name, piece.folder(runs)) for piece in part.pieces())
 
 
 def comparison(results: Results, part: Part) -> dict[str, Any]:

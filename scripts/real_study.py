@@ -90,6 +90,19 @@ class Control(Contender):
         return next(variant.heads for variant in found if variant.kind == self.control)
 
 
+def mixed(contexts: Sequence[tuple[str, int, int, int]]) -> list[tuple[float, tuple[str, int, int, int]]]:
+    """(task, tokens, number, questions) of every context, from (task, tokens, how many, questions), mixed.
+
+    Each has its place in the whole, 0 to 1, so that the first are a small study already.
+    """
+    found = [
+        ((number + 0.5) / count, (task, length, number, questions))
+        for task, length, count, questions in contexts
+        for number in range(count)
+    ]
+    return sorted(found, key=lambda entry: entry[0])
+
+
 @dataclass(frozen=True)
 class Part:
     """A part of the study. ``contexts``: how many of each task and length, and with how many questions each."""
@@ -107,12 +120,7 @@ class Part:
 
     def pieces(self) -> list[tuple[float, Piece]]:
         """Its contexts, mixed, each with its place in the part, 0 to 1."""
-        found = [
-            ((number + 0.5) / count, Piece(self, task, length, number, questions))
-            for task, length, count, questions in self.contexts
-            for number in range(count)
-        ]
-        return sorted(found, key=lambda entry: entry[0])
+        return [(place, Piece(self, *context)) for place, context in mixed(self.contexts)]
 
 
 @dataclass(frozen=True)
@@ -254,14 +262,18 @@ def finished(part: Part, runs: Path) -> Results | None:
     """All that was asked of a part, as one evaluation; None where nothing was."""
     if not (runs / part.name).is_dir():
         return None
+    return merged((piece.name, piece.folder(runs)) for _, piece in part.pieces())
+
+
+def merged(folders: Iterable[tuple[str, Path]]) -> Results | None:
+    """The evaluations that are finished, of contexts by name, as one; None where none is."""
     items: list[Item] = []
     variants: tuple[Variant, ...] = ()
-    for _, piece in part.pieces():
-        folder = piece.folder(runs)
+    for name, folder in folders:
         if (folder / SUMMARY).is_file():
             found = Results.load(folder)
             variants = variants or found.variants
-            items += [replace(i, exercise=piece.name) for seeds in found.items.values() for each in seeds for i in each]
+            items += [replace(i, exercise=name) for seeds in found.items.values() for each in seeds for i in each]
     return Results.of(items, variants) if items else None
 
 

@@ -78,6 +78,7 @@ class VllmEngine:
                 )
             progress.start(sum(work))
             scorer = SessionScorer(session, plan.frame, chunk_tokens=chunk_tokens, advance=progress.advance)
+            shared = False
             for index in plan.own:
 
                 def middle(chunk: Chunk, index: int = index) -> slice:
@@ -85,8 +86,9 @@ class VllmEngine:
 
                 for scored in scorer.score(plan.documents[index], f"document-{index}", store.finished(index), middle):
                     between = middle(scored.chunk)
+                    shared = shared or scored.sums is None
                     store.save(index, scored.chunk.index, scored.token_scores, keep_token_scores, between, scored.sums)
-            if plan.has_middle and not store.fit.tokens:
+            if plan.has_middle and shared:
                 progress.say("several ranks share each KV head, so there are no graded budgets, and no probe")
             if scorer.evictions:
                 progress.say(f"the context fell out of vLLM's cache {scorer.evictions} times and was read again")

@@ -31,7 +31,7 @@ def nodes(tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv("RAY_USAGE_STATS_REPORT_URL", f"http://{HERE}:9")  # it reports that it does not report
     (tmp_path / "ray_bootstrap_config.yaml").write_text("provider: {type: local}\n")
-    monkeypatch.setenv("HOME", str(tmp_path))  # where that says that this is no cloud
+    monkeypatch.setenv("HOME", str(tmp_path))  # where that says that this is not a cloud
     node = {"num_cpus": 1, "object_store_memory": 80 * 2**20}
     cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
     try:
