@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from kvprofile.budget.profile import Geometry, Profile
 from kvprofile.errors import InputError
-from kvprofile.files import read_bytes
+from kvprofile.files import read_bytes, require_writable
 
 if TYPE_CHECKING:
     import torch
@@ -65,6 +65,13 @@ def sums_bytes(geometry: Geometry) -> int:
     heads = len(geometry.profiled_layers) * geometry.kv_heads
     size = geometry.head_size // 2 + geometry.head_size + 7
     return 2 * heads * (4 * size * (size + 1) + 8 * size + 16)
+
+
+def require_replaceable(path: Path, force: bool) -> None:
+    """Raise InputError unless a probe may be written to ``path``: a new file, or one of kvprofile's own."""
+    require_writable(path)
+    if path.is_file() and not force and not is_probe(path):
+        raise InputError(f"{path} exists and is not a probe; pass --force to replace it, or another --output")
 
 
 def features(keys: torch.Tensor, values: torch.Tensor, first: int, prompt_tokens: int) -> torch.Tensor:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from kvprofile.budget import store
+from kvprofile.budget.probe import path_of, require_replaceable
 from kvprofile.cli import show
 from kvprofile.cli.output import print_json, say, stdout_console
 from kvprofile.files import BUDGET_DIR, LOCK, alone, require_writable
@@ -28,6 +29,8 @@ def merge(
     require_writable(target)
     if not force:
         store.refuse_other_model(target, model.name, model.geometry)
+    if made.probe is not None:
+        require_replaceable(path_of(target), force)
     with alone(target.with_name(f".{target.name}{LOCK}"), target):
         made.write(target)
     say(f"wrote {made.written(target)} from {len(shards)} shards; review and commit{' both' if made.probe else ''}")

@@ -11,8 +11,8 @@ import typer
 
 from kvprofile import checkpoint
 from kvprofile.budget import store
-from kvprofile.budget.probe import is_probe, sums_bytes
 from kvprofile.budget.probe import path_of as probe_path
+from kvprofile.budget.probe import require_replaceable, sums_bytes
 from kvprofile.budget.profile import Profile
 from kvprofile.cli import show
 from kvprofile.cli.output import print_json, say, stdout_console
@@ -103,7 +103,7 @@ def score(
     tokenizer = checkpoint.load_tokenizer(source, trust_remote_code)
     planned = replace(plan(description, tokenizer, corpora, options), shard=part)
     if planned.has_middle and part is None:
-        _require_own_probe(probe_path(target), force)
+        require_replaceable(probe_path(target), force)
     chosen, why = choose_engine(engine, description, method)
     runs: Engine
     if chosen == "vllm":
@@ -136,13 +136,6 @@ def score(
         probe = probe_path(target).name
         say(f"wrote {target} and {probe} in {time.monotonic() - started:.0f} s; review and commit both")
     _print_result(made, target, save_token_scores, as_json)
-
-
-def _require_own_probe(path: Path, force: bool) -> None:
-    """Raise InputError unless the probe may be written: a new file, or one of kvprofile's own."""
-    require_writable(path)
-    if path.is_file() and not force and not is_probe(path):
-        raise InputError(f"{path} exists and is not a probe; pass --force to replace it, or another --output")
 
 
 def _announce(planned: ScoringPlan, reasons: tuple[str, ...]) -> None:

@@ -237,3 +237,12 @@ def test_a_dry_run_counts_the_shard(capsys, score, tmp_path):
     assert [one["documents"] for one in found] == [DOCUMENTS, 3, 2]
     assert found[0]["tokens_read"] == found[1]["tokens_read"] + found[2]["tokens_read"]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_merge_leaves_a_file_that_is_not_a_probe_alone(three, tmp_path, capsys):
+    output = tmp_path / "tiny.json"
+    probe.path_of(output).write_bytes(b"mine")
+    told = refused(capsys, "merge", *map(str, three), "--output", str(output))
+    assert "exists and is not a probe; pass --force" in told
+    assert probe.path_of(output).read_bytes() == b"mine"
+    assert not output.exists()
