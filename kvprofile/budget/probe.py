@@ -135,6 +135,19 @@ class Probe:
         return safetensors.torch.save({"weights": self.weights.contiguous()}, {"kvprofile": json.dumps(notes)})
 
 
+def from_bytes(content: bytes) -> Probe:
+    """A probe from its file's bytes. Raises ValueError for anything else."""
+    import safetensors
+    import safetensors.torch
+
+    try:
+        size = int.from_bytes(content[:8], "little")
+        layers = json.loads(json.loads(content[8 : 8 + size])["__metadata__"]["kvprofile"])["layers"]
+        return Probe(tuple(layers), safetensors.torch.load(content)["weights"])
+    except (ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+        raise ValueError(f"not a probe of kvprofile: {error}") from error
+
+
 def read(path: Path, profile: Profile) -> bytes:
     """The bytes of a profile's probe, checked without torch.
 

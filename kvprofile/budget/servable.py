@@ -1,4 +1,4 @@
-"""What a runtime is given: the whole heads of one model at one retention, from a budget file or a runtime file."""
+"""What a runtime is given: the budgets of one model at one retention, from a budget file or a runtime file."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from pathlib import Path
 
 from kvprofile.budget import runtime_file, store
 from kvprofile.budget.allocate import UNCONSTRAINED, Constraints
-from kvprofile.budget.choice import choose_whole
+from kvprofile.budget.choice import choose, choose_whole
 from kvprofile.budget.profile import Matrix, ModelIdentity, Profile
 from kvprofile.budget.runtime_file import RuntimeFile
+from kvprofile.budget.trim import GRADED, WHOLE
 from kvprofile.files import read_bytes
 
 
 @dataclass(frozen=True)
 class ServableBudget:
-    """Budgets [L][G] of 1.0 and 0.0, null in layers without budgets; ``reason`` as in ``allocate.Allocation``."""
+    """Shares [L][G], 1.0 and 0.0 of whole heads, null in layers without; ``reason`` as in ``allocate.Allocation``."""
 
     model: ModelIdentity
     heads: Matrix
@@ -49,9 +50,14 @@ def read(path: Path) -> Profile | RuntimeFile:
     return store.load(path)
 
 
-def of_profile(profile: Profile, retention: float, constraints: Constraints = UNCONSTRAINED) -> ServableBudget:
-    """What a profile keeps at a retention. Raises InputError as ``choice.choose_whole``."""
-    chosen = choose_whole(profile, retention, constraints)
+def of_profile(
+    profile: Profile, retention: float, constraints: Constraints = UNCONSTRAINED, kind: str = WHOLE
+) -> ServableBudget:
+    """What a profile keeps at a retention. Raises InputError as ``choice.choose`` and ``choice.choose_whole``."""
+    if kind == GRADED:
+        chosen = choose(profile, retention, constraints, kind=GRADED)
+    else:
+        chosen = choose_whole(profile, retention, constraints)
     return ServableBudget(
         model=profile.model,
         heads=chosen.heads,

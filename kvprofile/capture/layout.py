@@ -30,6 +30,14 @@ class Layout:
         """Values, as ``keys``."""
         return self._gather(cache, table, start, stop, self.value_places)
 
+    def write(self, cache: torch.Tensor, blocks: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Fill ``blocks`` [b] with keys and values [G, b * block_tokens, D], token by token."""
+        heads, count = cache.shape[1], len(blocks)
+        content = cache.new_empty(count, heads, self.key_places.numel() + self.value_places.numel())
+        for tensor, places in ((keys, self.key_places), (values, self.value_places)):
+            content[:, :, places] = tensor.reshape(heads, count, -1).transpose(0, 1)
+        cache[blocks] = content.view(count, *cache.shape[1:])
+
     def _gather(
         self, cache: torch.Tensor, table: torch.Tensor, start: int, stop: int, places: torch.Tensor
     ) -> torch.Tensor:

@@ -5,12 +5,14 @@ between sinks and window, and the sequence gets shorter by as many tokens. Kerne
 the device, and what CUDA graphs capture lives in buffers that stay where they are.
 
 An anchored window begins where it began when the prompt ended. How long the prompts of a batch are is not in the
-metadata, so the model runners note it before they make it (``noting_prompts``).
+metadata, nor which rows' tokens were moved together (``moves``), so the model runners note both before they make it
+(``noting_rows``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -19,6 +21,8 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import subclass_attention_backend_with_overrides
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
+from kvprofile.runtime import moves
+
 LAYOUT = KVCacheLayout.BLHNC
 """Blocks outermost: halves of a layer have pages of different size, which share blocks of one width."""
 
@@ -26,32 +30,47 @@ KERNELS_TAKE_STRIDES = frozenset({"CPU_ATTN"})
 """Backends that do not declare LAYOUT but read caches by their strides, as tests on the real engine show."""
 
 
-_prompt_tokens: list[torch.Tensor] = []
-"""Tokens of each row's prompt, on the CPU, in the batch whose metadata is being made; padding may lack them.
+@dataclass(frozen=True)
+class Rows:
+    """The batch whose metadata is being made: tokens of each row's prompt, on the CPU; padding may lack them.
 
-Empty while an engine warms up, on batches of no request."""
+    ``kept`` says of a graded budget how many blocks a row keeps between sinks and window, by share, once it was moved.
+    """
+
+    prompts: torch.Tensor
+    kept: Sequence[Mapping[float, int] | None] = ()
+
+    def blocks_kept(self, share: float, count: int) -> torch.Tensor:
+        """Blocks that each of ``count`` rows keeps, [count] on the CPU; -1 where nothing was moved."""
+        found = [-1 if row is None else row[share] for row in self.kept[:count]]
+        return torch.tensor(found + [-1] * (count - len(found)), dtype=torch.int64)
 
 
-def note_prompts(tokens: torch.Tensor) -> None:
-    """Tokens of each row's prompt, on the CPU, in the batch whose metadata is made next."""
-    _prompt_tokens[:] = [tokens]
+_rows: list[Rows] = []
+"""Empty while an engine warms up, on batches of no request."""
 
 
-def noting_prompts(stock: Callable[..., Any]) -> Callable[..., Any]:
+def note_rows(rows: Rows) -> None:
+    """The batch whose metadata is made next."""
+    _rows[:] = [rows]
+
+
+def noting_rows(stock: Callable[..., Any]) -> Callable[..., Any]:
     """``GPUModelRunner._build_attention_metadata`` of model runner V1, for the batch that it reads too."""
 
     def _build_attention_metadata(self: Any, *args: Any, **kwargs: Any) -> Any:
-        note_prompts(self.input_batch.num_prompt_tokens_cpu_tensor)
+        batch = self.input_batch
+        note_rows(Rows(batch.num_prompt_tokens_cpu_tensor, moves.rows_of(self, batch.req_ids)))
         return stock(self, *args, **kwargs)
 
     return _build_attention_metadata
 
 
-def noting_prompts_v2(stock: Callable[..., Any]) -> Callable[..., Any]:
+def noting_rows_v2(stock: Callable[..., Any]) -> Callable[..., Any]:
     """``GPUModelRunner.prepare_attn`` of model runner V2, which comes before metadata is made."""
 
     def prepare_attn(self: Any, input_batch: Any, *args: Any, **kwargs: Any) -> Any:
-        note_prompts(torch.from_numpy(self.req_states.prompt_len.np[input_batch.idx_mapping_np]))
+        note_rows(Rows(torch.from_numpy(self.req_states.prompt_len.np[input_batch.idx_mapping_np])))
         return stock(self, input_batch, *args, **kwargs)
 
     return prepare_attn
@@ -70,7 +89,7 @@ def with_layout(backend: Any) -> Any:
 
 @cache
 def with_trimming(backend: Any) -> Any:
-    """``backend``, which is in LAYOUT already, where rows that decode see sinks and window only."""
+    """``backend``, which is in LAYOUT already, where rows that decode see what their budget left of the context."""
     builder = _trimming(backend.get_builder_cls())
     return _override("Trimming", backend, {"get_builder_cls": staticmethod(lambda: builder)})
 
@@ -88,7 +107,8 @@ def _trimming(base: Any) -> Any:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             rows = self.vllm_config.scheduler_config.max_num_seqs
-            self._view = TrimmedView(self.kv_cache_spec.trim, rows, self.device)
+            spec = self.kv_cache_spec
+            self._view = TrimmedView(spec.trim, rows, self.device, spec.share)
 
         def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
             return super().build(common_prefix_len, self._view.of(common_attn_metadata), fast_build)
@@ -97,10 +117,13 @@ def _trimming(base: Any) -> Any:
 
 
 class TrimmedView:
-    """Rewrites batch metadata of up to ``rows`` requests; its results live until the next call."""
+    """Rewrites batch metadata of up to ``rows`` requests; its results live until the next call.
 
-    def __init__(self, trim: Any, rows: int, device: torch.device) -> None:
-        self.trim, self.device = trim, device
+    ``share`` is what the heads keep between sinks and window if the budget is graded, None where it is of whole heads.
+    """
+
+    def __init__(self, trim: Any, rows: int, device: torch.device, share: float | None = None) -> None:
+        self.trim, self.device, self.share = trim, device, share
         self.lengths = torch.zeros(rows, dtype=torch.int32, device=device)
         self.table = torch.empty(rows, 0, dtype=torch.int32, device=device)
         self.columns = torch.empty(0, dtype=torch.int64, device=device)
@@ -111,9 +134,8 @@ class TrimmedView:
         if self.table.shape[1] != table.shape[1]:
             self._allocate(table.shape[1])
         skipped = self.skipped_blocks(metadata)
-        skip = async_tensor_h2d(skipped, device=self.device)
-        behind_sinks = self.columns >= self.trim.sink_blocks
-        source = (self.columns + skip[:, None] * behind_sinks).clamp_(max=table.shape[1] - 1)
+        skip, border = async_tensor_h2d(torch.stack([skipped, self._borders(count)]), device=self.device)
+        source = (self.columns + skip[:, None] * (self.columns >= border[:, None])).clamp_(max=table.shape[1] - 1)
         torch.gather(table[:count], 1, source, out=self.table[:count])
         skipped_tokens = skipped.to(torch.int32) * self.trim.block_tokens
         lengths = self.lengths[:count]
@@ -126,25 +148,41 @@ class TrimmedView:
         )
 
     def skipped_blocks(self, metadata: Any) -> torch.Tensor:
-        """Blocks that each row leaves out, [num_reqs], on the CPU.
+        """Blocks that each row leaves out, [num_reqs], on the CPU."""
+        count = metadata.num_reqs
+        position = metadata.seq_lens_cpu_upper_bound[:count].to(torch.int64) - 1
+        if self.trim.anchored:
+            prompts = _rows[0].prompts[:count] if _rows else position.new_zeros(count)
+            position[: len(prompts)].clamp_(max=prompts)
+        first_recent = (position + 1 - self.trim.recent_tokens).div(self.trim.block_tokens, rounding_mode="floor")
+        middle = (first_recent - self.trim.sink_blocks).clamp_(min=0)
+        if self.share is None:
+            return middle * self._decodes(metadata)
+        kept = self._kept(count)
+        return (middle - kept) * (kept >= 0)
 
-        Trimmed are rows that bring one token and are not flagged as prefilling. Flags may cover fewer rows than a
-        padded batch has; padding brings no token.
+    def _borders(self, count: int) -> torch.Tensor:
+        """The first block that each of ``count`` rows leaves out, if it leaves out any, on the CPU."""
+        return self.trim.sink_blocks + self._kept(count).clamp_(min=0)
+
+    def _kept(self, count: int) -> torch.Tensor:
+        """Blocks that each of ``count`` rows keeps between sinks and window, -1 where nothing was moved."""
+        if self.share is None or not _rows:
+            return torch.full((count,), -1)
+        return _rows[0].blocks_kept(self.share, count)
+
+    def _decodes(self, metadata: Any) -> torch.Tensor:
+        """Rows of whole heads that are trimmed: they bring one token and are not flagged as prefilling.
+
+        Flags may cover fewer rows than a padded batch has; padding brings no token.
         """
         count = metadata.num_reqs
         starts = metadata.query_start_loc_cpu[: count + 1]
-        queries = starts[1:] - starts[:-1]
-        decodes = queries == 1
+        decodes: torch.Tensor = (starts[1:] - starts[:-1]) == 1
         flagged = metadata.is_prefilling[:count]
         decodes[: len(flagged)] &= ~flagged
         decodes[len(flagged) :] = False
-        position = metadata.seq_lens_cpu_upper_bound[:count].to(torch.int64) - 1
-        if self.trim.anchored:
-            prompts = _prompt_tokens[0][:count] if _prompt_tokens else position.new_zeros(count)
-            position[: len(prompts)].clamp_(max=prompts)
-        first_recent = (position + 1 - self.trim.recent_tokens).div(self.trim.block_tokens, rounding_mode="floor")
-        skipped: torch.Tensor = (first_recent - self.trim.sink_blocks).clamp_(min=0) * decodes
-        return skipped
+        return decodes
 
     def _allocate(self, width: int) -> None:
         self.table = torch.zeros(len(self.lengths), width, dtype=torch.int32, device=self.device)

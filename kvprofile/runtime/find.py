@@ -6,13 +6,17 @@ names. Knows nothing of vLLM; what vLLM is about to serve comes in as ``Served``
 
 from __future__ import annotations
 
+import base64
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvprofile.budget import servable, store
+from kvprofile.budget import probe, servable, store
 from kvprofile.budget.allocate import Constraints
 from kvprofile.budget.profile import ModelIdentity, Profile
+from kvprofile.budget.runtime_file import RuntimeFile
+from kvprofile.budget.servable import ServableBudget
+from kvprofile.budget.trim import ANCHORED, GRADED
 from kvprofile.environment import PREFIX
 from kvprofile.errors import InputError
 from kvprofile.files import read_bytes
@@ -45,28 +49,17 @@ def find(settings: Settings, served: Served) -> tuple[EngineBudget, str]:
     """
     path = settings.budget if settings.budget is not None else _search(settings.budget_dir, served)
     found = servable.read(path)
-    if isinstance(found, Profile):
-        if settings.retention is None:
-            stated = ", ".join(sorted(found.budgets, reverse=True))
-            raise ValueError(
-                f"{path} holds budgets for several retentions; set {PREFIX}RETENTION, for example {stated}"
-            )
-        constraints = Constraints(tensor_parallel_size=served.tensor_parallel_size)
-        kept = servable.of_profile(found, settings.retention, constraints)
-    else:
-        kept = servable.of_runtime_file(found)
-        if settings.retention not in (None, kept.retention_asked):
-            raise ValueError(
-                f"{path} is for retention {kept.retention_asked:g}, {PREFIX}RETENTION asks for "
-                f"{settings.retention:g}; unset it, or point {PREFIX}BUDGET to a profile"
-            )
+    kept = _kept(path, found, settings, served)
     _require_same_model(path, kept.model, served)
+    graded = settings.kind == GRADED
     budget = EngineBudget(
-        kept.full_heads,
-        kept.model.geometry.kv_heads,
+        tuple(None if row[0] is None else tuple(share or 0.0 for share in row) for row in kept.heads),
         kept.sink_tokens if settings.sink_tokens is None else settings.sink_tokens,
         kept.recent_tokens if settings.recent_tokens is None else settings.recent_tokens,
         settings.window,
+        base64.b64encode(probe.read(probe.path_of(path), found)).decode()
+        if graded and isinstance(found, Profile)
+        else None,
     )
     if not budget.heads:
         raise ValueError(f"{path}: no layer of {kept.model.name} has a budget, there is nothing to trim")
@@ -76,8 +69,35 @@ def find(settings: Settings, served: Served) -> tuple[EngineBudget, str]:
             f"{path}: the full heads of layer {layer} are not dealt evenly to {served.tensor_parallel_size} ranks; "
             f"export it with --tensor-parallel-size {served.tensor_parallel_size}"
         )
-    origin = f"{path} (retention {kept.retention_asked:g} asked, {budget.full / budget.heads:.4f} realised)"
+    kind = "graded heads, " if graded else ""
+    origin = f"{path} ({kind}retention {kept.retention_asked:g} asked, {budget.retention:.4f} realised)"
     return budget, origin if kept.reason is None else f"{origin}: {kept.reason}"
+
+
+def _kept(path: Path, found: Profile | RuntimeFile, settings: Settings, served: Served) -> ServableBudget:
+    """What heads keep, by the file and the settings."""
+    if settings.kind == GRADED and settings.window != ANCHORED:
+        raise ValueError(f"{PREFIX}KIND=graded needs a window that stays; unset {PREFIX}WINDOW")
+    if isinstance(found, Profile):
+        if settings.retention is None:
+            stated = ", ".join(sorted(found.budgets, reverse=True))
+            raise ValueError(
+                f"{path} holds budgets for several retentions; set {PREFIX}RETENTION, for example {stated}"
+            )
+        constraints = Constraints(tensor_parallel_size=served.tensor_parallel_size)
+        return servable.of_profile(found, settings.retention, constraints, settings.kind)
+    if settings.kind == GRADED:
+        raise ValueError(
+            f"{path} is a runtime file, which holds whole heads; point {PREFIX}BUDGET to a budget file, or unset "
+            f"{PREFIX}KIND"
+        )
+    kept = servable.of_runtime_file(found)
+    if settings.retention not in (None, kept.retention_asked):
+        raise ValueError(
+            f"{path} is for retention {kept.retention_asked:g}, {PREFIX}RETENTION asks for "
+            f"{settings.retention:g}; unset it, or point {PREFIX}BUDGET to a profile"
+        )
+    return kept
 
 
 def _search(folder: Path, served: Served) -> Path:

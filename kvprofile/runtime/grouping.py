@@ -9,7 +9,7 @@ from typing import Any
 from vllm.utils.math_utils import cdiv
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec, MambaSpec, UniformTypeKVCacheSpecs
 
-from kvprofile.budget.trim import ANCHORED
+from kvprofile.budget.trim import ANCHORED, GRADED
 from kvprofile.runtime.engine_budget import EngineBudget
 from kvprofile.runtime.packing import Piece, pack
 from kvprofile.runtime.settings import logger
@@ -29,7 +29,7 @@ def budgeted(stock: Callable[[Any, dict[str, Any]], Groups]) -> Callable[[Any, d
 
     def get_kv_cache_groups(vllm_config: Any, kv_cache_spec: dict[str, Any]) -> Groups:
         budget = EngineBudget.of(vllm_config.additional_config)
-        expected = budget.stream_heads_per_rank(vllm_config.parallel_config.tensor_parallel_size)
+        expected = budget.trimmed_heads_per_rank(vllm_config.parallel_config.tensor_parallel_size)
         found = sum(spec.num_kv_heads for spec in kv_cache_spec.values() if isinstance(spec, StreamSpec))
         if found != expected:
             raise ValueError(
@@ -47,12 +47,14 @@ def _groups(specs: Mapping[str, Any], budget: EngineBudget, vllm_config: Any) ->
     specs = {name: _unpadded(spec) for name, spec in specs.items()}
     packing = pack([_piece(name, spec, tokens) for name, spec in specs.items()])
     logger.info(
-        "kvprofile applied: %d of %d KV heads keep the whole context, the others %d sinks and the last %d tokens%s; %s",
+        "kvprofile applied: %d of %d KV heads keep the whole context, the others %d sinks%s and the last %d tokens%s; "
+        "%s",
         budget.full,
         budget.heads,
         budget.sink_tokens,
+        ", a share of what follows" if budget.kind == GRADED else "",
         budget.recent_tokens,
-        " of the prompt and all that follows" if budget.window == ANCHORED else "",
+        " of the prompt and all that comes after it" if budget.window == ANCHORED else "",
         packing.reason(),
     )
     kinds = [specs[group[0].name] for group in packing.groups]
@@ -78,7 +80,7 @@ def _unpadded(spec: Any) -> Any:
 
 
 def _placed(spec: Any, block_bytes: int, groups: tuple[int, int]) -> Any:
-    """A streaming half's spec that knows what a block it gives back is worth, and which groups there are."""
+    """A streaming part's spec that knows what a block it gives back is worth, and which groups there are."""
     return replace(spec, pool_block_bytes=block_bytes, groups=groups) if isinstance(spec, StreamSpec) else spec
 
 
@@ -86,13 +88,14 @@ def _piece(name: str, spec: Any, tokens: int) -> Piece:
     """What ``packing`` needs to know of a cache: what a request of that many tokens holds of it."""
     window = getattr(spec, "sliding_window", None)
     whole = tokens if window is None else min(tokens, window)
-    held = spec.trim.held_tokens(tokens, tokens) if isinstance(spec, StreamSpec) else whole
+    held = spec.trim.held_tokens(tokens, tokens, spec.share or 0.0) if isinstance(spec, StreamSpec) else whole
     blocks = cdiv(held, spec.block_size), cdiv(whole, spec.block_size)
     return Piece(name, _kind(spec), spec.page_size_bytes, *blocks)
 
 
 def _kind(spec: Any) -> str:
-    """Caches of one kind may share a group: same type, block size and window where there is one; states of one form."""
+    """Caches of one kind may share a group: same type, block size, window and share; states of one form."""
     if isinstance(spec, MambaSpec):
         return repr(spec)
-    return f"{type(spec).__name__}:{spec.block_size}:{getattr(spec, 'sliding_window', None)}"
+    window, share = getattr(spec, "sliding_window", None), getattr(spec, "share", None)
+    return f"{type(spec).__name__}:{spec.block_size}:{window}:{share}"

@@ -1,15 +1,17 @@
-"""One attention layer as two: its full heads and its trimmed heads, each with its own cache.
+"""One attention layer in parts: its full heads, and those that keep less of the context, each with its own cache.
 
 vLLM's block tables are per cache group and a block holds all heads of a layer, so heads that free their blocks need a
-layer name, a cache and a group of their own. A split layer is still vLLM's ``Attention`` to the model around it; its
-halves take its place among the layers that have caches.
+layer name, a cache and a group of their own, and so do heads of a graded budget that keep equally much. A split layer
+is still vLLM's ``Attention`` to the model around it; its parts take its place among the layers that have caches.
 """
 
 from __future__ import annotations
 
+import base64
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,6 +23,9 @@ from vllm.v1.attention.backend import AttentionType
 from vllm.v1.kv_cache_interface import replace_as
 
 from kvprofile import unsupported
+from kvprofile.budget.probe import Probe
+from kvprofile.budget.probe import from_bytes as probe_of
+from kvprofile.budget.trim import GRADED
 from kvprofile.runtime.backend import with_layout, with_trimming
 from kvprofile.runtime.engine_budget import EngineBudget, RankHeads
 from kvprofile.runtime.stream_cache import StreamSpec
@@ -29,16 +34,32 @@ _FULL_ATTENTION_ONLY = ("sliding_window", "attention_chunk_size", "non_causal")
 """Fields of FullAttentionSpec that a StreamSpec lacks; none is set where layers are split."""
 
 
-class FullHalf(Attention):  # type: ignore[misc]
+class FullPart(Attention):  # type: ignore[misc]
     """The heads of a layer that keep the whole context."""
 
 
-class StreamHalf(Attention):  # type: ignore[misc]
-    """The heads of a layer that keep sinks and window."""
+class StreamPart(Attention):  # type: ignore[misc]
+    """The heads of a layer that keep sinks, window and, in a graded budget, a ``share`` of what lies between.
 
-    def __init__(self, *args: Any, budget: EngineBudget, **kwargs: Any) -> None:
+    Which tokens those are, the weights [G, F] of its heads' probe say.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        budget: EngineBudget,
+        share: float | None,
+        probe_weights: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.budget = budget
+        self.budget, self.share = budget, share
+        self.register_buffer("probe_weights", probe_weights, persistent=False)
+
+    @property
+    def probe(self) -> Probe:
+        """The probe of these heads, as layer 0 of a probe of their own."""
+        return Probe((0,), self.probe_weights[None])
 
     def get_kv_cache_spec(self, vllm_config: Any) -> StreamSpec:
         """As the whole layer's, but a cache that is trimmed."""
@@ -49,26 +70,27 @@ class StreamHalf(Attention):  # type: ignore[misc]
             sink_tokens=self.budget.sink_tokens,
             recent_tokens=self.budget.recent_tokens,
             window=self.budget.window,
+            share=self.share,
         )
 
 
 @dataclass(frozen=True)
-class Share:
-    """The part of a layer's heads, once they are in order, that one half computes."""
+class Slices:
+    """The slices of a layer's heads, once they are in order, that one part computes."""
 
-    half: str
+    part: str
     queries: slice
     keys: slice
 
 
 class SplitAttention(Attention):  # type: ignore[misc]
-    """An ``Attention`` whose heads are computed by its halves; its own cache and kernel are never used.
+    """An ``Attention`` whose heads are computed by its parts; its own cache and kernel are never used.
 
-    RankHeads come half by half where weights were loaded so (``permute``) or where they lie so in the model. Otherwise
-    ``order`` names the KV heads half by half, and states are gathered and put back at every call.
+    Heads come part by part where weights were loaded so (``permute``) or where they lie so in the model. Otherwise
+    ``order`` names the KV heads part by part, and states are gathered and put back at every call.
     """
 
-    shares: tuple[Share, ...]
+    parts: tuple[Slices, ...]
     order: tuple[int, ...] | None
 
     def forward(
@@ -88,10 +110,10 @@ class SplitAttention(Attention):  # type: ignore[misc]
             query = query.index_select(1, self.query_order)
             key, value = key.index_select(1, self.key_order), value.index_select(1, self.key_order)
         found = [
-            getattr(self, share.half)(
-                query[:, share.queries], key[:, share.keys], value[:, share.keys], None, output_dtype
+            getattr(self, part.part)(
+                query[:, part.queries], key[:, part.keys], value[:, part.keys], None, output_dtype
             ).view(tokens, -1, self.head_size_v)
-            for share in self.shares
+            for part in self.parts
         ]
         output = torch.cat(found, dim=1) if len(found) > 1 else found[0]
         if self.order is not None:
@@ -99,7 +121,7 @@ class SplitAttention(Attention):  # type: ignore[misc]
         return output.view(output_shape or (tokens, -1))
 
     def expect_in_order(self) -> None:
-        """From now on heads come half by half: nothing is gathered."""
+        """From now on heads come part by part: nothing is gathered."""
         self.order = None
         del self.query_order, self.key_order, self.query_places
 
@@ -119,15 +141,16 @@ def splitting(construct: Callable[..., None]) -> Callable[..., None]:
             return
         self.attn_backend = with_layout(self.attn_backend)  # every layer shares the pool, hence its layout
         rank, size = get_tensor_model_parallel_rank(), config.parallel_config.tensor_parallel_size
-        heads = budget.on_rank(extract_layer_index(self.layer_name), rank, size)
+        index = extract_layer_index(self.layer_name)
+        heads = budget.on_rank(index, rank, size)
         if heads is None:
             return
-        _require_plain(self, len(heads.full) + len(heads.stream))
-        if heads.stream:
+        _require_plain(self, sum(map(len, heads.by_share.values())))
+        if min(heads.by_share) < 1.0:
             given = signature.bind(self, *args, **kwargs)
             given.apply_defaults()
             del config.compilation_config.static_forward_context[self.layer_name]
-            _split(self, dict(given.arguments), heads, budget)
+            _split(self, dict(given.arguments), heads, budget, index)
 
     return construct_and_split
 
@@ -148,32 +171,52 @@ def _require_plain(layer: Any, kv_heads: int) -> None:
         raise ValueError(f"kvprofile cannot trim heads of {layer.layer_name}: {', '.join(found)}")
 
 
-def _split(layer: Any, given: dict[str, Any], heads: RankHeads, budget: EngineBudget) -> None:
-    """Make ``layer``, built with the arguments ``given``, a SplitAttention with one half or two."""
+def _split(layer: Any, given: dict[str, Any], heads: RankHeads, budget: EngineBudget, index: int) -> None:
+    """Make ``layer``, the model's layer ``index`` built with the arguments ``given``, a SplitAttention."""
     common = {**given.pop("extra_impl_args"), **given}
     for name in ("self", "num_heads", "num_kv_heads", "prefix", "attn_backend"):
         del common[name]
-    halves = {
-        "full": (heads.full, FullHalf, {"attn_backend": layer.attn_backend}),
-        "stream": (heads.stream, StreamHalf, {"attn_backend": with_trimming(layer.attn_backend), "budget": budget}),
-    }
     group = layer.num_heads // layer.num_kv_heads
-    shares: list[Share] = []
+    parts: list[Slices] = []
     order: tuple[int, ...] = ()
-    for name, (mine, kind, own) in sorted(halves.items(), key=lambda half: half[1][0]):  # by their first heads
-        if not mine:
-            continue
+    for share, mine in sorted(heads.by_share.items(), key=lambda part: part[1]):  # by their first heads
+        own: dict[str, Any] = {"attn_backend": layer.attn_backend}
+        if share < 1.0:
+            own = {"attn_backend": with_trimming(layer.attn_backend), "budget": budget, "share": None}
+            own["probe_weights"] = None
+            if budget.kind == GRADED:
+                own["share"] = share
+                own["probe_weights"] = probe_weights(budget.probe or "", index, [heads.first + head for head in mine])
+        name = _name(share, heads)
         prefix = f"{layer.layer_name}.{name}"
-        half = kind(num_heads=len(mine) * group, num_kv_heads=len(mine), prefix=prefix, **common, **own)
-        setattr(layer, name, half)
+        kind = FullPart if share == 1.0 else StreamPart
+        setattr(layer, name, kind(len(mine) * group, num_kv_heads=len(mine), prefix=prefix, **common, **own))
         first, last = len(order), len(order) + len(mine)
-        shares.append(Share(name, slice(first * group, last * group), slice(first, last)))
+        parts.append(Slices(name, slice(first * group, last * group), slice(first, last)))
         order += mine
     layer.__class__ = SplitAttention
-    layer.shares = tuple(shares)
+    layer.parts = tuple(parts)
     layer.order = None if order == tuple(range(len(order))) else order
     if layer.order is not None:
         queries = torch.tensor([head * group + member for head in order for member in range(group)])
         layer.register_buffer("query_order", queries, persistent=False)
         layer.register_buffer("key_order", torch.tensor(order), persistent=False)
         layer.register_buffer("query_places", queries.argsort(), persistent=False)
+
+
+def _name(share: float, heads: RankHeads) -> str:
+    """Of a part: full, stream, and stream_2 and so on for what keeps less where there are several."""
+    number = [each for each in heads.by_share if each < 1.0].index(share) + 1 if share < 1.0 else 0
+    return "full" if share == 1.0 else "stream" if number == 1 else f"stream_{number}"
+
+
+@cache
+def _probe(encoded: str) -> Probe:
+    """The probe of a budget, read once in a process."""
+    return probe_of(base64.b64decode(encoded))
+
+
+def probe_weights(encoded: str, layer: int, heads: Sequence[int]) -> torch.Tensor:
+    """Weights [heads, F] of some of a layer's heads, counted over the whole model."""
+    probe = _probe(encoded)
+    return probe.weights[probe.layers.index(layer)][list(heads)].to(torch.get_default_device())

@@ -10,11 +10,12 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.v1.core import kv_cache_utils
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner as GPUModelRunnerV2
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from kvprofile.runtime import backend, configure, grouping, layer, metrics, permute, stream_cache
+from kvprofile.runtime import backend, configure, grouping, layer, metrics, moves, permute, stream_cache
 from kvprofile.runtime.patching import Patch
 
 PATCHES = (
@@ -23,8 +24,10 @@ PATCHES = (
     Patch(Attention, "__init__", layer.splitting),
     Patch(BaseModelLoader, "create_model", permute.permuting),
     Patch(kv_cache_utils, "get_kv_cache_groups", grouping.budgeted),
-    Patch(GPUModelRunner, "_build_attention_metadata", backend.noting_prompts),
-    Patch(GPUModelRunnerV2, "prepare_attn", backend.noting_prompts_v2),
+    Patch(Scheduler, "schedule", moves.carrying),
+    Patch(GPUModelRunner, "_update_states", moves.moving),
+    Patch(GPUModelRunner, "_build_attention_metadata", backend.noting_rows),
+    Patch(GPUModelRunnerV2, "prepare_attn", backend.noting_rows_v2),
     Patch(MultiProcessCollector, "collect", metrics.joining),
 )
 

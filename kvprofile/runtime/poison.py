@@ -20,7 +20,7 @@ from kvprofile.runtime.stream_cache import StreamManager
 
 
 def _noting_freed(stock: Callable[..., None]) -> Callable[..., None]:
-    def remove_skipped_blocks(self: Any, request_id: str, *args: Any, **kwargs: Any) -> None:
+    def _give_back(self: Any, request_id: str, *args: Any, **kwargs: Any) -> None:
         before = list(self.req_to_blocks.get(request_id, ()))
         stock(self, request_id, *args, **kwargs)
         after = self.req_to_blocks.get(request_id, ())
@@ -30,7 +30,7 @@ def _noting_freed(stock: Callable[..., None]) -> Callable[..., None]:
             if new is not old and old.ref_cnt == 0 and old.block_hash is None
         )
 
-    return remove_skipped_blocks
+    return _give_back
 
 
 def _filling(stock: Callable[..., None]) -> Callable[..., None]:
@@ -51,6 +51,6 @@ def _filling(stock: Callable[..., None]) -> Callable[..., None]:
 
 PATCHES = (
     Patch(KVCacheConfig, "needs_kv_cache_zeroing", lambda _: property(lambda _: True)),
-    Patch(StreamManager, "remove_skipped_blocks", _noting_freed),
+    Patch(StreamManager, "_give_back", _noting_freed),
     Patch(CPUModelRunner, "_zero_block_ids", _filling),
 )

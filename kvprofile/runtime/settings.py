@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from kvprofile.budget.trim import DEFAULT_WINDOW, GRADED, KINDS, WHOLE, WINDOWS
+from kvprofile.budget.trim import DEFAULT_WINDOW, KINDS, WHOLE, WINDOWS
 from kvprofile.environment import ENABLED, PREFIX
 from kvprofile.files import BUDGET_DIR
 
@@ -51,7 +51,10 @@ VALUES = {
     "RETENTION": Variable(
         "share of KV heads that keep the whole context; needed with a budget file", "what a runtime file states"
     ),
-    "KIND": Variable("whole: a head keeps everything or sinks and window; graded is not served yet", WHOLE),
+    "KIND": Variable(
+        "whole: a head keeps everything, or sinks and window; graded: a share of what lies between, the probe's choice",
+        WHOLE,
+    ),
     "SINK": Variable("first tokens that a trimmed head keeps", "that of the file"),
     "RECENT": Variable("last tokens that a trimmed head keeps", "that of the file"),
     "WINDOW": Variable(
@@ -170,8 +173,6 @@ def _window(text: str | None) -> str:
 def _kind(text: str | None) -> str:
     if text not in (None, *KINDS):
         raise ValueError(f"{PREFIX}KIND is {text!r}; give {' or '.join(KINDS)}")
-    if text == GRADED:
-        raise ValueError(f"{PREFIX}KIND=graded: graded heads are not served yet; leave it out for whole heads")
     return text or WHOLE
 
 

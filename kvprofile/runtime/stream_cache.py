@@ -10,6 +10,10 @@ from freed blocks whichever model runner it uses:
   Every row after ``prefill_end`` is of that kind; a row before it reads what is still held either way. Model runner V2
   flags rows up to ``prefill_end``, V1 up to the end of the prompt, so on V1 a resumed request whose last chunk of
   generated tokens happens to be a single token computes that one on the trimmed view.
+
+Where the budget is graded, the two meet at one point instead: as the first step after prefill is scheduled, the manager
+takes blocks for the tokens that stay, gives the middle back and notes a move (``moves``), which travels with the step
+and is made before anything else in it. A row is trimmed once its move was made.
 """
 
 from __future__ import annotations
@@ -24,19 +28,21 @@ from vllm.v1.kv_cache_interface import AttentionSpec, FullAttentionSpec, replace
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from kvprofile.budget.trim import DEFAULT_WINDOW, TrimRule
+from kvprofile.runtime.moves import GroupMove
 from kvprofile.runtime.stats import Life, counters
 
 
 @dataclass(frozen=True, kw_only=True)
 class StreamSpec(AttentionSpec):  # type: ignore[misc]
-    """Cache of heads that keep sinks and window once their request decodes.
+    """Cache of heads that keep sinks and window once their request decodes, and of a graded budget a ``share`` between.
 
-    Not a FullAttentionSpec: vLLM would merge it with those.
+    ``share`` is None where the budget is of whole heads. Not a FullAttentionSpec: vLLM would merge it with those.
     """
 
     sink_tokens: int
     recent_tokens: int
     window: str = DEFAULT_WINDOW
+    share: float | None = None
     pool_block_bytes: int | None = None
     """Bytes of one block of the pool, once groups are packed."""
     groups: tuple[int, int] = (0, 1)
@@ -47,16 +53,22 @@ class StreamSpec(AttentionSpec):  # type: ignore[misc]
         """The trim rule in blocks of this spec."""
         return TrimRule(self.sink_tokens, self.recent_tokens, self.block_size, self.window)
 
+    def kept_blocks(self, prompt_tokens: int) -> tuple[int, int]:
+        """Blocks between sinks and window of a prompt, and how many of them are kept."""
+        trim = self.trim
+        middle = trim.middle_tokens(prompt_tokens, prompt_tokens) // self.block_size
+        return middle, trim.kept_tokens(self.share or 0.0, prompt_tokens) // self.block_size
+
     def max_memory_usage_bytes(self, vllm_config: Any) -> int:
         """Bytes of the longest request: in prefill it holds everything."""
         return int(cdiv(vllm_config.model_config.max_model_len, self.block_size) * self.page_size_bytes)
 
 
-_OWN_FIELDS = ("sink_tokens", "recent_tokens", "window", "pool_block_bytes", "groups")
+_OWN_FIELDS = ("sink_tokens", "recent_tokens", "window", "share", "pool_block_bytes", "groups")
 
 
 class StreamManager(FullAttentionManager):  # type: ignore[misc]
-    """Full attention's block manager, and one thing more: after prefill it frees what the trim rule gives up."""
+    """Full attention's block manager, and one thing more: after prefill it frees what the budget gives up."""
 
     def __init__(self, kv_cache_spec: StreamSpec, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
@@ -64,6 +76,10 @@ class StreamManager(FullAttentionManager):  # type: ignore[misc]
         self._block_bytes = kv_cache_spec.pool_block_bytes or kv_cache_spec.page_size_bytes
         self._prefill_end: dict[str, int] = {}
         self._lives: dict[str, Life] = {}
+        self._graded = kv_cache_spec.share is not None
+        self._prompt_tokens: dict[str, int] = {}
+        self._due: dict[str, tuple[int, int]] = {}
+        self._moves: dict[str, GroupMove] = {}
 
     @classmethod
     def find_longest_cache_hit(
@@ -83,15 +99,76 @@ class StreamManager(FullAttentionManager):  # type: ignore[misc]
         )
 
     def get_num_blocks_to_allocate(
-        self, request_id: str, num_tokens: int, *args: Any, apply_admission_cap: bool = False, **kwargs: Any
+        self,
+        request_id: str,
+        num_tokens: int,
+        new_computed_blocks: Any,
+        total_computed_tokens: int,
+        *args: Any,
+        apply_admission_cap: bool = False,
+        **kwargs: Any,
     ) -> int:
-        """Upstream's answer. The admission gate asks for the whole sequence, which says where prefill ends."""
+        """Upstream's answer and, where tokens are to be moved, the blocks that this takes more than it gives back.
+
+        The admission gate asks for the whole sequence, which says where prefill ends.
+        """
+        needed = super().get_num_blocks_to_allocate(
+            request_id,
+            num_tokens,
+            new_computed_blocks,
+            total_computed_tokens,
+            *args,
+            apply_admission_cap=apply_admission_cap,
+            **kwargs,
+        )
         if apply_admission_cap:
             self._prefill_end[request_id] = num_tokens
-        needed = super().get_num_blocks_to_allocate(
-            request_id, num_tokens, *args, apply_admission_cap=apply_admission_cap, **kwargs
-        )
+        elif self._graded and self._is_due(request_id, total_computed_tokens):
+            middle, kept = self.kv_cache_spec.kept_blocks(self._prompt_tokens[request_id])
+            self._due[request_id] = middle, kept
+            first = self._trim.sink_blocks
+            # blocks that other requests hold too stay where they are
+            given_back = sum(block.ref_cnt == 1 for block in self.req_to_blocks[request_id][first : first + middle])
+            needed = max(0, needed + kept - given_back)
         return int(needed)
+
+    def _is_due(self, request_id: str, computed: int) -> bool:
+        """Whether a request's prefill is computed, or will be when the next step runs, and it was not trimmed yet."""
+        prefill_end = self._prefill_end.get(request_id)
+        return prefill_end is not None and computed >= prefill_end and request_id not in self._lives
+
+    def allocate_new_blocks(self, request_id: str, *args: Any, **kwargs: Any) -> Any:
+        """Upstream's, after the tokens that stay have got their blocks where that is due.
+
+        Those are not among the blocks returned, which workers append to the request's.
+        """
+        due = self._due.pop(request_id, None)
+        if due is not None:
+            self._move(request_id, *due)
+        return super().allocate_new_blocks(request_id, *args, **kwargs)
+
+    def _move(self, request_id: str, middle: int, kept: int) -> None:
+        """Give the middle of a prompt back, and take blocks for the tokens of it that stay."""
+        life = self._lives[request_id] = Life(self._held(request_id))
+        blocks, first = self.req_to_blocks[request_id], self._trim.sink_blocks
+        sources = [block.block_id for block in blocks[first : first + middle]]
+        free = self.block_pool.get_num_free_blocks()
+        self._give_back(request_id, first, first + middle)
+        targets = self.block_pool.get_new_blocks(kept)
+        blocks[first : first + kept] = targets
+        self._moves[request_id] = GroupMove(
+            self._prompt_tokens[request_id], first, sources, [block.block_id for block in targets]
+        )
+        self._freed(life, request_id, self.block_pool.get_num_free_blocks() - free)
+
+    def _give_back(self, request_id: str, first: int, stop: int) -> None:
+        """Put the null block in place of the blocks [first, stop) of a request, and drop its hold on them."""
+        self._remove_blocks_in_range(request_id, first, stop)
+
+    def take_moves(self) -> dict[str, GroupMove]:
+        """Moves that were noted since the last call, by request in the order of the schedule."""
+        found, self._moves = self._moves, {}
+        return found
 
     def remove_skipped_blocks(
         self, request_id: str, processed_computed_tokens: int, num_prompt_tokens: int | None = None
@@ -100,11 +177,14 @@ class StreamManager(FullAttentionManager):  # type: ignore[misc]
 
         Raises ValueError where a window is anchored and vLLM does not say where the prompt ended.
         """
+        if num_prompt_tokens is None and self._trim.anchored:
+            raise ValueError("this vLLM does not say how long a prompt is; set LLM_KVZIP_WINDOW=sliding")
+        if self._graded:  # at the step that moves
+            self._prompt_tokens[request_id] = num_prompt_tokens or 0
+            return
         prefill_end = self._prefill_end.get(request_id)
         if prefill_end is None or processed_computed_tokens < prefill_end:
             return
-        if num_prompt_tokens is None and self._trim.anchored:
-            raise ValueError("this vLLM does not say how long a prompt is; set LLM_KVZIP_WINDOW=sliding")
         life = self._lives.get(request_id)
         if life is not None and self._trim.anchored:
             return  # all that an anchored window gives up went at its first step
@@ -112,10 +192,13 @@ class StreamManager(FullAttentionManager):  # type: ignore[misc]
         first_recent = self._trim.first_recent_block(processed_computed_tokens, num_prompt_tokens or 0)
         if life is None:  # this runs for every request at every step, and counting what it holds takes a while
             life = self._lives[request_id] = Life(self._held(request_id))
-        self._remove_blocks_in_range(request_id, self._trim.sink_blocks, first_recent)
-        reclaimed = self.block_pool.get_num_free_blocks() - free
-        counters().reclaimed(reclaimed, self._block_bytes)
-        life.reclaimed += reclaimed
+        self._give_back(request_id, self._trim.sink_blocks, first_recent)
+        self._freed(life, request_id, self.block_pool.get_num_free_blocks() - free)
+
+    def _freed(self, life: Life, request_id: str, blocks: int) -> None:
+        """Count blocks that went back to the pool while their request goes on."""
+        counters().reclaimed(blocks, self._block_bytes)
+        life.reclaimed += blocks
         if life.after_trim is None:
             life.after_trim = self._held(request_id)
 
@@ -137,7 +220,9 @@ class StreamManager(FullAttentionManager):  # type: ignore[misc]
         super().cache_blocks(request, prompt, retention_interval, replay_boundaries=replay_boundaries)
 
     def pop_blocks_for_free(self, request_id: str) -> Any:
-        """Upstream's, for a request that finishes or is preempted."""
+        """Upstream's, for a request that finishes or is preempted; a move that was noted for it is not made."""
+        for noted in (self._prompt_tokens, self._due, self._moves):
+            noted.pop(request_id, None)
         if self._prefill_end.pop(request_id, None) is not None:
             life = self._lives.pop(request_id, Life())
             life.ended(self._held(request_id), len(self.req_to_blocks.get(request_id, ())))

@@ -8,9 +8,14 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
+import torch
+
+from kvprofile.budget import store
+from kvprofile.budget.probe import Probe, digest, path_of
+from kvprofile.budget.profile import SLIDING_ATTENTION, HeadBudgets, mean_budget
 from kvprofile.checkpoint import Source, describe
 from kvprofile.evaluate.simulate import simulating
-from tests.helpers.factories import save_runtime_file
+from tests.helpers.factories import make_graded, save_runtime_file
 from tests.helpers.models import ROOT, random_model
 
 NEAR_TIE = 1e-3
@@ -47,6 +52,34 @@ def write_budget(path, subject, heads, rule, name=None):
     )
 
 
+def write_graded(path, subject, heads, rule, seed=0):
+    """A budget file whose only budget is ``heads`` [L][G], shares of at most four sizes, and a made-up probe.
+
+    Gives the probe.
+    """
+    geometry = subject.geometry
+    features = geometry.head_size // 2 + geometry.head_size + 7
+    generator = torch.Generator().manual_seed(seed)
+    shape = len(geometry.profiled_layers), geometry.kv_heads, features
+    made = Probe(geometry.profiled_layers, torch.randn(shape, generator=generator))
+    content = made.to_bytes()
+    path_of(path).write_bytes(content)
+    profile = make_graded(
+        layers=geometry.layers,
+        kv_heads=geometry.kv_heads,
+        query_groups=geometry.attention_heads // geometry.kv_heads,
+        head_size=geometry.head_size,
+        sliding=[layer for layer, kind in enumerate(geometry.layer_types) if kind == SLIDING_ATTENTION],
+        name=subject.folder.name,
+        sink_tokens=rule.sink_tokens,
+        recent_tokens=rule.recent_tokens,
+        probe_sha256=digest(content),
+    )
+    budgets = {"0.5": HeadBudgets(heads=heads, retention_realised=mean_budget(heads))}
+    store.save(profile.model_copy(update={"budgets": budgets}), path)
+    return made
+
+
 def environment(budget=None, **settings):
     """The environment of an engine in one process; with a budget it serves with that."""
     kept = "LLM_KVZIP_ALLOW_UNTESTED"  # set where another release of vLLM is tried
@@ -74,7 +107,7 @@ def start(jobs, env, driver="tests.vllm.driver"):
     return run
 
 
-def job(subject, batches, budget=None, every_step=False, reload_before=None, window=None, **engine):
+def job(subject, batches, budget=None, every_step=False, reload_before=None, window=None, graded=False, **engine):
     """One engine's work: batches of (prompt, max_tokens), and vLLM's arguments."""
     options = {
         "model": str(subject.folder),
@@ -88,6 +121,7 @@ def job(subject, batches, budget=None, every_step=False, reload_before=None, win
     requests = [[{"prompt": prompt, "max_tokens": most} for prompt, most in batch] for batch in batches]
     own = {} if budget is None else {"LLM_KVZIP_BUDGET": str(budget)}
     own |= {} if window is None else {"LLM_KVZIP_WINDOW": window}
+    own |= {"LLM_KVZIP_KIND": "graded", "LLM_KVZIP_RETENTION": "0.5"} if graded else {}
     return {
         "engine": options,
         "batches": requests,
@@ -148,12 +182,15 @@ def compare(simulation, prompt, output, v2):
     return count, ties
 
 
-def compare_all(subject, heads, rule, batches, result):
-    """Assert that every output of every batch is the simulation's. Gives (tokens, near ties)."""
+def compare_all(subject, heads, rule, batches, result, choice=None):
+    """Assert that every output of every batch is the simulation's. Gives (tokens, near ties).
+
+    Rows of graded heads, which have a ``choice`` of tokens, are trimmed after prefill on either model runner.
+    """
     count = ties = 0
-    with simulating(subject.model, subject.geometry, heads, rule) as simulation:
+    with simulating(subject.model, subject.geometry, heads, rule, choice) as simulation:
         for batch, found in zip(batches, result["batches"], strict=True):
             for (prompt, _), output in zip(batch, found["outputs"], strict=True):
-                more, tied = compare(simulation, prompt, output, result["v2"])
+                more, tied = compare(simulation, prompt, output, result["v2"] or choice is not None)
                 count, ties = count + more, ties + tied
     return count, ties

@@ -12,9 +12,10 @@ import random
 
 import pytest
 
-from kvprofile.budget.trim import WINDOWS, TrimRule
+from kvprofile.budget.trim import ANCHORED, WINDOWS, TrimRule
+from kvprofile.evaluate.token_choice import ByProbe
 from kvprofile.runtime.packing import Piece, pack
-from tests.vllm.engine import compare_all, environment, job, make_subject, serve_all, write_budget
+from tests.vllm.engine import compare_all, environment, job, make_subject, serve_all, write_budget, write_graded
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
@@ -31,26 +32,31 @@ def draw_heads(rng, retention, layers=4, kv_heads=4):
     return [[float(layer * kv_heads + head in full) for head in range(kv_heads)] for layer in range(layers)]
 
 
+def draw_shares(rng, layers=4, kv_heads=4):
+    """Shares of at most four sizes, so that layers have up to four parts."""
+    sizes = [rng.choice((1.0, 0.9)), *rng.sample((0.1, 0.25, 0.4, 0.6, 0.75), 2), rng.choice((0.0, 0.05))]
+    return [[rng.choice(sizes) for _ in range(kv_heads)] for _ in range(layers)]
+
+
 def groups_of(heads, rule):
     """Cache groups that the runtime will make of the heads."""
     pieces = []
+    whole = -(-LONGEST // rule.block_tokens)
     for layer, row in enumerate(heads):
-        whole = -(-LONGEST // rule.block_tokens)
-        held = -(-rule.held_tokens(LONGEST, LONGEST) // rule.block_tokens)
-        for kind, value, blocks in (("full", 1.0, whole), ("stream", 0.0, held)):
-            if row.count(value):
-                pieces.append(Piece(f"{layer}.{kind}", kind, row.count(value), blocks, whole))
+        for share in set(row):
+            held = -(-rule.held_tokens(LONGEST, LONGEST, share) // rule.block_tokens)
+            pieces.append(Piece(f"{layer}:{share}", f"{share}", row.count(share), held, whole))
     return len(pack(pieces).groups)
 
 
-def draw_engine(seed, folder, requests):
+def draw_engine(seed, folder, requests, graded=False):
     """A job and what its outputs are compared with."""
-    rng = random.Random(f"cases:{seed}")
+    rng = random.Random(f"cases:{seed}{':graded' if graded else ''}")
     family = FAMILIES[seed % len(FAMILIES)]
     subject = make_subject(folder / f"{family}-{seed}", family, hidden_size=256)
-    heads = draw_heads(rng, RETENTIONS[seed % len(RETENTIONS)])
+    heads = draw_shares(rng) if graded else draw_heads(rng, RETENTIONS[seed % len(RETENTIONS)])
     sizes = rng.choice((0, 1, 16, 40)), rng.choice((1, 33, 64, 100)), rng.choice((32, 32, 64, 96))
-    rule = TrimRule(*sizes, WINDOWS[seed % 2])
+    rule = TrimRule(*sizes, ANCHORED if graded else WINDOWS[seed % 2])
     request_blocks = groups_of(heads, rule) * -(-LONGEST // rule.block_tokens)
     shared = [rng.randrange(4, 1000) for _ in range(200)]
 
@@ -60,13 +66,18 @@ def draw_engine(seed, folder, requests):
         return prompt[: LONGEST - 110], rng.choice((1, 2, 5, 40, 64, 100))
 
     batches = [[draw() for _ in range(requests // 3)] for _ in range(3)]
-    budget = write_budget(folder / f"{seed}.json", subject, heads, rule)
+    budget, choice = folder / f"{seed}.json", None
+    if graded:
+        choice = ByProbe(write_graded(budget, subject, heads, rule, seed))
+    else:
+        write_budget(budget, subject, heads, rule)
     made = job(
         subject,
         batches,
         budget,
         reload_before=rng.choice((None, 1)),
         window=rule.window,
+        graded=graded,
         max_model_len=LONGEST,
         block_size=rule.block_tokens,
         num_gpu_blocks_override=int(request_blocks * rng.uniform(1.02, 1.25)) + 2,
@@ -74,20 +85,20 @@ def draw_engine(seed, folder, requests):
         max_num_seqs=rng.choice((6, 12)),
         enable_prefix_caching=seed % 3 > 0,
     )
-    return made, (subject, heads, rule, batches)
+    return made, (subject, heads, rule, batches), choice
 
 
-def run(seeds, folder, requests, **settings):
+def run(seeds, folder, requests, graded=False, **settings):
     """All engines in one process. Gives counts of what happened."""
-    drawn = [draw_engine(seed, folder, requests) for seed in seeds]
+    drawn = [draw_engine(seed, folder, requests, graded) for seed in seeds]
     env = environment(folder / f"{seeds[0]}.json", LLM_KVZIP_POISON="1", **settings)
-    results, log = serve_all([made for made, _ in drawn], env)
+    results, log = serve_all([made for made, *_ in drawn], env)
     seen = {"cases": 0, "tokens": 0, "near ties": 0, "preemptions": 0, "prefix hits": 0, "chunked": 0}
-    for (_, expected), found in zip(drawn, results, strict=True):
+    for (_, expected, choice), found in zip(drawn, results, strict=True):
         outputs = [output for batch in found["batches"] for output in batch["outputs"]]
         assert all(math.isfinite(value) for output in outputs for value in output["logprobs"])
         assert found["free_blocks"] == found["blocks"] - 1  # all but the null block
-        tokens, ties = compare_all(*expected, found)
+        tokens, ties = compare_all(*expected, found, choice)
         seen["cases"] += len(outputs)
         seen["tokens"] += tokens
         seen["near ties"] += ties

@@ -1,7 +1,7 @@
 """vLLM's own schedulers on random schedules: no step reads a freed or foreign block, nothing trimmed is handed on.
 
 The worker is imitated down to the slot: it keeps block tables as model runners do, remembers what was written into
-every slot of the pool, and reads through the real TrimmedView.
+every slot of the pool, makes the moves of graded heads there, and reads through the real TrimmedView.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections import Counter, deque
 import pytest
 import torch
 
-from kvprofile.budget.trim import SLIDING, WINDOWS, TrimRule
+from kvprofile.budget.trim import ANCHORED, SLIDING, WINDOWS, TrimRule
 from tests.helpers.models import POCKET
 
 pytest.importorskip("vllm")
@@ -38,12 +38,14 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
-from kvprofile.runtime import stats, stream_cache
-from kvprofile.runtime.backend import TrimmedView, note_prompts
+from kvprofile.runtime import moves, stats, stream_cache
+from kvprofile.runtime.backend import Rows, TrimmedView, note_rows
 from kvprofile.runtime.settings import SHARED
 
 BLOCK, BLOCKS, ROWS, LONGEST = 8, 56, 8, 160
 GROUPS = ("full", "stream", "stream")
+GRADED = ("full", 0.6, 0.25, 0.0)
+"""Groups of a graded budget, by the share that their heads keep."""
 
 
 @pytest.fixture(scope="module")
@@ -59,13 +61,20 @@ def config():
     stats.counters.cache_clear()
 
 
-def make_scheduler(kind, config, rule, caching):
+def blocks_of(groups):
+    """Blocks of a pool that holds the longest request and little more."""
+    return BLOCKS + 20 * (len(groups) - len(GROUPS))
+
+
+def make_scheduler(kind, config, rule, caching, groups=GROUPS):
     shape = {"block_size": BLOCK, "num_kv_heads": 1, "head_size": 32, "dtype": torch.float32}
     trim = {"sink_tokens": rule.sink_tokens, "recent_tokens": rule.recent_tokens, "window": rule.window}
     specs = {"full": FullAttentionSpec(**shape), "stream": stream_cache.StreamSpec(**shape, **trim)}
-    groups = [KVCacheGroupSpec([f"layer.{i}"], specs[name]) for i, name in enumerate(GROUPS)]
-    pool = KVCacheConfig(num_blocks=BLOCKS, kv_cache_tensors=[], kv_cache_groups=groups)
-    config.cache_config.num_gpu_blocks = BLOCKS
+    specs |= {share: stream_cache.StreamSpec(**shape, **trim, share=share) for share in GRADED[1:]}
+    groups = [KVCacheGroupSpec([f"layer.{i}"], specs[name]) for i, name in enumerate(groups)]
+    blocks = blocks_of(groups)
+    pool = KVCacheConfig(num_blocks=blocks, kv_cache_tensors=[], kv_cache_groups=groups)
+    config.cache_config.num_gpu_blocks = blocks
     config.cache_config.enable_prefix_caching = caching
     manager = StructuredOutputManager(config)
     return kind(config, pool, manager, block_size=BLOCK, hash_block_size=BLOCK, log_stats=True)
@@ -78,14 +87,37 @@ def generated(name, position):
 class Worker:
     """Block tables, the pool's contents, and checks on every read."""
 
-    def __init__(self, rule, v2):
-        self.rule, self.v2 = rule, v2
+    def __init__(self, rule, v2, groups=GROUPS):
+        self.rule, self.v2, self.groups = rule, v2, groups
         self.tables, self.tokens, self.prompt, self.prefill_end = {}, {}, {}, {}
         self.pool = {}
-        self.view = TrimmedView(rule, 2 * ROWS, torch.device("cpu"))
-        self.trimmed_rows = 0
+        shares = [None if name in GROUPS else name for name in groups]
+        self.views = [TrimmedView(rule, 2 * ROWS, torch.device("cpu"), share) for share in shares]
+        self.kept = {}
+        self.trimmed_rows = self.moved = 0
+
+    def make(self, move):
+        """Move tokens of a request together, in every group others of them."""
+        name = move.request_id
+        self.kept[name] = {}
+        for group, found in move.groups.items():
+            share, table = self.groups[group], self.tables[name][group]
+            assert (found.prompt_tokens, found.first) == (self.prompt[name], self.rule.sink_blocks)
+            assert found.sources == table[found.first : found.first + len(found.sources)]
+            count = self.rule.kept_tokens(share, self.prompt[name])
+            assert len(found.targets) * BLOCK == count
+            places = sorted(random.Random(f"{name}:{group}").sample(range(len(found.sources) * BLOCK), count))
+            held = [self.pool.get((found.sources[place // BLOCK], place % BLOCK)) for place in places]
+            for place, content in enumerate(held):
+                self.pool[found.targets[place // BLOCK], place % BLOCK] = content
+            gone = [0] * (len(found.sources) - len(found.targets))
+            table[found.first : found.first + len(found.sources)] = [*found.targets, *gone]
+            self.kept[name][share] = [self.rule.sink_end + place for place in places]
+            self.moved += count
 
     def run(self, output, requests):
+        for move in getattr(output, moves.ATTRIBUTE, ()):
+            self.make(move)
         for new in output.scheduled_new_reqs:
             self.admit(requests[new.req_id], new.block_ids)
         cached = output.scheduled_cached_reqs
@@ -101,12 +133,13 @@ class Worker:
         skips = self.skipped(rows)
         for name, start, count in rows:
             self.write(name, start, count, skips[name])
-        for group in range(len(GROUPS)):
+        for group in range(len(self.groups)):
             self.read(group, rows, skips)
         return self.sample(rows)
 
     def admit(self, request, blocks):
         name = request.request_id
+        self.kept.pop(name, None)
         self.tables[name] = [list(group) for group in blocks]
         self.tokens[name] = list(request.all_token_ids)
         self.prompt[name], self.prefill_end[name] = request.num_prompt_tokens, request.num_tokens
@@ -119,6 +152,8 @@ class Worker:
         found = {}
         for name, start, count in rows:
             decodes = count == 1 and not self.flagged(name, start)
+            if self.groups is GRADED:
+                decodes = start >= self.prefill_end[name]
             first_recent = self.rule.first_recent_block(start, self.prompt[name])
             found[name] = first_recent - self.rule.sink_blocks if decodes else 0
         return found
@@ -135,15 +170,19 @@ class Worker:
                 self.pool[slot] = (group, self.identity(name, position), not skipped)
 
     def read(self, group, rows, skips):
-        stream = GROUPS[group] == "stream"
+        share, stream = self.groups[group], self.groups[group] != "full"
         table, lengths = self.raw(group, rows)
         if stream:
-            seen = self.view.of(self.metadata(rows, table, lengths))
+            seen = self.views[group].of(self.metadata(rows, table, lengths))
             table, lengths = seen.block_table_tensor, seen.seq_lens
         for row, (name, start, count) in enumerate(rows):
             last = start + count - 1
             trimmed = stream and skips[name] > 0
-            positions = [k for k in range(last + 1) if not trimmed or self.rule.sees(last, k, self.prompt[name])]
+            assert share in GROUPS or (name in self.kept) == trimmed or not skips[name]
+            kept = self.kept.get(name, {}).get(share, ()) if trimmed else ()
+            positions = [
+                k for k in range(last + 1) if not trimmed or k in kept or self.rule.sees(last, k, self.prompt[name])
+            ]
             self.trimmed_rows += trimmed
             assert int(lengths[row]) == len(positions)
             for place, position in enumerate(positions):
@@ -168,7 +207,9 @@ class Worker:
         starts = counts.cumsum(0).to(torch.int32)
         flags = torch.tensor([self.flagged(name, start) for name, start, _ in rows], dtype=torch.bool)
         prompts = [self.prompt[name] for name, _, _ in rows]
-        note_prompts(torch.tensor(prompts if self.v2 else [*prompts, *[999] * ROWS], dtype=torch.int32))
+        kept = [self.kept.get(name) for name, _, _ in rows]
+        blocks = [each and {share: len(held) // BLOCK for share, held in each.items()} for each in kept]
+        note_rows(Rows(torch.tensor(prompts if self.v2 else [*prompts, *[999] * ROWS], dtype=torch.int32), blocks))
         return CommonAttentionMetadata(
             query_start_loc=starts,
             query_start_loc_cpu=starts,
@@ -196,13 +237,16 @@ class Worker:
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("v2", [False, True], ids=["v1", "v2"])
 @pytest.mark.parametrize("kind", [Scheduler, AsyncScheduler])
-@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("window", [*WINDOWS, "graded"])
 def test_no_step_reads_a_freed_or_foreign_block(config, window, kind, v2, seed):
+    """Rows of graded heads, whose window is anchored, are trimmed from their first step after prefill on."""
+    groups, window = (GRADED, ANCHORED) if window == "graded" else (GROUPS, window)
     rng = random.Random(f"{kind.__name__}:{v2}:{seed}")
     rule = TrimRule(rng.choice((0, 5, 16)), rng.choice((1, 9, 24, 60 if window == SLIDING else 33)), BLOCK, window)
-    scheduler = make_scheduler(kind, config, rule, caching=rng.random() < 0.7)
+    scheduler = make_scheduler(kind, config, rule, caching=rng.random() < 0.7, groups=groups)
+    schedule = moves.carrying(kind.schedule)
     hasher = get_request_block_hasher(BLOCK, sha256)
-    worker, in_flight = Worker(rule, v2), deque()
+    worker, in_flight = Worker(rule, v2, groups), deque()
     shared = [rng.randrange(1000) for _ in range(100)]
     reclaimed = stats.read()["kv_blocks_reclaimed_total"]
     preemptions = finished = 0
@@ -213,7 +257,7 @@ def test_no_step_reads_a_freed_or_foreign_block(config, window, kind, v2, seed):
             scheduler.add_request(Request(f"{seed}-{step}-{rng.random()}", prompt, options, None, block_hasher=hasher))
         if scheduler.requests and rng.random() < 0.01:
             scheduler.finish_requests(rng.choice(list(scheduler.requests)), RequestStatus.FINISHED_ABORTED)
-        output = scheduler.schedule()
+        output = schedule(scheduler)
         preemptions += len(output.preempted_req_ids or ())
         finished += len(output.finished_req_ids)
         in_flight.append((output, worker.run(output, scheduler.requests)))
@@ -224,13 +268,16 @@ def test_no_step_reads_a_freed_or_foreign_block(config, window, kind, v2, seed):
     while in_flight:
         scheduler.update_from_output(*in_flight.popleft())
     assert not scheduler.requests
-    assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == BLOCKS - 1
+    assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == blocks_of(groups) - 1
     managers = scheduler.kv_cache_manager.coordinator.single_type_managers
-    assert not any(manager._prefill_end for manager in managers if isinstance(manager, stream_cache.StreamManager))
+    for manager in managers[1:]:
+        noted = (manager._prefill_end, manager._lives, manager._prompt_tokens, manager._due, manager._moves)
+        assert not any(noted)
     assert stats.read()["kv_blocks_reclaimed_total"] > reclaimed
     assert preemptions > 0
     assert finished > 5
     assert worker.trimmed_rows > 50
+    assert (worker.moved > 100) == (groups is GRADED)
 
 
 class Subscriber:

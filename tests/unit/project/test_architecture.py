@@ -30,7 +30,7 @@ ARROWS = {
     "records": {"budget", "environment", "errors", "files"},
     "checkpoint": {"budget", "errors", "files"},
     "capture": {"budget", "environment", "errors", "unsupported"},
-    "runtime": {"budget", "environment", "errors", "files", "prometheus", "unsupported"},
+    "runtime": {"budget", "capture", "environment", "errors", "files", "prometheus", "unsupported"},
     "scoring": {
         "budget",
         "capture",

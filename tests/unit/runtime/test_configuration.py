@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import logging
 import os
@@ -15,7 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvprofile.budget import store
-from kvprofile.budget.choice import choose_whole
+from kvprofile.budget.choice import choose, choose_whole
+from kvprofile.budget.probe import from_bytes
+from kvprofile.budget.trim import GRADED, KINDS, WHOLE
 from kvprofile.errors import InputError
 from kvprofile.runtime import gate, stats
 from kvprofile.runtime.engine_budget import CONFIG_KEY, EngineBudget, RankHeads
@@ -103,8 +106,8 @@ def test_releases_that_were_not_tested_are_refused_by_name():
 def test_a_profile_gives_the_budget_at_a_retention():
     budget, origin = find(settings(BUDGET=PROFILE, RETENTION=0.5), served())
     chosen = choose_whole(POCKET, 0.5)
-    assert budget.full_heads == tuple(tuple(h for h, v in enumerate(row) if v == 1.0) for row in chosen.heads)
-    assert budget.full == 12
+    assert budget.shares == tuple(tuple(row) for row in chosen.heads)
+    assert (budget.full, budget.kind, budget.probe) == (12, WHOLE, None)
     assert (budget.sink_tokens, budget.recent_tokens) == (POCKET.runtime.sink_tokens, POCKET.runtime.recent_tokens)
     assert f"{chosen.retention_realised:.4f} realised" in origin
     whole, _ = find(settings(BUDGET=PROFILE, RETENTION=1.0), served())
@@ -113,9 +116,30 @@ def test_a_profile_gives_the_budget_at_a_retention():
     assert (shorter.sink_tokens, shorter.recent_tokens) == (0, 32)
 
 
-def test_a_profile_is_dealt_to_ranks():
-    budget, _ = find(settings(BUDGET=PROFILE, RETENTION=0.5), served(tensor_parallel_size=2))
-    assert budget.uneven_layer(2) is None
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_profile_is_dealt_to_ranks(kind):
+    budget, _ = find(settings(BUDGET=PROFILE, RETENTION=0.5, KIND=kind), served(tensor_parallel_size=2))
+    assert (budget.uneven_layer(2), budget.kind) == (None, kind)
+
+
+def test_graded_budgets_bring_their_probe(tmp_path):
+    budget, origin = find(settings(BUDGET=PROFILE, RETENTION=0.3, KIND=GRADED), served())
+    assert budget.shares == tuple(tuple(row) for row in choose(POCKET, 0.3, kind=GRADED).heads)
+    assert len({share for row in budget.shares for share in row}) == 4
+    assert "graded heads, retention 0.3 asked" in origin
+    assert from_bytes(base64.b64decode(budget.probe)).weights.shape == (6, 4, 16 + 32 + 7)
+    lone = tmp_path / "pocket.json"
+    lone.write_bytes(PROFILE.read_bytes())
+    with pytest.raises(InputError, match=r"no probe .* which graded budgets need"):
+        find(settings(BUDGET=lone, RETENTION=0.3, KIND=GRADED), served())
+    lone.with_name("pocket.probe.safetensors").write_bytes(b"other")
+    with pytest.raises(InputError, match="is not the probe that the budget file of pocket was written with"):
+        find(settings(BUDGET=lone, RETENTION=0.3, KIND=GRADED), served())
+    with pytest.raises(ValueError, match="needs a window that stays; unset LLM_KVZIP_WINDOW"):
+        find(settings(BUDGET=PROFILE, RETENTION=0.3, KIND=GRADED, WINDOW="sliding"), served())
+    path = write_runtime_file(tmp_path / "r.json", ((0, 1), (2, 3)))
+    with pytest.raises(ValueError, match="a runtime file, which holds whole heads"):
+        find(settings(BUDGET=path, KIND=GRADED), Served(("m",), 2, 8, 4, 32, 1))
 
 
 def test_files_are_found_by_the_model_inside(tmp_path):
@@ -160,7 +184,7 @@ def write_runtime_file(path, full_heads):
 def test_runtime_files_are_taken_as_they_are(tmp_path):
     path = write_runtime_file(tmp_path / "r.json", ((0, 1), (2, 3)))
     one, two = (Served(("m",), 2, 8, 4, 32, size) for size in (1, 2))
-    assert find(settings(BUDGET=path), one)[0].full_heads == ((0, 1), (2, 3))
+    assert find(settings(BUDGET=path), one)[0].shares == ((1.0, 1.0, 0.0, 0.0), (0.0, 0.0, 1.0, 1.0))
     assert find(settings(BUDGET=path, RETENTION=0.5), one)[0].full == 4
     with pytest.raises(ValueError, match=r"is for retention 0\.5, LLM_KVZIP_RETENTION asks for 0\.7"):
         find(settings(BUDGET=path, RETENTION=0.7), one)
@@ -169,27 +193,31 @@ def test_runtime_files_are_taken_as_they_are(tmp_path):
 
 
 def test_a_budget_travels_as_json():
-    budget = EngineBudget(((0, 2), None, ()), 4, 16, 64)
+    budget = EngineBudget(((1.0, 0.25, 1.0, 0.0), None, (0.0,) * 4), 16, 64, probe="AAAA")
     config = json.loads(json.dumps({CONFIG_KEY: budget.as_config(), "other": 1}))
     assert EngineBudget.of(config) == budget
-    assert (budget.heads, budget.full) == (8, 2)
+    assert (budget.heads, budget.full, budget.kind) == (8, 2, GRADED)
+    assert budget.retention == 2.25 / 8
     with pytest.raises(ValueError, match="carries no budget"):
         EngineBudget.of({})
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
 def test_ranks_together_hold_every_head(size):
-    budget = EngineBudget(((0, 3), (1, 2)), 4, 0, 1)
-    for layer in (0, 1):
-        per_rank = max(1, 4 // size)
-        found = set()
+    budget = EngineBudget(((1.0, 0.0, 0.5, 1.0), (0.0, 0.5, 0.5, 0.0)), 0, 1)
+    for layer, row in enumerate(budget.shares):
+        found = {}
         for rank in range(size):
             heads = budget.on_rank(layer, rank, size)
-            found |= {rank * 4 // size + head for head in heads.full}
-            assert len(heads.full) + len(heads.stream) == per_rank
-        assert found == set(budget.full_heads[layer])
-    assert EngineBudget((None,), 4, 0, 1).on_rank(0, 0, 1) is None
-    assert EngineBudget(((3,),), 4, 0, 1).on_rank(0, 1, 2) == RankHeads((1,), (0,))
+            assert heads.first == rank * 4 // size
+            assert list(heads.by_share) == sorted(heads.by_share, reverse=True)
+            assert sum(map(len, heads.by_share.values())) == max(1, 4 // size)
+            found |= {heads.first + head: share for share, own in heads.by_share.items() for head in own}
+        assert found == dict(enumerate(row))
+    assert EngineBudget((None,), 0, 1).on_rank(0, 0, 1) is None
+    assert EngineBudget(((0.0, 0.0, 0.0, 1.0),), 0, 1).on_rank(0, 1, 2) == RankHeads(2, {1.0: (1,), 0.0: (0,)})
+    assert (budget.uneven_layer(1), budget.uneven_layer(2)) == (None, 0)
+    assert EngineBudget(budget.shares[1:], 0, 1).uneven_layer(2) is None
 
 
 def halves(layer, full):

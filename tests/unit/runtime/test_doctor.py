@@ -124,7 +124,7 @@ def shown(tmp_path, monkeypatch):
     monkeypatch.setenv(SHARED, str(shared))
     collector = metrics.BudgetCollector()
     monkeypatch.setattr(metrics, "_collector", collector)
-    collector.budget = EngineBudget(((0,), (0, 1), ()), 2, 0, 1)
+    collector.budget = EngineBudget(((1.0, 0.0), (1.0, 1.0), (0.0, 0.0)), 0, 1)
     return collector
 
 

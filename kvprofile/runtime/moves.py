@@ -1,0 +1,171 @@
+"""Graded heads when their prompt is done: the tokens that stay are moved together, from the scheduler to every worker.
+
+The scheduler's cache managers note a move for each request and cache group (``stream_cache``): which blocks the middle
+of the prompt lay in, and which new ones take the tokens of it that stay. Moves travel on vLLM's SchedulerOutput. A
+worker makes them before anything else of the step, request by request and group by group in the order of the schedule:
+a block that one move takes may be one that an earlier move has just given back, so its content is read by then, and
+blocks that others are given in the step are zeroed and written later.
+
+Which tokens stay is the probe's to say, for every head on its own (``budget.probe``); ranks need not agree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from vllm.utils.torch_utils import async_tensor_h2d
+
+from kvprofile.capture import layout
+
+ATTRIBUTE = "kvprofile_moves"
+"""Of a SchedulerOutput: its moves, where it has any."""
+
+SLICE_TOKENS = 8192
+"""Tokens that are scored at a time, which bounds the memory that takes."""
+
+
+@dataclass(frozen=True)
+class GroupMove:
+    """Of one cache group, the blocks of a prompt from the block ``first`` on, between sinks and window, and those that
+    take the tokens that stay.
+    """
+
+    prompt_tokens: int
+    first: int
+    sources: list[int]
+    targets: list[int]
+
+
+@dataclass(frozen=True)
+class Move:
+    """All of a request's moves, by cache group."""
+
+    request_id: str
+    groups: dict[int, GroupMove] = field(default_factory=dict)
+
+
+def carrying(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """``Scheduler.schedule`` whose output carries the moves that were noted while it was made."""
+
+    def schedule(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = stock(self, *args, **kwargs)
+        moves = _collected(self.kv_cache_manager.coordinator.single_type_managers)
+        if moves:
+            setattr(output, ATTRIBUTE, moves)
+            # what a move writes is not to be zeroed afterwards; freed blocks are noted as ~number when poisoned
+            taken = {block for move in moves for group in move.groups.values() for block in group.targets}
+            zeroed = output.new_block_ids_to_zero or ()
+            left = [block for block in zeroed if block not in taken and ~block not in taken]
+            output.new_block_ids_to_zero = left or None
+        return output
+
+    return schedule
+
+
+def _collected(managers: Iterable[Any]) -> list[Move]:
+    """The moves of all groups, request by request in the order of the schedule."""
+    found: dict[str, Move] = {}
+    for group, manager in enumerate(managers):
+        take = getattr(manager, "take_moves", None)
+        for request_id, move in take().items() if take is not None else ():
+            found.setdefault(request_id, Move(request_id)).groups[group] = move
+    return list(found.values())
+
+
+class Moved:
+    """What a worker's model runner knows of the moves that it made: blocks kept by share, for each request."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, Mapping[float, int]] = {}
+        self._layouts: dict[str, layout.Layout] = {}
+
+    def make(self, runner: Any, moves: Iterable[Move]) -> None:
+        """Make moves on a model runner of V1, in its caches and its block tables."""
+        layers = runner.compilation_config.static_forward_context
+        groups = runner.kv_cache_config.kv_cache_groups
+        for move in moves:
+            kept: dict[float, int] = {}
+            for number, group in move.groups.items():
+                names = groups[number].layer_names
+                self._move(group, {name: layers[name] for name in names})
+                kept[layers[names[0]].share] = len(group.targets)
+                _replace(runner, move.request_id, number, group)
+            self.kept[move.request_id] = kept
+
+    def forget(self, request_ids: Iterable[str]) -> None:
+        """Requests that are gone, or begin anew."""
+        for request_id in request_ids:
+            self.kept.pop(request_id, None)
+
+    def _move(self, move: GroupMove, layers: Mapping[str, Any]) -> None:
+        """In every layer of a group read the tokens that stay, then write them: sources and targets may overlap."""
+        if not move.targets:
+            return
+        device = next(iter(layers.values())).kv_cache.device
+        blocks = async_tensor_h2d([*move.sources, *move.targets], device=device, dtype=torch.int64)
+        sources, targets = blocks[: len(move.sources)], blocks[len(move.sources) :]
+        for name, layer in layers.items():
+            if name not in self._layouts:
+                self._layouts[name] = layout.probe(layer, layer.kv_cache)
+            where = self._layouts[name]
+            tokens = len(move.sources) * where.block_tokens
+            keys = where.keys(layer.kv_cache, sources, 0, tokens)
+            values = where.values(layer.kv_cache, sources, 0, tokens)
+            first = move.first * where.block_tokens
+            scores = torch.cat(
+                [
+                    layer.probe.scores(
+                        0,
+                        keys[:, start : start + SLICE_TOKENS],
+                        values[:, start : start + SLICE_TOKENS],
+                        first + start,
+                        move.prompt_tokens,
+                    )
+                    for start in range(0, tokens, SLICE_TOKENS)
+                ],
+                dim=1,
+            )
+            order = scores.sort(dim=-1, descending=True, stable=True).indices
+            kept = order[:, : len(move.targets) * where.block_tokens].sort(dim=-1).values[..., None]  # as in the text
+            keys, values = (torch.take_along_dim(tensor, kept, dim=1) for tensor in (keys, values))
+            where.write(layer.kv_cache, targets, keys, values)
+
+
+def moving(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """``GPUModelRunner._update_states`` of model runner V1 that makes the moves of a step first."""
+
+    def _update_states(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        moved = moved_of(self)
+        moved.make(self, getattr(scheduler_output, ATTRIBUTE, ()))
+        moved.forget(scheduler_output.finished_req_ids)
+        moved.forget(scheduler_output.scheduled_cached_reqs.resumed_req_ids)
+        return stock(self, scheduler_output, *args, **kwargs)
+
+    return _update_states
+
+
+def moved_of(runner: Any) -> Moved:
+    """What a model runner knows of its moves."""
+    found = getattr(runner, "_kvprofile_moved", None)
+    if found is None:
+        found = runner._kvprofile_moved = Moved()
+    return found
+
+
+def rows_of(runner: Any, request_ids: Sequence[str]) -> list[Mapping[float, int] | None]:
+    """For each request of a batch, blocks kept by share; None for one that was not moved."""
+    kept = moved_of(runner).kept
+    return [kept.get(request_id) for request_id in request_ids]
+
+
+def _replace(runner: Any, request_id: str, group: int, move: GroupMove) -> None:
+    """Let a request's row name the blocks that it holds now; those it gave back become vLLM's null block."""
+    blocks = runner.requests[request_id].block_ids[group]
+    stop = move.first + len(move.sources)
+    blocks[move.first : stop] = [*move.targets, *[0] * (len(move.sources) - len(move.targets))]
+    row = runner.input_batch.req_id_to_index.get(request_id)
+    if row is not None:
+        runner.input_batch.block_table[group].add_row(blocks, row)
