@@ -157,13 +157,16 @@ class TrimmedView:
         first_recent = (position + 1 - self.trim.recent_tokens).div(self.trim.block_tokens, rounding_mode="floor")
         middle = (first_recent - self.trim.sink_blocks).clamp_(min=0)
         if self.share is None:
-            return middle * self._decodes(metadata)
-        kept = self._kept(count)
-        return (middle - kept) * (kept >= 0)
+            skipped: torch.Tensor = middle * self._decodes(metadata)
+        else:
+            kept = self._kept(count)
+            skipped = (middle - kept) * (kept >= 0)
+        return skipped
 
     def _borders(self, count: int) -> torch.Tensor:
         """The first block that each of ``count`` rows leaves out, if it leaves out any, on the CPU."""
-        return self.trim.sink_blocks + self._kept(count).clamp_(min=0)
+        kept: torch.Tensor = self._kept(count).clamp_(min=0)
+        return kept + int(self.trim.sink_blocks)
 
     def _kept(self, count: int) -> torch.Tensor:
         """Blocks that each of ``count`` rows keeps between sinks and window, -1 where nothing was moved."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 
+from kvprofile.budget.trim import GRADED
 from kvprofile.environment import ENABLED, budgets_wanted
 from kvprofile.prometheus import metric_values, scrape
 from kvprofile.runtime import settings
@@ -116,7 +117,8 @@ def server(url: str) -> Check:
         ratio, freed = values.get("kvprofile_retention_ratio"), values.get("kvprofile_kv_bytes_reclaimed_total")
         known = "unknown" if ratio is None else f"{ratio:.4g}"
         back = "" if freed is None else f", {freed / 2**20:.1f} MiB given back so far"
-        return Check("server", True, f"{url}: retention {known}{back}")
+        kind = f"{GRADED} heads, " if values.get("kvprofile_graded") else ""
+        return Check("server", True, f"{url}: {kind}retention {known}{back}")
     if OWN_PROCESS not in values and any(name.startswith("vllm:") for name in values):
         detail = (
             f"{url}: cannot tell: several processes share its /metrics, where the plugin of kvprofile 0.1 shows "

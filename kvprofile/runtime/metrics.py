@@ -9,6 +9,7 @@ from prometheus_client import REGISTRY
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from kvprofile.budget.trim import GRADED
 from kvprofile.runtime import stats
 from kvprofile.runtime.engine_budget import EngineBudget
 
@@ -23,13 +24,24 @@ class BudgetCollector(Collector):
         if self.budget is None:
             return
         yield GaugeMetricFamily("kvprofile_enabled", "1 where per-head budgets are in force.", 1)
-        ratio = self.budget.full / self.budget.heads
-        yield GaugeMetricFamily("kvprofile_retention_ratio", "Share of KV heads that keep the whole context.", ratio)
+        yield GaugeMetricFamily(
+            "kvprofile_retention_ratio",
+            "Share of the context between sinks and window that KV heads keep, the mean over heads.",
+            self.budget.retention,
+        )
+        graded = float(self.budget.kind == GRADED)
+        yield GaugeMetricFamily("kvprofile_graded", "1 where heads keep shares of the context, 0 where whole.", graded)
         yield GaugeMetricFamily("kvprofile_full_heads", "KV heads that keep the whole context.", self.budget.full)
         found = stats.read()
         blocks, kv_bytes = found["kv_blocks_reclaimed_total"], found["kv_bytes_reclaimed_total"]
         yield CounterMetricFamily("kvprofile_kv_blocks_reclaimed", "Blocks freed while their request went on.", blocks)
         yield CounterMetricFamily("kvprofile_kv_bytes_reclaimed", "Bytes of those blocks.", kv_bytes)
+        kept = found["kv_blocks_kept_total"]
+        yield CounterMetricFamily(
+            "kvprofile_kv_blocks_kept", "Blocks taken for tokens of graded heads that stay.", kept
+        )
+        seconds = found["kv_move_microseconds_total"] / 1e6
+        yield CounterMetricFamily("kvprofile_kv_move_seconds", "Time of one worker's host for moving them.", seconds)
         held = found["kv_bytes_in_use"]
         yield GaugeMetricFamily("kvprofile_kv_bytes_in_use", "Bytes of the pool that requests hold.", held)
         width = found["kv_block_bytes"]

@@ -11,14 +11,19 @@ Which tokens stay is the probe's to say, for every head on its own (``budget.pro
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from kvprofile.capture import layout
+from kvprofile.runtime.settings import SHARED
+from kvprofile.runtime.stats import counters
 
 ATTRIBUTE = "kvprofile_moves"
 """Of a SchedulerOutput: its moves, where it has any."""
@@ -82,6 +87,17 @@ class Moved:
         self.kept: dict[str, Mapping[float, int]] = {}
         self._layouts: dict[str, layout.Layout] = {}
 
+    def ask_layouts(self, runner: Any) -> None:
+        """Find out how the backend of every layer that moves tokens lays out a block.
+
+        Raises ValueError where that cannot be found out.
+        """
+        layers = runner.compilation_config.static_forward_context
+        for group in runner.kv_cache_config.kv_cache_groups:
+            for name in group.layer_names:
+                if getattr(layers[name], "share", None):
+                    self._layouts[name] = layout.probe(layers[name], layers[name].kv_cache)
+
     def make(self, runner: Any, moves: Iterable[Move]) -> None:
         """Make moves on a model runner of V1, in its caches and its block tables."""
         layers = runner.compilation_config.static_forward_context
@@ -108,8 +124,6 @@ class Moved:
         blocks = async_tensor_h2d([*move.sources, *move.targets], device=device, dtype=torch.int64)
         sources, targets = blocks[: len(move.sources)], blocks[len(move.sources) :]
         for name, layer in layers.items():
-            if name not in self._layouts:
-                self._layouts[name] = layout.probe(layer, layer.kv_cache)
             where = self._layouts[name]
             tokens = len(move.sources) * where.block_tokens
             keys = where.keys(layer.kv_cache, sources, 0, tokens)
@@ -134,12 +148,27 @@ class Moved:
             where.write(layer.kv_cache, targets, keys, values)
 
 
+def preparing(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """``GPUModelRunner.initialize_kv_cache`` that gets ready to move tokens, or fails while the engine starts."""
+
+    def initialize_kv_cache(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = stock(self, *args, **kwargs)
+        moved_of(self).ask_layouts(self)
+        return result
+
+    return initialize_kv_cache
+
+
 def moving(stock: Callable[..., Any]) -> Callable[..., Any]:
     """``GPUModelRunner._update_states`` of model runner V1 that makes the moves of a step first."""
 
     def _update_states(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        moved = moved_of(self)
-        moved.make(self, getattr(scheduler_output, ATTRIBUTE, ()))
+        moved, moves = moved_of(self), getattr(scheduler_output, ATTRIBUTE, ())
+        if moves:
+            begun = time.perf_counter()
+            moved.make(self, moves)
+            if SHARED in os.environ and get_tensor_model_parallel_rank() == 0:
+                counters().moved(time.perf_counter() - begun)
         moved.forget(scheduler_output.finished_req_ids)
         moved.forget(scheduler_output.scheduled_cached_reqs.resumed_req_ids)
         return stock(self, scheduler_output, *args, **kwargs)

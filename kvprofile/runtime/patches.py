@@ -25,6 +25,7 @@ PATCHES = (
     Patch(BaseModelLoader, "create_model", permute.permuting),
     Patch(kv_cache_utils, "get_kv_cache_groups", grouping.budgeted),
     Patch(Scheduler, "schedule", moves.carrying),
+    Patch(GPUModelRunner, "initialize_kv_cache", moves.preparing),
     Patch(GPUModelRunner, "_update_states", moves.moving),
     Patch(GPUModelRunner, "_build_attention_metadata", backend.noting_rows),
     Patch(GPUModelRunnerV2, "prepare_attn", backend.noting_rows_v2),

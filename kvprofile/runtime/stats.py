@@ -25,7 +25,14 @@ from pathlib import Path
 
 from kvprofile.runtime.settings import SHARED, from_environment
 
-FIELDS = ("kv_blocks_reclaimed_total", "kv_bytes_reclaimed_total", "kv_bytes_in_use", "kv_block_bytes")
+FIELDS = (
+    "kv_blocks_reclaimed_total",
+    "kv_bytes_reclaimed_total",
+    "kv_bytes_in_use",
+    "kv_block_bytes",
+    "kv_blocks_kept_total",
+    "kv_move_microseconds_total",
+)
 SECONDS_BETWEEN_LINES = 1.0
 
 _ENTRY = struct.Struct("=q")
@@ -61,9 +68,10 @@ def read() -> dict[str, int]:
 
 @dataclass
 class Life:
-    """Blocks of one request in one group of streaming halves, from its admission until it gives all back.
+    """Blocks of one request in one group of trimmed heads, from its admission until it gives all back.
 
-    ``table`` counts those it would hold at its end had nothing been trimmed, as groups of full halves do.
+    ``table`` counts those it would hold at its end had nothing been trimmed, as groups of full heads do; ``kept`` those
+    that it took for the tokens of graded heads that stay.
     """
 
     after_prefill: int | None = None
@@ -71,6 +79,7 @@ class Life:
     at_end: int = 0
     table: int = 0
     reclaimed: int = 0
+    kept: int = 0
 
     def ended(self, held: int, table: int) -> None:
         """Note what it holds at its end."""
@@ -93,6 +102,7 @@ class _Sums:
             "blocks_after_trim": full_groups * prefilled + self._total("after_trim") if trimmed else None,
             "blocks_at_end": full_groups * first.table + self._total("at_end"),
             "blocks_reclaimed": self._total("reclaimed"),
+            "blocks_kept": self._total("kept"),
         }
 
     def _total(self, name: str) -> int:
@@ -115,6 +125,14 @@ class Counters:
         self._set("kv_blocks_reclaimed_total", self._values["kv_blocks_reclaimed_total"] + blocks)
         self._set("kv_bytes_reclaimed_total", self._values["kv_bytes_reclaimed_total"] + blocks * block_bytes)
 
+    def kept(self, blocks: int) -> None:
+        """Count blocks that requests took for the tokens of graded heads that stay."""
+        self._set("kv_blocks_kept_total", self._values["kv_blocks_kept_total"] + blocks)
+
+    def moved(self, seconds: float) -> None:
+        """Count time that a worker spent on moving such tokens, on the host."""
+        self._set("kv_move_microseconds_total", self._values["kv_move_microseconds_total"] + round(1e6 * seconds))
+
     def in_use(self, blocks: int, block_bytes: int) -> None:
         """Note what requests hold as a step begins; at most once a second that makes a line."""
         self._set("kv_block_bytes", block_bytes)
@@ -125,7 +143,7 @@ class Counters:
             self._write(self._values)
 
     def gave_back(self, request_id: str, life: Life, groups: tuple[int, int], block_bytes: int) -> None:
-        """Note a life that ended in a group of streaming halves; of groups (full, streaming) the last makes a line."""
+        """Note a life that ended in a group of trimmed heads; of groups (full, streaming) the last makes a line."""
         if self._lines is None:
             return
         sums = self._lives.setdefault(request_id, _Sums())

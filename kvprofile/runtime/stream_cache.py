@@ -154,12 +154,15 @@ class StreamManager(FullAttentionManager):  # type: ignore[misc]
         sources = [block.block_id for block in blocks[first : first + middle]]
         free = self.block_pool.get_num_free_blocks()
         self._give_back(request_id, first, first + middle)
+        freed = self.block_pool.get_num_free_blocks() - free
         targets = self.block_pool.get_new_blocks(kept)
         blocks[first : first + kept] = targets
         self._moves[request_id] = GroupMove(
             self._prompt_tokens[request_id], first, sources, [block.block_id for block in targets]
         )
-        self._freed(life, request_id, self.block_pool.get_num_free_blocks() - free)
+        counters().kept(kept)
+        life.kept = kept
+        self._freed(life, request_id, freed)
 
     def _give_back(self, request_id: str, first: int, stop: int) -> None:
         """Put the null block in place of the blocks [first, stop) of a request, and drop its hold on them."""

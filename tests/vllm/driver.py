@@ -84,10 +84,36 @@ def sabotage():
     TrimmedView.skipped_blocks = lambda self, metadata: stock(self, metadata) * 0
 
 
+def sabotage_moves(how):
+    """Let workers forget tokens that stay, move them once their blocks were freed and filled, or keep the old rows."""
+    from kvprofile.runtime import moves
+
+    stock = moves.Moved._move
+    if how == "missing":
+        moves.Moved._move = lambda *_: None
+    elif how == "stale":
+        moves._replace = lambda *_: None
+    elif how == "late":
+        from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+        due, update = [], GPUModelRunner._update_states
+        moves.Moved._move = lambda *args: due.append(args)
+
+        def _update_states(self, *args):
+            result = update(self, *args)
+            while due:
+                stock(*due.pop(0))
+            return result
+
+        GPUModelRunner._update_states = _update_states
+    else:
+        raise ValueError(how)
+
+
 def reported():
-    """Blocks that the runtime says it gave back, or None where it is off."""
+    """What the runtime has counted, or None where it is off."""
     stats = sys.modules.get("kvprofile.runtime.stats")
-    return stats.read()["kv_blocks_reclaimed_total"] if stats else None
+    return stats.read() if stats else None
 
 
 def patched():
@@ -144,17 +170,26 @@ def serve(job):
             llm.collective_rpc("reload_weights")
         batches.append(generate(llm, recorder, batch))
     pool = core.scheduler.kv_cache_manager.block_pool
-    reclaimed = {"counted": recorder.handed_out - recorder.came_back, "reported": reported()}
+    found = reported()
+    reclaimed = {
+        "counted": recorder.handed_out - recorder.came_back,
+        "reported": found and found["kv_blocks_reclaimed_total"],
+        "kept": found and found["kv_blocks_kept_total"],
+    }
+    managers = core.scheduler.kv_cache_manager.coordinator.single_type_managers
     groups = [
         [type(manager.kv_cache_spec).__name__, len(group.layer_names)]
-        for manager, group in zip(
-            core.scheduler.kv_cache_manager.coordinator.single_type_managers,
-            core.scheduler.kv_cache_config.kv_cache_groups,
-            strict=True,
-        )
+        for manager, group in zip(managers, core.scheduler.kv_cache_config.kv_cache_groups, strict=True)
     ]
     runner = llm.llm_engine.vllm_config.use_v2_model_runner
-    result = {"batches": batches, "groups": groups, "free_blocks": pool.get_num_free_blocks(), "v2": runner}
+    shares = [getattr(manager.kv_cache_spec, "share", None) for manager in managers]
+    result = {
+        "batches": batches,
+        "groups": groups,
+        "shares": shares,
+        "free_blocks": pool.get_num_free_blocks(),
+        "v2": runner,
+    }
     result |= {"blocks": pool.num_gpu_blocks, "patched": patched(), "reclaimed": reclaimed}
     return result | {"runtime_modules": sorted(name for name in sys.modules if name.startswith("kvprofile.runtime"))}
 
@@ -163,6 +198,8 @@ def main():
     jobs = json.load(sys.stdin)
     if os.environ.get("SABOTAGE_TRIMMED_VIEW"):
         sabotage()
+    if os.environ.get("SABOTAGE_MOVES"):
+        sabotage_moves(os.environ["SABOTAGE_MOVES"])
     if os.environ.get("GATHER_HEADS"):
         gather()
     for number, job in enumerate(jobs):

@@ -206,9 +206,12 @@ def test_off_and_retention_one_are_stock(subject, tmp_path):
         "BaseModelLoader.create_model",
         "EngineArgs.create_engine_config",
         "GPUModelRunner._build_attention_metadata",
+        "GPUModelRunner._update_states",
+        "GPUModelRunner.initialize_kv_cache",
         "GPUModelRunner.prepare_attn",
         "InputProcessor.process_inputs",
         "MultiProcessCollector.collect",
+        "Scheduler.schedule",
         "vllm.v1.core.kv_cache_utils.get_kv_cache_groups",
     ]
 

@@ -116,6 +116,19 @@ def test_two_hundred_random_cases(tmp_path):
     assert " load in order" in log
 
 
+def test_random_cases_of_graded_heads(tmp_path):
+    seen, _ = run(range(2), tmp_path, requests=36, graded=True)
+    assert seen["cases"] >= 72
+    assert min(seen["preemptions"], seen["prefix hits"], seen["chunked"]) > 5
+
+
+@pytest.mark.slow
+def test_hundreds_of_graded_cases_more(tmp_path):
+    seen, _ = run(range(2, 9), tmp_path, requests=36, graded=True)
+    assert seen["cases"] >= 200
+    assert min(seen["preemptions"], seen["prefix hits"], seen["chunked"]) > 20
+
+
 def test_heads_that_cannot_be_ordered_are_gathered(tmp_path):
     seen, log = run((6,), tmp_path, requests=24, GATHER_HEADS="1")
     assert seen["tokens"] > 100

@@ -120,7 +120,7 @@ def shown(tmp_path, monkeypatch):
     """The plugin's metrics of an engine that gave back 3 MiB, as they are in one of its API processes."""
     shared = tmp_path / "shared"
     counted = {"kv_blocks_reclaimed_total": 3, "kv_bytes_reclaimed_total": 3 * 2**20}
-    shared.write_bytes(struct.pack("=4q", *(counted.get(name, 0) for name in stats.FIELDS)))
+    shared.write_bytes(struct.pack(f"={len(stats.FIELDS)}q", *(counted.get(name, 0) for name in stats.FIELDS)))
     monkeypatch.setenv(SHARED, str(shared))
     collector = metrics.BudgetCollector()
     monkeypatch.setattr(metrics, "_collector", collector)

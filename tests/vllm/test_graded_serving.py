@@ -1,0 +1,111 @@
+"""Graded heads in a real engine: greedy tokens are the simulation's, in float32, whatever the scheduler does."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from kvprofile.budget.trim import TrimRule
+from kvprofile.evaluate.token_choice import ByProbe
+from tests.vllm.engine import compare_all, environment, make_subject, serve, write_graded
+from tests.vllm.test_runtime import draw, draw_batch, finite
+
+pytest.importorskip("vllm")
+pytestmark = pytest.mark.vllm
+
+SHARES = [[1.0, 0.3, 0.3, 1.0], [0.6, 0.0, 0.0, 0.6], [1.0, 1.0, 1.0, 1.0], [0.0, 0.3, 0.6, 1.0]]
+"""Heads of one share apart and side by side, a layer without full heads, one with nothing else, one of every share."""
+EVEN = [[1.0, 0.3, 0.3, 1.0], [0.6, 0.0, 0.0, 0.6], [0.6, 0.6, 0.6, 0.6], [0.3, 0.0, 0.0, 0.3]]
+"""Shares that two ranks hold equally many of, in layers with and without full heads."""
+RULE = TrimRule(16, 64, 32)
+
+
+@pytest.fixture(scope="module")
+def subject(tmp_path_factory):
+    return make_subject(tmp_path_factory.mktemp("graded") / "tiny")
+
+
+def served(subject, folder, batches, rule=RULE, shares=SHARES, settings=None, **options):
+    """Outputs of an engine under ``shares``, and how the simulation chooses the tokens that stay."""
+    choice = ByProbe(write_graded(folder / "b.json", subject, shares, rule))
+    env = environment(folder / "b.json", LLM_KVZIP_POISON="1", **(settings or {}))
+    return serve(subject, batches, env, graded=True, **options), choice
+
+
+def test_pressure_chunks_and_prefix_hits(subject, tmp_path):
+    """A pool for one and a half requests, prompts in chunks of at most 70 tokens, blocks poisoned when freed."""
+    rng = random.Random("graded pressure")
+    shared = draw(rng, 200)
+    batches = [draw_batch(rng, 24, shared=shared) for _ in range(2)]
+    turns = [draw(rng, 150)]
+    for _ in range(3):  # a conversation that comes back with its own answer, here as any other tokens
+        turns.append(turns[-1] + draw(rng, 70))
+    batches += [[(turn, 40)] for turn in turns]
+    pool = {"num_gpu_blocks_override": 126, "max_num_batched_tokens": 70, "max_num_seqs": 12, "max_model_len": 768}
+    found, choice = served(subject, tmp_path, batches, **pool)
+    assert sum(batch["preemptions"] for batch in found["batches"]) > 0, found["groups"]
+    hits = [hit for batch in found["batches"] for output in batch["outputs"] for hit in output["hits"]]
+    assert sum(hit > 0 for hit in hits) > 10
+    assert found["batches"][-1]["outputs"][0]["hits"][0] > 250  # the prompt of the turn before, after its move
+    assert found["free_blocks"] == found["blocks"] - 1  # all but the null block
+    assert finite(found)
+    count, ties = compare_all(subject, SHARES, RULE, batches, found, choice)
+    assert count > 1000
+    print(f"{count} tokens equal the simulation's, {ties} of them near ties")
+
+
+@pytest.mark.parametrize(
+    ("rule", "prefix_caching"),
+    [
+        pytest.param(RULE, False, id="32"),
+        pytest.param(TrimRule(1, 33, 96), True, id="odd-96"),
+        pytest.param(TrimRule(0, 1, 64), True, id="no-sinks-64", marks=pytest.mark.slow),
+    ],
+)
+def test_requests_hold_what_their_shares_say(subject, tmp_path, rule, prefix_caching):
+    """Block by block in every step; the same tokens as the simulation's."""
+    rng = random.Random(f"graded blocks:{rule}")
+    batches = [draw_batch(rng, 8), [(draw(rng, 500), 60)]]
+    options = {"block_size": rule.block_tokens, "enable_prefix_caching": prefix_caching}
+    found, choice = served(subject, tmp_path, batches, rule, every_step=True, **options)
+    assert set(found["shares"]) == {None, 0.6, 0.3, 0.0}
+    assert found["reclaimed"]["reported"] == found["reclaimed"]["counted"] > found["reclaimed"]["kept"] > 0
+    for batch, results in zip(batches, found["batches"], strict=True):
+        for (prompt, _), output in zip(batch, results["outputs"], strict=True):
+            for (start_at, tokens), held in zip(output["chunks"][0], output["held"], strict=True):
+                whole = -(-(start_at + tokens) // rule.block_tokens)
+                middle = rule.middle_tokens(len(prompt), len(prompt)) if start_at >= len(prompt) else 0
+                kept = [middle if share is None else rule.kept_tokens(share, len(prompt)) for share in found["shares"]]
+                freed = [(middle - each) // rule.block_tokens if middle else 0 for each in kept]
+                assert held == [whole - blocks for blocks in freed]
+    assert finite(found)
+    compare_all(subject, SHARES, rule, batches, found, choice)
+
+
+@pytest.mark.parametrize(
+    "how", ["missing", pytest.param("late", marks=pytest.mark.slow), pytest.param("stale", marks=pytest.mark.slow)]
+)
+def test_a_broken_move_shows(subject, tmp_path, how):
+    """Tokens that were not moved, or moved once their blocks were freed and filled; rows left as they were."""
+    rng = random.Random("graded sabotage")
+    batches = [[(draw(rng, 400), 12), (draw(rng, 300), 12)]]
+    found, choice = served(subject, tmp_path, batches, settings={"SABOTAGE_MOVES": how}, enable_prefix_caching=False)
+    if finite(found):
+        with pytest.raises(AssertionError, match="below the best"):
+            compare_all(subject, SHARES, RULE, batches, found, choice)
+
+
+def test_two_ranks_move_their_own_heads(subject, tmp_path):
+    batches = [draw_batch(random.Random("graded ranks"), 8)]
+    settings = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    found, choice = served(subject, tmp_path, batches, shares=EVEN, settings=settings, tensor_parallel_size=2)
+    compare_all(subject, EVEN, RULE, batches, found, choice)
+
+
+@pytest.mark.slow
+def test_compiled_graphs(subject, tmp_path):
+    batches = [draw_batch(random.Random("graded compiled"), 8)]
+    settings = {"VLLM_CACHE_ROOT": str(tmp_path / "cache")}
+    found, choice = served(subject, tmp_path, batches, settings=settings, enforce_eager=False)
+    compare_all(subject, SHARES, RULE, batches, found, choice)
