@@ -39,9 +39,10 @@ from kvprofile.bench.documents import BenchDocument, BenchQuestion
 from kvprofile.bench.verifiers.base import Case
 from kvprofile.bench.verifiers.steadiness import Agreement
 from kvprofile.budget import servable, store
-from kvprofile.budget.allocate import effective_retention, full_places
+from kvprofile.budget.allocate import effective_retention
 from kvprofile.budget.profile import Profile
 from kvprofile.budget.servable import ServableBudget
+from kvprofile.budget.trim import GRADED, WHOLE
 from kvprofile.corpus.sources import documents_folder
 from kvprofile.files import write_atomically
 from kvprofile.records import provenance, record, run_files
@@ -64,20 +65,25 @@ VALUE_BYTES = 2
 
 @dataclass(frozen=True)
 class Leg:
-    """What takes part: stock vLLM, or budgets at a retention. Other kinds of budgets become other lines of LEGS."""
+    """What takes part: stock vLLM, or budgets of a kind at a retention."""
 
     name: str
     retention: float | None = None
+    kind: str = WHOLE
 
     def environment(self, budget: Path) -> dict[str, str]:
         """The variables that make its budgets apply."""
         if self.retention is None:
             return {}
         asked = {"BUDGET": str(budget), "RETENTION": f"{self.retention:g}", "SINK": str(SINKS), "RECENT": str(WINDOW)}
+        asked["KIND"] = self.kind
         return {"LLM_KVZIP_ENABLED": "1", **{f"LLM_KVZIP_{name}": value for name, value in asked.items()}}
 
 
-LEGS = (Leg(BASELINE), Leg("0.7", 0.7), Leg("0.5", 0.5), Leg("0.3", 0.3))
+LEGS = (
+    Leg(BASELINE), Leg("0.7", 0.7), Leg("0.5", 0.5), Leg("0.3", 0.3), Leg("graded 0.5", 0.5, GRADED),
+    Leg("graded 0.3", 0.3, GRADED),
+)  # fmt: skip
 
 
 # ---- one leg, in its own process ----
@@ -136,6 +142,11 @@ class Engine:
         """What each request has written so far."""
         return self.written
 
+    def _move_seconds(self) -> float:
+        """Time spent on moving tokens of graded heads together, so far."""
+        stats = sys.modules.get("kvprofile.runtime.stats")
+        return stats.read()["kv_move_microseconds_total"] / 1e6 if stats else 0.0
+
     def _state(self) -> dict[str, Any]:
         free, running = self.pool.get_num_free_blocks(), self.scheduler.running
         written = [request.num_output_tokens for request in running]
@@ -145,6 +156,7 @@ class Engine:
             "preemptions": self.preemptions,
             "written": statistics.fmean(written) if written else 0.0,
             "most_written": max(written, default=0),
+            "move_seconds": self._move_seconds(),
             "bytes": (self.pool.num_gpu_blocks - 1 - free) * self.block_bytes,
             "pool_bytes": (self.pool.num_gpu_blocks - 1) * self.block_bytes,
         }
@@ -228,18 +240,19 @@ def prompts(tokenizer: Any, count: int, tokens: int) -> list[Prompt]:
 
 
 def budgets_of(leg: Leg, budget: Path) -> ServableBudget | None:
-    """The heads that a leg keeps whole."""
+    """What a leg's heads keep."""
     profile = servable.read(budget)
     if leg.retention is None or not isinstance(profile, Profile):
         return None
-    return servable.of_profile(profile, leg.retention)
+    return servable.of_profile(profile, leg.retention, kind=leg.kind)
 
 
 def request_bytes(shape: Mapping[str, int], kept: ServableBudget | None, tokens: int, output: float) -> float:
     """What a request's heads need while it decodes, ``output`` of its tokens written: no blocks, no groups."""
     heads = shape["layers"] * shape["kv_heads"]
-    full = heads if kept is None else len(full_places(kept.heads))
-    held = full * tokens + (heads - full) * min(tokens, SINKS + WINDOW + output)
+    middle = max(0.0, tokens - output - SINKS - WINDOW)
+    given_up = 0.0 if kept is None else heads * (1.0 - kept.retention_realised)
+    held = heads * tokens - given_up * middle
     return held * 2 * shape["head_size"] * VALUE_BYTES
 
 
@@ -314,6 +327,7 @@ def measure(setting: Setting, model: Path, budget: Path, folder: Path, legs: Seq
     settings = settings_of(setting, legs, budget)
     for leg in legs:
         settings[f"prompt_seconds_{leg.name}"] = round(filled[leg.name]["seconds"] / filled[leg.name]["in_flight"], 3)
+        settings[f"move_share_of_prompt_{leg.name}"] = round(moves_of(filled[leg.name], taken[leg.name]), 5)
         settings[f"turns_taken_again_{leg.name}"] = len(again[leg.name])
         settings[f"same_choices_{leg.name}"] = round(same_choices(written[leg.name], written[BASELINE]), 4)
     return record.RunRecord(
@@ -322,6 +336,11 @@ def measure(setting: Setting, model: Path, budget: Path, folder: Path, legs: Seq
         provenance=provenance.collect(started, provenance.now()),
         legs=made.legs(legs, kept, filled, taken, written),
     )
+
+
+def moves_of(filled: Any, turns: Sequence[Any]) -> float:
+    """Time of the moves, which come with each request's first decode step, as a share of that of the prompts."""
+    return float(turns[-1]["move_seconds"]) / float(filled["seconds"])
 
 
 def undisturbed(engine: Any, steps: int, again: list[float]) -> Any:
@@ -541,15 +560,15 @@ def show(setting: Setting, found: record.RunRecord, shape: Mapping[str, int], bu
     """A table for people."""
     titles = (
         "in flight", "room for", "MiB", "ms a step", "tokens/s, times stock's", "bound", "of it", "same choices",
-        "chrF", "s a prompt",
+        "chrF", "s a prompt", "moves, of it",
     )  # fmt: skip
     table = Table("leg", *titles, title=setting.title)
     names = list(dict.fromkeys(leg.name for leg in found.legs))
     first = {leg.repetition: leg for leg in found.legs if leg.name == BASELINE}
     for name in names:
         turns = [leg for leg in found.legs if leg.name == name]
-        asked = Leg(name, None if name == BASELINE else turns[0].retention_asked)
-        capacity = setting.capacity(shape, budgets_of(asked, budget)) if setting.name == "pool" else None
+        leg = next(leg for leg in LEGS if leg.name == name)
+        capacity = setting.capacity(shape, budgets_of(leg, budget)) if setting.name == "pool" else None
         ratios = [
             (leg.metrics.output_throughput or 0) / (first[leg.repetition].metrics.output_throughput or 1)
             for leg in turns
@@ -569,6 +588,7 @@ def show(setting: Setting, found: record.RunRecord, shape: Mapping[str, int], bu
             f"{found.experiment.settings[f'same_choices_{name}']:.1%}",
             f"{statistics.fmean(scores):.2f}" if scores else "-",
             f"{found.experiment.settings[f'prompt_seconds_{name}']:.1f}",
+            f"{found.experiment.settings[f'move_share_of_prompt_{name}']:.2%}",
         )
     Console(width=150).print(table)
 

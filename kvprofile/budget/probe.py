@@ -82,15 +82,22 @@ def features(keys: torch.Tensor, values: torch.Tensor, first: int, prompt_tokens
     """
     import torch
 
+    parts = _parts(keys, values, first, prompt_tokens)
+    return torch.cat([*(part.expand(keys.shape[0], -1, -1) for part in parts)], -1)
+
+
+def _parts(keys: torch.Tensor, values: torch.Tensor, first: int, prompt_tokens: int) -> list[torch.Tensor]:
+    """The features [G or 1, m, ..] part by part."""
+    import torch
+
     keys, values = keys.float(), values.float()
     half = keys.shape[-1] // 2
     pairs = (keys[..., :half].square() + keys[..., half : 2 * half].square()).sqrt()
     norms = [tensor.square().sum(-1, keepdim=True).sqrt() for tensor in (keys, values)]
     place = torch.arange(first, first + keys.shape[1], device=keys.device, dtype=torch.float32)
     depth = place / prompt_tokens
-    where = torch.stack([depth, depth.square(), (1 + prompt_tokens - place).log(), (1 + place).log()], -1)
-    where = where.expand(keys.shape[0], -1, -1)
-    return torch.cat([pairs, values, *norms, where, torch.ones_like(norms[0])], -1)
+    where = [depth, depth.square(), (1 + prompt_tokens - place).log(), (1 + place).log(), torch.ones_like(place)]
+    return [pairs, values, *norms, torch.stack(where, -1)[None]]
 
 
 def sums(
@@ -125,7 +132,13 @@ class Probe:
     ) -> torch.Tensor:
         """Scores [G, m] of a layer's tokens at positions ``first``.. of a prompt, as for :func:`features`."""
         weights = self.weights[self.layers.index(layer)].to(keys.device)
-        return (features(keys, values, first, prompt_tokens) @ weights[..., None])[..., 0]
+        total = weights.new_zeros(keys.shape[:2])
+        start = 0
+        for part in _parts(keys, values, first, prompt_tokens):  # features side by side would take as long to copy
+            stop = start + part.shape[-1]
+            total += (part @ weights[:, start:stop, None])[..., 0]
+            start = stop
+        return total
 
     def to_bytes(self) -> bytes:
         """The file's bytes."""

@@ -5,6 +5,7 @@ block by the backend's own code, and read back. So packed and transposed caches 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -30,22 +31,72 @@ class Layout:
         """Values, as ``keys``."""
         return self._gather(cache, table, start, stop, self.value_places)
 
+    def whole_blocks(self, cache: torch.Tensor, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [G, b * block_tokens, D] of ``blocks`` [b], whatever requests they belong to."""
+        content = cache[blocks].flatten(2)
+        keys, values = (self._tokens(content, places) for places in (self.key_places, self.value_places))
+        return keys, values
+
     def write(self, cache: torch.Tensor, blocks: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Fill ``blocks`` [b] with keys and values [G, b * block_tokens, D], token by token."""
-        heads, count = cache.shape[1], len(blocks)
+        count, heads = len(blocks), cache.shape[1]
         content = cache.new_empty(count, heads, self.key_places.numel() + self.value_places.numel())
         for tensor, places in ((keys, self.key_places), (values, self.value_places)):
-            content[:, :, places] = tensor.reshape(heads, count, -1).transpose(0, 1)
+            tokens = tensor.view(heads, count, self.block_tokens, self.head_size).transpose(0, 1)
+            view = self._view(content, places)
+            if view is not None:
+                view.copy_(tokens)
+            else:
+                content[:, :, places] = tokens.flatten(2)
         cache[blocks] = content.view(count, *cache.shape[1:])
 
     def _gather(
         self, cache: torch.Tensor, table: torch.Tensor, start: int, stop: int, places: torch.Tensor
     ) -> torch.Tensor:
         first, last = start // self.block_tokens, -(-stop // self.block_tokens)
-        blocks = cache[table[first:last].to(torch.int64)].flatten(2)  # [blocks, G, numbers of a block and head]
-        found = blocks.index_select(2, places).view(last - first, cache.shape[1], self.block_tokens, self.head_size)
-        found = found.transpose(0, 1).reshape(cache.shape[1], -1, self.head_size)
+        found = self._tokens(cache[table[first:last].to(torch.int64)].flatten(2), places)
         return found[:, start - first * self.block_tokens : stop - first * self.block_tokens]
+
+    def _tokens(self, content: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """[G, b * block_tokens, D] from the numbers of each block and head, content [b, G, numbers]."""
+        count, heads, _ = content.shape
+        found = self._view(content, places)
+        if found is None:
+            found = content.index_select(2, places).view(count, heads, self.block_tokens, self.head_size)
+        return found.transpose(0, 1).reshape(heads, count * self.block_tokens, self.head_size)
+
+    def _view(self, content: torch.Tensor, places: torch.Tensor) -> torch.Tensor | None:
+        """Of contiguous content [b, G, numbers] the part at ``places``, [b, G, block_tokens, D], if that is a view."""
+        strides = self.key_strides if places is self.key_places else self.value_strides
+        if strides is None:
+            return None
+        first, *steps = strides
+        size = (*content.shape[:2], self.block_tokens, self.head_size)
+        return content.as_strided(size, (content.stride(0), content.stride(1), *steps), first)
+
+    @cached_property
+    def key_strides(self) -> tuple[int, int, int] | None:
+        """The place of the first key, and how far places are apart from token to token and from dimension to dimension.
+
+        None where a step is not the same everywhere, as in packed caches.
+        """
+        return self._strides(self.key_places)
+
+    @cached_property
+    def value_strides(self) -> tuple[int, int, int] | None:
+        """As ``key_strides``."""
+        return self._strides(self.value_places)
+
+    def _strides(self, places: torch.Tensor) -> tuple[int, int, int] | None:
+        table = places.view(self.block_tokens, self.head_size).cpu()
+        first = int(table[0, 0])
+        token = int(table[1, 0]) - first if self.block_tokens > 1 else 0
+        dimension = int(table[0, 1]) - first if self.head_size > 1 else 0
+        tokens, dimensions = torch.arange(self.block_tokens), torch.arange(self.head_size)
+        if min(token, dimension) < 0:
+            return None
+        even = first + token * tokens[:, None] + dimension * dimensions
+        return (first, token, dimension) if torch.equal(table, even) else None
 
 
 def probe(layer: Any, cache: torch.Tensor) -> Layout:

@@ -126,8 +126,7 @@ class Moved:
         for name, layer in layers.items():
             where = self._layouts[name]
             tokens = len(move.sources) * where.block_tokens
-            keys = where.keys(layer.kv_cache, sources, 0, tokens)
-            values = where.values(layer.kv_cache, sources, 0, tokens)
+            keys, values = where.whole_blocks(layer.kv_cache, sources)
             first = move.first * where.block_tokens
             scores = torch.cat(
                 [
@@ -142,9 +141,11 @@ class Moved:
                 ],
                 dim=1,
             )
-            order = scores.sort(dim=-1, descending=True, stable=True).indices
-            kept = order[:, : len(move.targets) * where.block_tokens].sort(dim=-1).values[..., None]  # as in the text
-            keys, values = (torch.take_along_dim(tensor, kept, dim=1) for tensor in (keys, values))
+            count = len(move.targets) * where.block_tokens
+            best = scores.sort(dim=-1, descending=True, stable=True).indices[:, :count]
+            kept = best.sort(dim=-1).values  # as in the text
+            rows = (kept + torch.arange(len(kept), device=device)[:, None] * tokens).flatten()
+            keys, values = (tensor.flatten(0, 1).index_select(0, rows) for tensor in (keys, values))
             where.write(layer.kv_cache, targets, keys, values)
 
 

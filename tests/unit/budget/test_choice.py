@@ -98,7 +98,7 @@ def by_every_way(profile: Profile, retention: float, folder: Path, capsys: pytes
     served = Served((NAME,), geometry.layers, geometry.attention_heads, geometry.kv_heads, geometry.head_size, 1)
     settings = from_environment({"LLM_KVZIP_BUDGET": str(file), "LLM_KVZIP_RETENTION": f"{retention}"})
     budget, _ = find(settings, served)
-    found["plugin"] = {(layer, head) for layer, row in enumerate(budget.full_heads) for head in row or ()}
+    found["plugin"] = full([row or [] for row in budget.shares])
 
     # diff and plan tell counts: against a profile that trims every head, diff lists those that are not trimmed
     nothing = stating(
