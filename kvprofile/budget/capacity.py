@@ -268,9 +268,10 @@ def _default_retentions(shape: ModelShape) -> Sequence[float]:
 def _fraction_warnings(
     profile: Profile | None, retentions: Sequence[float], holders: int, kind: str
 ) -> Iterator[Decision]:
-    """Rows that no runtime can serve yet: those whose budgets keep a part of a head's context."""
+    """What graded heads cost that is not in the rows, and rows whose fractions no runtime can serve."""
     if kind == GRADED:
-        yield Decision("kind", GRADED, "counted as if served; vLLM is given whole heads so far")
+        why = "served with LLM_KVZIP_KIND=graded; each request keeps its own tokens of a document that several share"
+        yield Decision("kind", GRADED, why)
         return
     for retention in retentions:
         if profile is None or retention == 1.0:

@@ -37,7 +37,9 @@ def plan(
         list[float] | None,
         typer.Option(help="Retention to plan for; repeatable; 0.9 to 0.3 unless given.", min=0, max=1),
     ] = None,
-    kind: Annotated[str, typer.Option(help="Heads of a budget file: whole, as vLLM is given them, or graded.")] = WHOLE,
+    kind: Annotated[
+        str, typer.Option(help="Heads of a budget file: whole, as vLLM serves them by default, or graded.")
+    ] = WHOLE,
     tensor_parallel_size: Annotated[int, typer.Option(help="GPUs that share each layer.", min=1)] = 1,
     dtype: Annotated[
         str | None, typer.Option(help="Data type of the cache: bf16, fp16, fp32, fp8; the model's unless given.")

@@ -24,7 +24,7 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 from kvprofile.runtime import moves
 
 LAYOUT = KVCacheLayout.BLHNC
-"""Blocks outermost: halves of a layer have pages of different size, which share blocks of one width."""
+"""Blocks outermost: parts of a layer have pages of different size, which share blocks of one width."""
 
 KERNELS_TAKE_STRIDES = frozenset({"CPU_ATTN"})
 """Backends that do not declare LAYOUT but read caches by their strides, as tests on the real engine show."""
@@ -70,7 +70,8 @@ def noting_rows_v2(stock: Callable[..., Any]) -> Callable[..., Any]:
     """``GPUModelRunner.prepare_attn`` of model runner V2, which comes before metadata is made."""
 
     def prepare_attn(self: Any, input_batch: Any, *args: Any, **kwargs: Any) -> Any:
-        note_rows(Rows(torch.from_numpy(self.req_states.prompt_len.np[input_batch.idx_mapping_np])))
+        prompts = torch.from_numpy(self.req_states.prompt_len.np[input_batch.idx_mapping_np])
+        note_rows(Rows(prompts, moves.rows_of(self, input_batch.req_ids)))
         return stock(self, input_batch, *args, **kwargs)
 
     return prepare_attn

@@ -14,7 +14,6 @@ import vllm
 from vllm.platforms import current_platform
 
 from kvprofile import unsupported
-from kvprofile.budget.trim import GRADED
 from kvprofile.environment import PREFIX
 from kvprofile.runtime import metrics, stats
 from kvprofile.runtime.engine_budget import CONFIG_KEY
@@ -54,8 +53,6 @@ def configuring(stock: Callable[..., Any]) -> Callable[..., Any]:
         if allowed:
             logger.warning("kvprofile serves with what it was not tested with: %s", "; ".join(allowed))
         budget, origin = find(settings, _served(config))
-        if budget.kind == GRADED and config.use_v2_model_runner:
-            raise ValueError("kvprofile does not serve graded heads with model runner V2; unset LLM_KVZIP_KIND")
         budget = replace(budget, permute_weights=_may_permute(config))
         stats.share()
         metrics.show(budget)

@@ -28,6 +28,8 @@ from kvprofile.runtime.stats import counters
 ATTRIBUTE = "kvprofile_moves"
 """Of a SchedulerOutput: its moves, where it has any."""
 
+Replace = Callable[[Any, str, int, int, list[int]], None]
+
 SLICE_TOKENS = 8192
 """Tokens that are scored at a time, which bounds the memory that takes."""
 
@@ -92,15 +94,15 @@ class Moved:
 
         Raises ValueError where that cannot be found out.
         """
-        layers = runner.compilation_config.static_forward_context
+        layers = runner.vllm_config.compilation_config.static_forward_context
         for group in runner.kv_cache_config.kv_cache_groups:
             for name in group.layer_names:
                 if getattr(layers[name], "share", None):
                     self._layouts[name] = layout.probe(layers[name], layers[name].kv_cache)
 
-    def make(self, runner: Any, moves: Iterable[Move]) -> None:
-        """Make moves on a model runner of V1, in its caches and its block tables."""
-        layers = runner.compilation_config.static_forward_context
+    def make(self, runner: Any, moves: Iterable[Move], replace: Replace) -> None:
+        """Make moves in the caches of a model runner, and let its rows name other blocks."""
+        layers = runner.vllm_config.compilation_config.static_forward_context
         groups = runner.kv_cache_config.kv_cache_groups
         for move in moves:
             kept: dict[float, int] = {}
@@ -108,7 +110,9 @@ class Moved:
                 names = groups[number].layer_names
                 self._move(group, {name: layers[name] for name in names})
                 kept[layers[names[0]].share] = len(group.targets)
-                _replace(runner, move.request_id, number, group)
+                # blocks that were given back become vLLM's null block
+                blocks = [*group.targets, *[0] * (len(group.sources) - len(group.targets))]
+                replace(runner, move.request_id, number, group.first, blocks)
             self.kept[move.request_id] = kept
 
     def forget(self, request_ids: Iterable[str]) -> None:
@@ -150,7 +154,7 @@ class Moved:
 
 
 def preparing(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """``GPUModelRunner.initialize_kv_cache`` that gets ready to move tokens, or fails while the engine starts."""
+    """``initialize_kv_cache`` of either model runner that gets ready to move tokens, or fails at start."""
 
     def initialize_kv_cache(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = stock(self, *args, **kwargs)
@@ -164,17 +168,33 @@ def moving(stock: Callable[..., Any]) -> Callable[..., Any]:
     """``GPUModelRunner._update_states`` of model runner V1 that makes the moves of a step first."""
 
     def _update_states(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        moved, moves = moved_of(self), getattr(scheduler_output, ATTRIBUTE, ())
-        if moves:
-            begun = time.perf_counter()
-            moved.make(self, moves)
-            if SHARED in os.environ and get_tensor_model_parallel_rank() == 0:
-                counters().moved(time.perf_counter() - begun)
-        moved.forget(scheduler_output.finished_req_ids)
-        moved.forget(scheduler_output.scheduled_cached_reqs.resumed_req_ids)
+        moved_of(self).forget(scheduler_output.scheduled_cached_reqs.resumed_req_ids)
+        _make(self, scheduler_output, _replace)
         return stock(self, scheduler_output, *args, **kwargs)
 
     return _update_states
+
+
+def moving_v2(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """``GPUModelRunner.update_requests`` of model runner V2, likewise."""
+
+    def update_requests(self: Any, scheduler_output: Any) -> Any:
+        moved_of(self).forget(scheduler_output.preempted_req_ids or ())
+        _make(self, scheduler_output, _replace_v2)
+        return stock(self, scheduler_output)
+
+    return update_requests
+
+
+def _make(runner: Any, scheduler_output: Any, replace: Replace) -> None:
+    moved, moves = moved_of(runner), getattr(scheduler_output, ATTRIBUTE, ())
+    moved.forget(scheduler_output.finished_req_ids)
+    if not moves:
+        return
+    begun = time.perf_counter()
+    moved.make(runner, moves, replace)
+    if SHARED in os.environ and get_tensor_model_parallel_rank() == 0:
+        counters().moved(time.perf_counter() - begun)
 
 
 def moved_of(runner: Any) -> Moved:
@@ -191,11 +211,16 @@ def rows_of(runner: Any, request_ids: Sequence[str]) -> list[Mapping[float, int]
     return [kept.get(request_id) for request_id in request_ids]
 
 
-def _replace(runner: Any, request_id: str, group: int, move: GroupMove) -> None:
-    """Let a request's row name the blocks that it holds now; those it gave back become vLLM's null block."""
+def _replace(runner: Any, request_id: str, group: int, first: int, new: list[int]) -> None:
+    """Let a request's row of model runner V1 name other blocks from block ``first`` on."""
     blocks = runner.requests[request_id].block_ids[group]
-    stop = move.first + len(move.sources)
-    blocks[move.first : stop] = [*move.targets, *[0] * (len(move.sources) - len(move.targets))]
+    blocks[first : first + len(new)] = new
     row = runner.input_batch.req_id_to_index.get(request_id)
     if row is not None:
         runner.input_batch.block_table[group].add_row(blocks, row)
+
+
+def _replace_v2(runner: Any, request_id: str, group: int, first: int, new: list[int]) -> None:
+    """The same on model runner V2, whose tables are written together later in the step."""
+    row = runner.req_states.req_id_to_index[request_id]
+    runner.block_tables.block_tables[group].stage_write(row, first, new)

@@ -1,7 +1,7 @@
 """Which layers' caches share a group, and how wide groups are. Plain arithmetic, knows nothing of vLLM.
 
 A block of vLLM's pool is as wide as the widest cache group, so every group that is narrower wastes the difference in
-each of its blocks. Full and streaming halves are therefore packed into bins of one width. Narrow bins fill better;
+each of its blocks. Parts of layers are therefore packed into bins of one width. Narrow bins fill better;
 each bin costs a block table and metadata in every step.
 """
 
@@ -22,7 +22,7 @@ MOST_GROUPS = 32
 
 @dataclass(frozen=True)
 class Piece:
-    """The cache of one layer or half layer: bytes of a block, and blocks of it that a typical request holds.
+    """The cache of one layer or part of a layer: bytes of a block, and blocks of it that a typical request holds.
 
     Pieces of one kind hold equally many blocks and may share a group.
     """

@@ -1,7 +1,7 @@
-"""Heads half by half from the start: the projections around a split layer load their rows and columns in that order.
+"""Heads part by part from the start: the projections around a split layer load their rows and columns in that order.
 
-Queries, keys and values of a half then are slices of what the projection gives, and the output projection takes the
-halves' outputs as they come; without this they are gathered and put back at every step. The order is applied where a
+Queries, keys and values of a part then are slices of what the projection gives, and the output projection takes the
+parts' outputs as they come; without this they are gathered and put back at every step. The order is applied where a
 parameter's loader is called, so weights that are loaded again later are in order too. Only plain attention modules
 with unquantised projections are touched; what lies between projection and attention must treat all heads alike.
 """
@@ -27,7 +27,7 @@ LOAD_FORMATS = frozenset({"auto", "hf", "safetensors", "pt", "npcache", "mistral
 
 
 def permuting(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """``BaseModelLoader.create_model`` whose model loads heads half by half where it can."""
+    """``BaseModelLoader.create_model`` whose model loads heads part by part where it can."""
 
     def create_model(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
         model = stock(self, vllm_config, *args, **kwargs)

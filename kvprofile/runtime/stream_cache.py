@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from vllm.utils.math_utils import cdiv
@@ -29,6 +30,7 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from kvprofile.budget.trim import DEFAULT_WINDOW, TrimRule
 from kvprofile.runtime.moves import GroupMove
+from kvprofile.runtime.settings import logger
 from kvprofile.runtime.stats import Life, counters
 
 
@@ -46,7 +48,7 @@ class StreamSpec(AttentionSpec):  # type: ignore[misc]
     pool_block_bytes: int | None = None
     """Bytes of one block of the pool, once groups are packed."""
     groups: tuple[int, int] = (0, 1)
-    """How many groups of full and of streaming halves there are, once groups are packed."""
+    """How many groups of full and of streaming parts there are, once groups are packed."""
 
     @property
     def trim(self) -> TrimRule:
@@ -129,6 +131,8 @@ class StreamManager(FullAttentionManager):  # type: ignore[misc]
             first = self._trim.sink_blocks
             # blocks that other requests hold too stay where they are
             given_back = sum(block.ref_cnt == 1 for block in self.req_to_blocks[request_id][first : first + middle])
+            if kept > given_back:
+                _tell_of_copies()
             needed = max(0, needed + kept - given_back)
         return int(needed)
 
@@ -235,6 +239,15 @@ class StreamManager(FullAttentionManager):  # type: ignore[misc]
     def _held(self, request_id: str) -> int:
         """Blocks that a request holds in this group; freed ones have become the null block."""
         return sum(not block.is_null for block in self.req_to_blocks.get(request_id, ()))
+
+
+@cache
+def _tell_of_copies() -> None:
+    """Log, once in a process, that a request takes more blocks at its move than it gives back."""
+    logger.warning(
+        "kvprofile: requests share a long beginning, and each keeps its own copy of the tokens that stay in graded heads; "
+        "whole heads share them (docs/graded.md, shared documents)"
+    )
 
 
 def register() -> None:
