@@ -245,8 +245,8 @@ class StreamManager(FullAttentionManager):  # type: ignore[misc]
 def _tell_of_copies() -> None:
     """Log, once in a process, that a request takes more blocks at its move than it gives back."""
     logger.warning(
-        "kvprofile: requests share a long beginning, and each keeps its own copy of the tokens that stay in graded heads; "
-        "whole heads share them (docs/graded.md, shared documents)"
+        "kvprofile: requests share a long beginning, and each keeps its own copy of the tokens that stay in graded "
+        "heads; whole heads share them (docs/graded.md, shared documents)"
     )
 
 

@@ -9,6 +9,8 @@ import json
 import os
 import sys
 
+from tests.vllm import interpreter
+
 
 class Recorder:
     """Watches a scheduler: admissions of each request, and blocks held by each cache group after each step."""
@@ -196,6 +198,8 @@ def serve(job):
 
 def main():
     jobs = json.load(sys.stdin)
+    if os.environ.get(interpreter.WANTED):
+        interpreter.enable()
     if os.environ.get("SABOTAGE_TRIMMED_VIEW"):
         sabotage()
     if os.environ.get("SABOTAGE_MOVES"):

@@ -161,6 +161,7 @@ def test_what_runs_inside_vllm_imports_torch_and_vllm_alone():
         "__future__",
         "collections",
         "dataclasses",
+        "functools",
         "json",
         "typing",
         "safetensors",
