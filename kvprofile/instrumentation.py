@@ -46,7 +46,8 @@ class Look:
 class CacheStatistics:
     """Blocks that one request held over all cache groups with budgets: when prefill ended, after the trim, at its end.
 
-    None for a request that ended before its trim was due. ``lives`` counts its admissions: preemptions and one.
+    None for a request that ended before its trim was due. ``blocks_kept``: those that it took for the tokens of graded
+    heads that stay. ``lives`` counts its admissions: preemptions and one.
     """
 
     blocks_after_prefill: int | None
@@ -55,6 +56,7 @@ class CacheStatistics:
     blocks_reclaimed: int
     block_bytes: int
     lives: int = 1
+    blocks_kept: int = 0
 
     @property
     def eviction_ratio(self) -> float | None:
@@ -119,6 +121,7 @@ class RequestLog:
             blocks_reclaimed=raw.get("blocks_reclaimed", 0) + (before.blocks_reclaimed if before else 0),
             block_bytes=raw.get("block_bytes", 0),
             lives=(before.lives if before else 0) + 1,
+            blocks_kept=raw.get("blocks_kept", 0) + (before.blocks_kept if before else 0),
         )
 
 

@@ -117,18 +117,21 @@ def head_maps(summary: Summary) -> list[dict[str, Any]]:
             continue
         values = [value for row in heads.budgets for value in row if value is not None]
         full = sum(value == 1.0 for value in values)
-        window = []
+        shares = [value for value in values if 0.0 < value < 1.0]
+        graded, window = [], []
+        if shares:
+            low, high = (f"{100 * edge:.0f} %" for edge in (min(shares), max(shares)))
+            graded = [f"graded: {len(shares)} keep {low if low == high else f'{low} to {high}'} of it, the best tokens"]
         if heads.sink_tokens is not None and heads.recent_tokens is not None:
-            window = [
-                f"the others keep {number(heads.sink_tokens)} sinks and the last {number(heads.recent_tokens)} tokens"
-            ]
+            who, sinks, recent = "all but full ones" if shares else "the others", heads.sink_tokens, heads.recent_tokens
+            window = [f"{who} keep {number(sinks)} sinks and the last {number(recent)} tokens"]
         found.append(
             {
                 "name": group.name,
                 "budgets": heads.budgets,
                 "layers": len(heads.budgets),
                 "kv_heads": len(heads.budgets[0]),
-                "words": "; ".join([f"{full} of {len(values)} heads keep the whole context", *window]),
+                "words": "; ".join([f"{full} of {len(values)} heads keep the whole context", *graded, *window]),
                 "ranked": " by ".join(filter(None, (heads.method, heads.statistic))),
             }
         )

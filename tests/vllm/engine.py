@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -22,6 +23,13 @@ NEAR_TIE = 1e-3
 """Logits closer than this may be ranked either way by another order of summation."""
 
 
+UNEVEN = [[1.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0], [0.0, 1.0, 1.0, 0.0]]
+"""Heads apart and side by side, a layer without full heads, one with nothing else."""
+
+SHARES = [[1.0, 0.3, 0.3, 1.0], [0.6, 0.0, 0.0, 0.6], [1.0, 1.0, 1.0, 1.0], [0.0, 0.3, 0.6, 1.0]]
+"""Heads of one share apart and side by side, a layer without full heads, one with nothing else, one of every share."""
+
+
 @dataclass
 class Subject:
     """A random float32 model on disk and its description."""
@@ -37,6 +45,28 @@ def make_subject(folder, family="llama", **changes):
     model.save_pretrained(folder)
     model.set_attn_implementation("sdpa")
     return Subject(model, folder, describe(Source(folder.name, folder, None)).geometry)
+
+
+def draw(rng, count):
+    return [rng.randrange(4, 1000) for _ in range(count)]
+
+
+def draw_batch(rng, count, longest=400, shared=()):
+    """Prompts with shared beginnings, around block borders and shorter than sinks and window; outputs of 1 and more."""
+    lengths = [n for n in (1, 5, 31, 32, 33, 64, 97, 150, 260, 400) if n <= longest]
+    return [
+        (
+            list(shared[: rng.choice((0, 32, 64, 100, 192))]) + draw(rng, rng.choice(lengths)),
+            rng.choice((1, 2, 8, 30, 60, 100)),
+        )
+        for _ in range(count)
+    ]
+
+
+def finite(result):
+    return all(
+        math.isfinite(value) for batch in result["batches"] for found in batch["outputs"] for value in found["logprobs"]
+    )
 
 
 def write_budget(path, subject, heads, rule, name=None):

@@ -8,14 +8,21 @@ import pytest
 
 from kvprofile.budget.trim import TrimRule
 from kvprofile.evaluate.token_choice import ByProbe
-from tests.vllm.engine import compare_all, environment, make_subject, serve, write_graded
-from tests.vllm.test_runtime import draw, draw_batch, finite
+from tests.vllm.engine import (
+    SHARES,
+    compare_all,
+    draw,
+    draw_batch,
+    environment,
+    finite,
+    make_subject,
+    serve,
+    write_graded,
+)
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
 
-SHARES = [[1.0, 0.3, 0.3, 1.0], [0.6, 0.0, 0.0, 0.6], [1.0, 1.0, 1.0, 1.0], [0.0, 0.3, 0.6, 1.0]]
-"""Heads of one share apart and side by side, a layer without full heads, one with nothing else, one of every share."""
 EVEN = [[1.0, 0.3, 0.3, 1.0], [0.6, 0.0, 0.0, 0.6], [0.6, 0.6, 0.6, 0.6], [0.3, 0.0, 0.0, 0.3]]
 """Shares that two ranks hold equally many of, in layers with and without full heads."""
 RULE = TrimRule(16, 64, 32)

@@ -9,9 +9,18 @@ import pytest
 from kvprofile.budget.trim import TrimRule
 from kvprofile.evaluate.token_choice import ByProbe
 from tests.vllm import interpreter
-from tests.vllm.engine import compare_all, environment, make_subject, serve, write_budget, write_graded
-from tests.vllm.test_graded_serving import SHARES
-from tests.vllm.test_runtime import UNEVEN, draw, finite
+from tests.vllm.engine import (
+    SHARES,
+    UNEVEN,
+    compare_all,
+    draw,
+    environment,
+    finite,
+    make_subject,
+    serve,
+    write_budget,
+    write_graded,
+)
 
 pytest.importorskip("vllm")
 pytestmark = [pytest.mark.vllm, pytest.mark.skipif(not interpreter.is_here(), reason=interpreter.MISSING)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import random
 import subprocess
 import sys
@@ -16,13 +15,21 @@ from kvprofile.budget.profile import FULL_ATTENTION
 from kvprofile.budget.trim import SLIDING, WINDOWS, TrimRule
 from kvprofile.runtime.settings import STATE_RELEASE, release_of
 from tests.helpers.models import HYBRIDS
-from tests.vllm.engine import compare_all, environment, make_subject, serve, write_budget
+from tests.vllm.engine import (
+    UNEVEN,
+    compare_all,
+    draw,
+    draw_batch,
+    environment,
+    finite,
+    make_subject,
+    serve,
+    write_budget,
+)
 
 vllm = pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
 
-UNEVEN = [[1.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0], [0.0, 1.0, 1.0, 0.0]]
-"""Heads apart and side by side, a layer without full heads, one with nothing else."""
 SPARSE = [[0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]]
 FULL = [[1.0] * 4] * 4
 
@@ -30,28 +37,6 @@ FULL = [[1.0] * 4] * 4
 @pytest.fixture(scope="module")
 def subject(tmp_path_factory):
     return make_subject(tmp_path_factory.mktemp("engine") / "tiny")
-
-
-def draw(rng, count):
-    return [rng.randrange(4, 1000) for _ in range(count)]
-
-
-def draw_batch(rng, count, longest=400, shared=()):
-    """Prompts with shared beginnings, around block borders and shorter than sinks and window; outputs of 1 and more."""
-    lengths = [n for n in (1, 5, 31, 32, 33, 64, 97, 150, 260, 400) if n <= longest]
-    return [
-        (
-            list(shared[: rng.choice((0, 32, 64, 100, 192))]) + draw(rng, rng.choice(lengths)),
-            rng.choice((1, 2, 8, 30, 60, 100)),
-        )
-        for _ in range(count)
-    ]
-
-
-def finite(result):
-    return all(
-        math.isfinite(value) for batch in result["batches"] for found in batch["outputs"] for value in found["logprobs"]
-    )
 
 
 @pytest.mark.parametrize("window", WINDOWS)

@@ -277,7 +277,8 @@ def test_patches_are_applied_once_and_removed():
 COUNT = (
     "import sys; from pathlib import Path; from kvprofile.runtime.stats import Counters;"
     "counters = Counters(Path(sys.argv[1]), Path(sys.argv[2]));"
-    "counters.reclaimed(3, 100); counters.in_use(5, 100); counters.reclaimed(2, 100); counters.in_use(4, 100)"
+    "counters.reclaimed(3, 100); counters.in_use(5, 100); counters.reclaimed(2, 100); counters.in_use(4, 100);"
+    "counters.kept(2); counters.moved(0.25); counters.moved(0.5)"
 )
 SHARE = "from kvprofile.runtime import stats; stats.share(); print(stats.read()['kv_bytes_reclaimed_total'])"
 
@@ -290,7 +291,8 @@ def test_counters_cross_processes(tmp_path, monkeypatch):
     assert stats.read() == dict.fromkeys(stats.FIELDS, 0)
     subprocess.run([sys.executable, "-c", COUNT, shared, str(lines)], check=True)
     expected = {"kv_blocks_reclaimed_total": 5, "kv_bytes_reclaimed_total": 500, "kv_bytes_in_use": 400}
-    assert stats.read() == {**expected, "kv_block_bytes": 100}
+    expected |= {"kv_block_bytes": 100, "kv_blocks_kept_total": 2, "kv_move_microseconds_total": 750_000}
+    assert stats.read() == expected
     (line,) = [json.loads(text) for text in lines.read_text().splitlines()]  # the second is within a second
     assert line["kv_bytes_in_use"] == 500
 
