@@ -270,7 +270,7 @@ def _fraction_warnings(
 ) -> Iterator[Decision]:
     """What graded heads cost that is not in the rows, and rows whose fractions no runtime can serve."""
     if kind == GRADED:
-        why = "served with LLM_KVZIP_KIND=graded; each request keeps its own tokens of a document that several share"
+        why = "vLLM serves them with LLM_KVZIP_KIND=graded; without it whole heads"
         yield Decision("kind", GRADED, why)
         return
     for retention in retentions:

@@ -82,22 +82,18 @@ def features(keys: torch.Tensor, values: torch.Tensor, first: int, prompt_tokens
     """
     import torch
 
-    parts = _parts(keys, values, first, prompt_tokens)
-    return torch.cat([*(part.expand(keys.shape[0], -1, -1) for part in parts)], -1)
-
-
-def _parts(keys: torch.Tensor, values: torch.Tensor, first: int, prompt_tokens: int) -> list[torch.Tensor]:
-    """The features [G or 1, m, ..] part by part."""
-    import torch
-
-    keys, values = keys.float(), values.float()
-    half = keys.shape[-1] // 2
-    pairs = (keys[..., :half].square() + keys[..., half : 2 * half].square()).sqrt()
-    norms = [tensor.square().sum(-1, keepdim=True).sqrt() for tensor in (keys, values)]
     place = torch.arange(first, first + keys.shape[1], device=keys.device, dtype=torch.float32)
     depth = place / prompt_tokens
     where = [depth, depth.square(), (1 + prompt_tokens - place).log(), (1 + place).log(), torch.ones_like(place)]
-    return [pairs, values, *norms, torch.stack(where, -1)[None]]
+    return torch.cat([*_contents(keys, values), torch.stack(where, -1).expand(keys.shape[0], -1, -1)], -1)
+
+
+def _contents(keys: torch.Tensor, values: torch.Tensor) -> list[torch.Tensor]:
+    """The features [G, m, ..] that do not look at the place, part by part, in their order."""
+    keys, values = keys.float(), values.float()
+    half = keys.shape[-1] // 2
+    pairs = (keys[..., :half].square() + keys[..., half : 2 * half].square()).sqrt()
+    return [pairs, values, *(tensor.square().sum(-1, keepdim=True).sqrt() for tensor in (keys, values))]
 
 
 def sums(
@@ -127,14 +123,16 @@ class Probe:
     layers: tuple[int, ...]
     weights: torch.Tensor
 
-    def scores(
-        self, layer: int, keys: torch.Tensor, values: torch.Tensor, first: int, prompt_tokens: int
-    ) -> torch.Tensor:
-        """Scores [G, m] of a layer's tokens at positions ``first``.. of a prompt, as for :func:`features`."""
+    def scores(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """Scores [G, m] of a layer's tokens, keys [G, m, D] and values [G, m, V], by which those of a span compete.
+
+        The place in the prompt, which a fit looks at too, is left out: it tells what a repeat of the text needs from
+        what a reader needs, and knows how long the prompt is.
+        """
         weights = self.weights[self.layers.index(layer)].to(keys.device)
         total = weights.new_zeros(keys.shape[:2])
         start = 0
-        for part in _parts(keys, values, first, prompt_tokens):  # features side by side would take as long to copy
+        for part in _contents(keys, values):  # features side by side would take as long to copy
             stop = start + part.shape[-1]
             total += (part @ weights[:, start:stop, None])[..., 0]
             start = stop

@@ -7,13 +7,18 @@ for the first one after the prompt, so everything that is generated stays; a *sl
 Keys carry their positions already; nothing is renumbered.
 
 Between sinks and window a head keeps the share that its budget says, in whole blocks: all of it (1, a full head), none
-(0, a trimmed one), or so many tokens, the best by the probe. How many is decided once, where the prompt ends.
+(0, a trimmed one), or so many tokens, the best by the probe. How many is decided once, where the prompt ends. Tokens
+compete within spans of equal length, so what stays of a span depends on nothing that comes after it, and prompts that
+begin alike keep the same of what they share.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+
+SPAN_TOKENS = 256
+"""Tokens of a span, rounded down to whole blocks; at least one."""
 
 DEFAULT_BLOCK_TOKENS = 16
 """vLLM's block size on GPUs."""
@@ -82,7 +87,25 @@ class TrimRule:
         middle = self.middle_tokens(prompt_tokens, prompt_tokens)
         if share >= 1.0:
             return middle
-        return math.floor(round(share * (middle // self.block_tokens), 6) + 0.5) * self.block_tokens
+        return _rounded(share, middle // self.block_tokens) * self.block_tokens
+
+    @property
+    def span_blocks(self) -> int:
+        """Blocks of a span."""
+        return max(1, SPAN_TOKENS // self.block_tokens)
+
+    def spans(self, share: float, prompt_tokens: int) -> list[tuple[int, int]]:
+        """Blocks of every span between sinks and window of a prompt, and how many of them a head of a budget keeps.
+
+        The last span may be shorter. Halves are rounded so that the spans up to any one keep together what their
+        blocks at once would.
+        """
+        blocks = self.middle_tokens(prompt_tokens, prompt_tokens) // self.block_tokens
+        found = []
+        for start in range(0, blocks, self.span_blocks):
+            stop = min(start + self.span_blocks, blocks)
+            found.append((stop - start, _rounded(share, stop) - _rounded(share, start)))
+        return found
 
     def held_tokens(self, processed: int, prompt_tokens: int, share: float = 0.0) -> int:
         """Tokens that a head of a budget holds when ``processed`` tokens are and the next one comes."""
@@ -90,3 +113,8 @@ class TrimRule:
             return processed
         kept = self.kept_tokens(share, prompt_tokens) if share else 0
         return processed - self.middle_tokens(processed, prompt_tokens) + kept
+
+
+def _rounded(share: float, blocks: int) -> int:
+    """So much of a number of blocks, to the nearest whole one, halves up."""
+    return math.floor(round(share * blocks, 6) + 0.5)

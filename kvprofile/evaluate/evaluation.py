@@ -16,7 +16,7 @@ from kvprofile.budget import store
 from kvprofile.budget.probe import Probe
 from kvprofile.budget.probe import load as load_probe
 from kvprofile.budget.profile import mean_budget
-from kvprofile.budget.trim import TrimRule
+from kvprofile.budget.trim import SPAN_TOKENS, TrimRule
 from kvprofile.checkpoint import Description, Placement, describe, identity, load_model, load_tokenizer, locate, place
 from kvprofile.errors import InputError
 from kvprofile.evaluate import exercises
@@ -203,6 +203,7 @@ def run_key(planned: EvaluationPlan, placement: Placement) -> str:
         "generate": planned.options.generate,
         "words": [planned.words.end_ids, planned.words.next_ids, sorted(planned.words.stop_ids)],
         "variants": [(variant.key, variant.budget) for variant in planned.variants],
+        "span_tokens": SPAN_TOKENS if any(variant.tokens for variant in planned.variants) else None,
         "probes": [each.profile.probe and each.profile.probe.sha256 for each in planned.contenders if each.probe],
         "exercises": [
             (asked.name, asked.exercise.answered, asked.context_ids, [asdict(row) for row in asked.rows])

@@ -92,9 +92,10 @@ class Keeping:
                 continue
             if id(choice) not in orders:  # budgets that choose alike rank the tokens once
                 orders[id(choice)] = self._order(layer, whole, choice)
-            counts = [count if fate == SOME else 0 for count, fate in zip(kept[number], fates[number], strict=True)]
+            pairs = zip(rows[number], fates[number], strict=True)
+            shares = [share if fate == SOME else None for share, fate in pairs]
             which = None if len(rows) == 1 else (number,)
-            groups += self._graded_heads(whole, counts, orders[id(choice)], which)
+            groups += self._graded_heads(whole, shares, orders[id(choice)], which)
         return groups
 
     def _whole_heads(self, whole: Span, fates: Sequence[Sequence[str]], fate: str) -> list[HeldHeads]:
@@ -113,10 +114,15 @@ class Keeping:
         return groups
 
     def _order(self, layer: int, whole: Span, choice: TokenChoice) -> torch.Tensor:
-        """The tokens of the middle, counted from its first, best first for each head [G, M]."""
+        """The tokens of the middle [G, M], counted from its first: span by span, the best of each first."""
         first, stop = self._middle
         found = choice.scores(CachedTokens(layer, *whole.between(first, stop), first, self.prompt_tokens))
-        return found.sort(dim=-1, descending=True, stable=True).indices
+        size = self.rule.span_blocks * self.rule.block_tokens
+        parts = [
+            found[:, start : start + size].sort(dim=-1, descending=True, stable=True).indices + start
+            for start in range(0, found.shape[1], size)
+        ]
+        return torch.cat(parts, dim=-1)
 
     @property
     def _middle(self) -> tuple[int, int]:
@@ -125,14 +131,21 @@ class Keeping:
         return first, first + self.rule.middle_tokens(self.length, self.prompt_tokens)
 
     def _graded_heads(
-        self, whole: Span, counts: Sequence[int], order: torch.Tensor, which: tuple[int, ...] | None
+        self, whole: Span, shares: Sequence[float | None], order: torch.Tensor, which: tuple[int, ...] | None
     ) -> list[HeldHeads]:
-        """The heads that keep ``counts`` tokens of the middle, 0 for those that live otherwise."""
+        """The heads that keep ``shares`` of the middle, None for those that live otherwise."""
         first, stop = self._middle
+        block = self.rule.block_tokens
         groups = []
-        for count in sorted({*counts} - {0}):
-            index, queries = self._numbers([head for head, mine in enumerate(counts) if mine == count])
-            places = (first + order[index, :count]).sort(-1).values  # in the order of the text
+        for share in sorted({share for share in shares if share is not None}):
+            index, queries = self._numbers([head for head, mine in enumerate(shares) if mine == share])
+            # of every span as many of its best as it keeps
+            columns, start = [], 0
+            for size, kept in self.rule.spans(share, self.prompt_tokens):
+                columns.append(torch.arange(start, start + kept * block))
+                start += size * block
+            chosen = order[index][:, torch.cat(columns).to(self.device)]
+            places = (first + chosen).sort(-1).values  # in the order of the text
             held = [whole.picked(index, places, first, stop)]
             groups.append(HeldHeads(index, queries, self.sight.everything_held, held, None, which))
         return groups

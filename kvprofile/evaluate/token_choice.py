@@ -1,6 +1,6 @@
 """Which tokens graded heads keep: the probe's, and the controls and the ceiling that it is compared with.
 
-A choice scores the tokens between sinks and window; a head keeps those with the highest scores.
+A choice scores the tokens between sinks and window; of every span a head keeps those with the highest scores.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class ByProbe(TokenChoice):
 
     def scores(self, tokens: CachedTokens) -> torch.Tensor:
         """As ``TokenChoice.scores``."""
-        found = self.probe.scores(tokens.layer, tokens.keys, tokens.values, tokens.first, tokens.prompt_tokens)
+        found = self.probe.scores(tokens.layer, tokens.keys, tokens.values)
         return -found if self.reversed else found
 
 

@@ -112,9 +112,24 @@ def _trimming(base: Any) -> Any:
             self._view = TrimmedView(spec.trim, rows, self.device, spec.share)
 
         def build(self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False) -> Any:
-            return super().build(common_prefix_len, self._view.of(common_attn_metadata), fast_build)
+            return super().build(common_prefix_len, once(self._view, common_attn_metadata), fast_build)
 
     return TrimmingBuilder
+
+
+_latest: list[tuple[Any, Any, Any]] = []
+"""The metadata that was last rewritten, by which rule and share, and what became of it."""
+
+
+def once(view: TrimmedView, metadata: Any) -> Any:
+    """``metadata`` as ``view`` rewrites it; where the builder before asked the same of the same, its answer.
+
+    Parts of one cache group that differ in heads have builders of their own, which all are given the group's metadata.
+    """
+    asked = view.trim, view.share
+    if not _latest or _latest[0][0] is not metadata or _latest[0][1] != asked:
+        _latest[:] = [(metadata, asked, view.of(metadata))]
+    return _latest[0][2]
 
 
 class TrimmedView:

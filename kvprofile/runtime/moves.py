@@ -1,10 +1,11 @@
 """Graded heads when their prompt is done: the tokens that stay are moved together, from the scheduler to every worker.
 
-The scheduler's cache managers note a move for each request and cache group (``stream_cache``): which blocks the middle
-of the prompt lay in, and which new ones take the tokens of it that stay. Moves travel on vLLM's SchedulerOutput. A
-worker makes them before anything else of the step, request by request and group by group in the order of the schedule:
-a block that one move takes may be one that an earlier move has just given back, so its content is read by then, and
-blocks that others are given in the step are zeroed and written later.
+The scheduler's cache managers note a move for each request and cache group (``stream_cache``): which blocks the spans
+of the prompt's middle lay in, which new ones take the tokens of them that stay, and what the request's row names from
+then on. Moves travel on vLLM's SchedulerOutput. A worker makes them before anything else of the step, request by
+request and group by group in the order of the schedule: a block that one move takes may be one that an earlier move has
+just given back, so its content is read by then, and blocks that others are given in the step are zeroed and written
+later.
 
 Which tokens stay is the probe's to say, for every head on its own (``budget.probe``); ranks need not agree.
 """
@@ -36,14 +37,19 @@ SLICE_TOKENS = 8192
 
 @dataclass(frozen=True)
 class GroupMove:
-    """Of one cache group, the blocks of a prompt from the block ``first`` on, between sinks and window, and those that
-    take the tokens that stay.
+    """Of one cache group: ``row`` names what stands in a request's row from block ``first`` on, ``kept`` of it blocks
+    that hold tokens that stay. None where the request was preempted before the step began.
+
+    ``sources`` are the blocks of spans that are to be moved, one after the other, and ``targets`` those that take what
+    stays of them; ``spans`` counts both for each span. Spans that another request has moved already are not among them.
     """
 
-    prompt_tokens: int
     first: int
+    kept: int
+    row: list[int] | None
     sources: list[int]
     targets: list[int]
+    spans: list[tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -109,11 +115,11 @@ class Moved:
             for number, group in move.groups.items():
                 names = groups[number].layer_names
                 self._move(group, {name: layers[name] for name in names})
-                kept[layers[names[0]].share] = len(group.targets)
-                # blocks that were given back become vLLM's null block
-                blocks = [*group.targets, *[0] * (len(group.sources) - len(group.targets))]
-                replace(runner, move.request_id, number, group.first, blocks)
-            self.kept[move.request_id] = kept
+                if group.row is not None:
+                    kept[layers[names[0]].share] = group.kept
+                    replace(runner, move.request_id, number, group.first, group.row)
+            if kept:
+                self.kept[move.request_id] = kept
 
     def forget(self, request_ids: Iterable[str]) -> None:
         """Requests that are gone, or begin anew."""
@@ -127,30 +133,46 @@ class Moved:
         device = next(iter(layers.values())).kv_cache.device
         blocks = async_tensor_h2d([*move.sources, *move.targets], device=device, dtype=torch.int64)
         sources, targets = blocks[: len(move.sources)], blocks[len(move.sources) :]
+        chosen: torch.Tensor | None = None
         for name, layer in layers.items():
             where = self._layouts[name]
-            tokens = len(move.sources) * where.block_tokens
+            if chosen is None:  # the same places of the best in every layer of the group
+                chosen = async_tensor_h2d(_best(move.spans, where.block_tokens), device=device, dtype=torch.int64)
             keys, values = where.whole_blocks(layer.kv_cache, sources)
-            first = move.first * where.block_tokens
-            scores = torch.cat(
-                [
-                    layer.probe.scores(
-                        0,
-                        keys[:, start : start + SLICE_TOKENS],
-                        values[:, start : start + SLICE_TOKENS],
-                        first + start,
-                        move.prompt_tokens,
-                    )
-                    for start in range(0, tokens, SLICE_TOKENS)
-                ],
-                dim=1,
-            )
-            count = len(move.targets) * where.block_tokens
-            best = scores.sort(dim=-1, descending=True, stable=True).indices[:, :count]
-            kept = best.sort(dim=-1).values  # as in the text
-            rows = (kept + torch.arange(len(kept), device=device)[:, None] * tokens).flatten()
+            heads, tokens = keys.shape[:2]
+            slices = [slice(start, start + SLICE_TOKENS) for start in range(0, tokens, SLICE_TOKENS)]
+            scores = torch.cat([layer.probe.scores(0, keys[:, each], values[:, each]) for each in slices], dim=1)
+            order = _span_by_span(scores, move.spans, where.block_tokens)
+            kept = order.index_select(1, chosen).sort(dim=-1).values  # as in the text
+            rows = (kept + torch.arange(heads, device=device)[:, None] * tokens).flatten()
             keys, values = (tensor.flatten(0, 1).index_select(0, rows) for tensor in (keys, values))
             where.write(layer.kv_cache, targets, keys, values)
+
+
+def _best(spans: Sequence[tuple[int, int]], block_tokens: int) -> list[int]:
+    """Places of the tokens that stay, where those of each span stand best first."""
+    found: list[int] = []
+    start = 0
+    for blocks, kept in spans:
+        found += range(start, start + kept * block_tokens)
+        start += blocks * block_tokens
+    return found
+
+
+def _span_by_span(scores: torch.Tensor, spans: Sequence[tuple[int, int]], block_tokens: int) -> torch.Tensor:
+    """Tokens [G, m] of spans one after the other, those of each span best first, by their scores [G, m]."""
+    heads, tokens = scores.shape
+    longest = max(blocks for blocks, _ in spans) * block_tokens
+    short = spans[-1][0] * block_tokens
+    whole = tokens - short if short < longest else tokens
+    parts = []
+    if whole:  # all spans of one length at once
+        order = scores[:, :whole].view(heads, -1, longest).sort(dim=-1, descending=True, stable=True).indices
+        starts = torch.arange(0, whole, longest, device=scores.device)
+        parts.append((order + starts[:, None]).flatten(1))
+    if whole < tokens:
+        parts.append(scores[:, whole:].sort(dim=-1, descending=True, stable=True).indices + whole)
+    return torch.cat(parts, dim=1)
 
 
 def preparing(stock: Callable[..., Any]) -> Callable[..., Any]:

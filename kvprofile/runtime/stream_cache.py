@@ -19,8 +19,7 @@ and is made before anything else in it. A row is trimmed once its move was made.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vllm.utils.math_utils import cdiv
@@ -30,7 +29,6 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from kvprofile.budget.trim import DEFAULT_WINDOW, TrimRule
 from kvprofile.runtime.moves import GroupMove
-from kvprofile.runtime.settings import logger
 from kvprofile.runtime.stats import Life, counters
 
 
@@ -55,18 +53,39 @@ class StreamSpec(AttentionSpec):  # type: ignore[misc]
         """The trim rule in blocks of this spec."""
         return TrimRule(self.sink_tokens, self.recent_tokens, self.block_size, self.window)
 
-    def kept_blocks(self, prompt_tokens: int) -> tuple[int, int]:
-        """Blocks between sinks and window of a prompt, and how many of them are kept."""
-        trim = self.trim
-        middle = trim.middle_tokens(prompt_tokens, prompt_tokens) // self.block_size
-        return middle, trim.kept_tokens(self.share or 0.0, prompt_tokens) // self.block_size
-
     def max_memory_usage_bytes(self, vllm_config: Any) -> int:
         """Bytes of the longest request: in prefill it holds everything."""
         return int(cdiv(vllm_config.model_config.max_model_len, self.block_size) * self.page_size_bytes)
 
 
 _OWN_FIELDS = ("sink_tokens", "recent_tokens", "window", "share", "pool_block_bytes", "groups")
+
+
+@dataclass(frozen=True)
+class _Span:
+    """Blocks of a span of a prompt, and how many blocks take what stays of it.
+
+    ``key``: the hash of the prefix that ends with it, None where a span is cut off or nothing is hashed. ``shared``:
+    blocks that a live request has moved it to.
+    """
+
+    blocks: list[Any]
+    kept: int
+    key: Any
+    shared: list[Any] | None
+
+    @property
+    def numbers(self) -> list[int]:
+        """Numbers of its blocks."""
+        return [block.block_id for block in self.blocks]
+
+
+@dataclass(frozen=True)
+class _Moved:
+    """Blocks that hold what stays of a span, and the requests that hold them."""
+
+    blocks: list[Any]
+    holders: set[str] = field(default_factory=set)
 
 
 class StreamManager(FullAttentionManager):  # type: ignore[misc]
@@ -80,8 +99,10 @@ class StreamManager(FullAttentionManager):  # type: ignore[misc]
         self._lives: dict[str, Life] = {}
         self._graded = kv_cache_spec.share is not None
         self._prompt_tokens: dict[str, int] = {}
-        self._due: dict[str, tuple[int, int]] = {}
+        self._due: dict[str, list[_Span]] = {}
         self._moves: dict[str, GroupMove] = {}
+        self._moved: dict[Any, _Moved] = {}  # spans that live requests may share, by the hash of their end
+        self._holds: dict[str, list[Any]] = {}
 
     @classmethod
     def find_longest_cache_hit(
@@ -126,15 +147,25 @@ class StreamManager(FullAttentionManager):  # type: ignore[misc]
         if apply_admission_cap:
             self._prefill_end[request_id] = num_tokens
         elif self._graded and self._is_due(request_id, total_computed_tokens):
-            middle, kept = self.kv_cache_spec.kept_blocks(self._prompt_tokens[request_id])
-            self._due[request_id] = middle, kept
-            first = self._trim.sink_blocks
+            spans = self._due[request_id] = self._spans(request_id)
+            taken = sum(span.kept for span in spans if span.shared is None)
             # blocks that other requests hold too stay where they are
-            given_back = sum(block.ref_cnt == 1 for block in self.req_to_blocks[request_id][first : first + middle])
-            if kept > given_back:
-                _tell_of_copies()
-            needed = max(0, needed + kept - given_back)
+            given_back = sum(block.ref_cnt == 1 for span in spans for block in span.blocks)
+            needed = max(0, needed + taken - given_back)
         return int(needed)
+
+    def _spans(self, request_id: str) -> list[_Span]:
+        """The spans of a prompt's middle, with what other requests have moved of them already."""
+        found = []
+        start, blocks = self._trim.sink_blocks, self.req_to_blocks[request_id]
+        for size, kept in self._trim.spans(self.kv_cache_spec.share, self._prompt_tokens[request_id]):
+            own = blocks[start : start + size]
+            start += size
+            # a prefix decides what stays of a span that ends with it, if no shorter one was cut off there
+            key = own[-1].block_hash if kept and size == self._trim.span_blocks else None
+            known = self._moved.get(key) if key is not None else None
+            found.append(_Span(own, kept, key, None if known is None else known.blocks))
+        return found
 
     def _is_due(self, request_id: str, computed: int) -> bool:
         """Whether a request's prefill is computed, or will be when the next step runs, and it was not trimmed yet."""
@@ -148,24 +179,40 @@ class StreamManager(FullAttentionManager):  # type: ignore[misc]
         """
         due = self._due.pop(request_id, None)
         if due is not None:
-            self._move(request_id, *due)
+            self._move(request_id, due)
         return super().allocate_new_blocks(request_id, *args, **kwargs)
 
-    def _move(self, request_id: str, middle: int, kept: int) -> None:
+    def _move(self, request_id: str, spans: list[_Span]) -> None:
         """Give the middle of a prompt back, and take blocks for the tokens of it that stay."""
         life = self._lives[request_id] = Life(self._held(request_id))
-        blocks, first = self.req_to_blocks[request_id], self._trim.sink_blocks
-        sources = [block.block_id for block in blocks[first : first + middle]]
+        first, middle = self._trim.sink_blocks, sum(len(span.blocks) for span in spans)
+        # what others have moved is held before anything is given back
+        shared = [block for span in spans for block in span.shared or ()]
+        self.block_pool.touch(shared)
         free = self.block_pool.get_num_free_blocks()
         self._give_back(request_id, first, first + middle)
         freed = self.block_pool.get_num_free_blocks() - free
-        targets = self.block_pool.get_new_blocks(kept)
-        blocks[first : first + kept] = targets
+        targets = self.block_pool.get_new_blocks(sum(span.kept for span in spans if span.shared is None))
+        # the row: spans moved by others as they are, the rest new, in the order of the text
+        row, left = [], iter(targets)
+        for span in spans:
+            mine = span.shared if span.shared is not None else [next(left) for _ in range(span.kept)]
+            row += mine
+            if span.key is not None:
+                self._moved.setdefault(span.key, _Moved(mine)).holders.add(request_id)
+        self._holds[request_id] = [span.key for span in spans if span.key is not None]
+        self.req_to_blocks[request_id][first : first + len(row)] = row
+        moved = [span for span in spans if span.shared is None]
         self._moves[request_id] = GroupMove(
-            self._prompt_tokens[request_id], first, sources, [block.block_id for block in targets]
+            first=first,
+            kept=len(row),
+            row=[block.block_id for block in self.req_to_blocks[request_id][first : first + middle]],
+            sources=[number for span in moved for number in span.numbers],
+            targets=[block.block_id for block in targets],
+            spans=[(len(span.blocks), span.kept) for span in moved],
         )
-        counters().kept(kept)
-        life.kept = kept
+        counters().kept(len(targets))
+        life.kept = len(targets)
         self._freed(life, request_id, freed)
 
     def _give_back(self, request_id: str, first: int, stop: int) -> None:
@@ -227,9 +274,19 @@ class StreamManager(FullAttentionManager):  # type: ignore[misc]
         super().cache_blocks(request, prompt, retention_interval, replay_boundaries=replay_boundaries)
 
     def pop_blocks_for_free(self, request_id: str) -> Any:
-        """Upstream's, for a request that finishes or is preempted; a move that was noted for it is not made."""
-        for noted in (self._prompt_tokens, self._due, self._moves):
+        """Upstream's, for a request that finishes or is preempted.
+
+        Of a move that was noted for it in this step, its row is forgotten. Tokens are moved all the same, for requests
+        that share them by now; whoever is given the blocks otherwise writes them later.
+        """
+        for noted in (self._prompt_tokens, self._due):
             noted.pop(request_id, None)
+        if request_id in self._moves:
+            self._moves[request_id] = replace(self._moves[request_id], row=None)
+        for key in self._holds.pop(request_id, ()):
+            self._moved[key].holders.remove(request_id)
+            if not self._moved[key].holders:  # counts of references may fall later
+                del self._moved[key]
         if self._prefill_end.pop(request_id, None) is not None:
             life = self._lives.pop(request_id, Life())
             life.ended(self._held(request_id), len(self.req_to_blocks.get(request_id, ())))
@@ -239,15 +296,6 @@ class StreamManager(FullAttentionManager):  # type: ignore[misc]
     def _held(self, request_id: str) -> int:
         """Blocks that a request holds in this group; freed ones have become the null block."""
         return sum(not block.is_null for block in self.req_to_blocks.get(request_id, ()))
-
-
-@cache
-def _tell_of_copies() -> None:
-    """Log, once in a process, that a request takes more blocks at its move than it gives back."""
-    logger.warning(
-        "kvprofile: requests share a long beginning, and each keeps its own copy of the tokens that stay in graded "
-        "heads; whole heads share them (docs/graded.md, shared documents)"
-    )
 
 
 def register() -> None:

@@ -200,6 +200,10 @@ def main():
     jobs = json.load(sys.stdin)
     if os.environ.get(interpreter.WANTED):
         interpreter.enable()
+    if os.environ.get("SPAN_TOKENS"):
+        from kvprofile.budget import trim
+
+        trim.SPAN_TOKENS = int(os.environ["SPAN_TOKENS"])
     if os.environ.get("SABOTAGE_TRIMMED_VIEW"):
         sabotage()
     if os.environ.get("SABOTAGE_MOVES"):

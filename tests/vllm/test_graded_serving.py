@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from kvprofile.budget import trim
 from kvprofile.budget.trim import TrimRule
 from kvprofile.evaluate.token_choice import ByProbe
 from tests.vllm.engine import (
@@ -115,4 +116,18 @@ def test_compiled_graphs(subject, tmp_path):
     batches = [draw_batch(random.Random("graded compiled"), 8)]
     settings = {"VLLM_CACHE_ROOT": str(tmp_path / "cache")}
     found, choice = served(subject, tmp_path, batches, settings=settings, enforce_eager=False)
+    compare_all(subject, SHARES, RULE, batches, found, choice)
+
+
+def test_requests_that_begin_alike_share_what_stays(subject, tmp_path, monkeypatch):
+    """Several questions at once on a document of four spans, which is held once; later one more."""
+    monkeypatch.setattr(trim, "SPAN_TOKENS", 64)
+    rng = random.Random("graded sharing")
+    document = draw(rng, RULE.sink_end + 4 * 64)
+    batches = [[(document + draw(rng, 80), 40) for _ in range(6)], [(document + draw(rng, 120), 30)]]
+    found, choice = served(subject, tmp_path, batches, settings={"SPAN_TOKENS": "64"})
+    shares = [share for share in found["shares"] if share is not None]
+    taken = [sum(RULE.kept_tokens(share, len(batch[0][0])) // 32 for share in shares) for batch in batches]
+    assert found["reclaimed"]["kept"] == sum(taken) > 0
+    assert found["free_blocks"] == found["blocks"] - 1
     compare_all(subject, SHARES, RULE, batches, found, choice)

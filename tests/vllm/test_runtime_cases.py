@@ -12,6 +12,7 @@ import random
 
 import pytest
 
+from kvprofile.budget import trim
 from kvprofile.budget.trim import ANCHORED, WINDOWS, TrimRule
 from kvprofile.evaluate.token_choice import ByProbe
 from kvprofile.runtime.packing import Piece, pack
@@ -116,15 +117,22 @@ def test_two_hundred_random_cases(tmp_path):
     assert " load in order" in log
 
 
-def test_random_cases_of_graded_heads(tmp_path):
-    seen, _ = run(range(2), tmp_path, requests=36, graded=True)
+@pytest.fixture
+def short_spans(monkeypatch):
+    """Spans so short that prompts have several, and requests share what stays of those they have in common."""
+    monkeypatch.setattr(trim, "SPAN_TOKENS", 64)
+    return {"SPAN_TOKENS": "64"}
+
+
+def test_random_cases_of_graded_heads(tmp_path, short_spans):
+    seen, _ = run(range(2), tmp_path, requests=36, graded=True, **short_spans)
     assert seen["cases"] >= 72
     assert min(seen["preemptions"], seen["prefix hits"], seen["chunked"]) > 5
 
 
 @pytest.mark.slow
-def test_hundreds_of_graded_cases_more(tmp_path):
-    seen, _ = run(range(2, 9), tmp_path, requests=36, graded=True)
+def test_hundreds_of_graded_cases_more(tmp_path, short_spans):
+    seen, _ = run(range(2, 9), tmp_path, requests=36, graded=True, **short_spans)
     assert seen["cases"] >= 200
     assert min(seen["preemptions"], seen["prefix hits"], seen["chunked"]) > 20
 

@@ -13,6 +13,7 @@ from collections import Counter, deque
 import pytest
 import torch
 
+from kvprofile.budget import trim
 from kvprofile.budget.trim import ANCHORED, SLIDING, WINDOWS, TrimRule
 from tests.helpers.models import POCKET
 
@@ -39,7 +40,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from kvprofile.runtime import moves, stats, stream_cache
-from kvprofile.runtime.backend import Rows, TrimmedView, note_rows
+from kvprofile.runtime.backend import Rows, TrimmedView, note_rows, once
 from kvprofile.runtime.settings import SHARED
 
 BLOCK, BLOCKS, ROWS, LONGEST = 8, 56, 8, 160
@@ -94,26 +95,49 @@ class Worker:
         shares = [None if name in GROUPS else name for name in groups]
         self.views = [TrimmedView(rule, 2 * ROWS, torch.device("cpu"), share) for share in shares]
         self.kept = {}
-        self.trimmed_rows = self.moved = 0
+        self.trimmed_rows = self.moved = self.shared = self.unmade = 0
 
     def make(self, move):
-        """Move tokens of a request together, in every group others of them."""
+        """Move tokens of a request together, in every group others of them, of a span those that its beginning says."""
         name = move.request_id
         self.kept[name] = {}
         for group, found in move.groups.items():
             share, table = self.groups[group], self.tables[name][group]
-            assert (found.prompt_tokens, found.first) == (self.prompt[name], self.rule.sink_blocks)
-            assert found.sources == table[found.first : found.first + len(found.sources)]
-            count = self.rule.kept_tokens(share, self.prompt[name])
-            assert len(found.targets) * BLOCK == count
-            places = sorted(random.Random(f"{name}:{group}").sample(range(len(found.sources) * BLOCK), count))
-            held = [self.pool.get((found.sources[place // BLOCK], place % BLOCK)) for place in places]
-            for place, content in enumerate(held):
-                self.pool[found.targets[place // BLOCK], place % BLOCK] = content
-            gone = [0] * (len(found.sources) - len(found.targets))
-            table[found.first : found.first + len(found.sources)] = [*found.targets, *gone]
-            self.kept[name][share] = [self.rule.sink_end + place for place in places]
-            self.moved += count
+            targets = iter(found.targets)
+            assert sum(blocks for blocks, _ in found.spans) == len(found.sources)
+            assert sum(kept for _, kept in found.spans) == len(found.targets)
+            at, written = 0, {}
+            for blocks, kept in found.spans:
+                sources = found.sources[at : at + blocks]
+                at += blocks
+                held = [self.pool[block, place] for block in sources for place in range(BLOCK)]
+                taken = [next(targets) for _ in range(kept)]
+                for number, place in enumerate(self.stays(held[-1], len(held), kept * BLOCK)):
+                    written[taken[number // BLOCK], number % BLOCK] = held[place]
+            self.pool |= written  # sources and targets may overlap
+            if found.row is None:  # preempted since; others may share what was moved
+                self.kept.pop(name, None)
+                self.unmade += 1
+                continue
+            spans = self.rule.spans(share, self.prompt[name])
+            assert found.first == self.rule.sink_blocks
+            assert len(found.row) == sum(blocks for blocks, _ in spans)
+            assert found.kept == sum(kept for _, kept in spans)
+            assert found.kept * BLOCK == self.rule.kept_tokens(share, self.prompt[name])
+            table[found.first : found.first + len(found.row)] = found.row
+            positions, start = [], self.rule.sink_end
+            for blocks, kept in spans:
+                end = self.identity(name, start + blocks * BLOCK - 1)
+                places = self.stays((group, end, True), blocks * BLOCK, kept * BLOCK)
+                positions += [start + place for place in places]
+                start += blocks * BLOCK
+            self.kept[name][share] = positions
+            self.moved += len(found.targets)
+            self.shared += found.kept - len(found.targets)
+
+    def stays(self, last, count, kept):
+        """Places of a span that stay, by what its last slot holds: the same for all requests that begin so."""
+        return sorted(random.Random(repr(last)).sample(range(count), kept))
 
     def run(self, output, requests):
         for move in getattr(output, moves.ATTRIBUTE, ()):
@@ -238,12 +262,17 @@ class Worker:
 @pytest.mark.parametrize("v2", [False, True], ids=["v1", "v2"])
 @pytest.mark.parametrize("kind", [Scheduler, AsyncScheduler])
 @pytest.mark.parametrize("window", [*WINDOWS, "graded"])
-def test_no_step_reads_a_freed_or_foreign_block(config, window, kind, v2, seed):
-    """Rows of graded heads, whose window is anchored, are trimmed from their first step after prefill on."""
+def test_no_step_reads_a_freed_or_foreign_block(config, window, kind, v2, seed, monkeypatch):
+    """Rows of graded heads, whose window is anchored, are trimmed from their first step after prefill on.
+
+    Their spans are short here, so that prompts have several, and requests share what stays of what they share.
+    """
     groups, window = (GRADED, ANCHORED) if window == "graded" else (GROUPS, window)
+    monkeypatch.setattr(trim, "SPAN_TOKENS", 2 * BLOCK)
     rng = random.Random(f"{kind.__name__}:{v2}:{seed}")
     rule = TrimRule(rng.choice((0, 5, 16)), rng.choice((1, 9, 24, 60 if window == SLIDING else 33)), BLOCK, window)
-    scheduler = make_scheduler(kind, config, rule, caching=rng.random() < 0.7, groups=groups)
+    caching = rng.random() < 0.7
+    scheduler = make_scheduler(kind, config, rule, caching, groups)
     schedule = moves.carrying(kind.schedule)
     hasher = get_request_block_hasher(BLOCK, sha256)
     worker, in_flight = Worker(rule, v2, groups), deque()
@@ -252,7 +281,8 @@ def test_no_step_reads_a_freed_or_foreign_block(config, window, kind, v2, seed):
     preemptions = finished = 0
     for step in range(500):
         while step < 200 and len(scheduler.requests) < 7 and rng.random() < 0.5:
-            prompt = shared[: rng.choice((0, 8, 16, 35))] + [rng.randrange(1000) for _ in range(rng.randrange(1, 60))]
+            begin = rng.choice((0, 8, 16, 35)) if groups is GROUPS else rng.choice((0, 16, 50, 80))
+            prompt = shared[:begin] + [rng.randrange(1000) for _ in range(rng.randrange(1, 95 - begin))]
             options = SamplingParams(max_tokens=rng.choice((1, 5, 40, 50)), ignore_eos=True)
             scheduler.add_request(Request(f"{seed}-{step}-{rng.random()}", prompt, options, None, block_hasher=hasher))
         if scheduler.requests and rng.random() < 0.01:
@@ -272,12 +302,14 @@ def test_no_step_reads_a_freed_or_foreign_block(config, window, kind, v2, seed):
     managers = scheduler.kv_cache_manager.coordinator.single_type_managers
     for manager in managers[1:]:
         noted = (manager._prefill_end, manager._lives, manager._prompt_tokens, manager._due, manager._moves)
+        noted += (manager._moved, manager._holds)
         assert not any(noted)
     assert stats.read()["kv_blocks_reclaimed_total"] > reclaimed
     assert preemptions > 0
     assert finished > 5
     assert worker.trimmed_rows > 50
-    assert (worker.moved > 100) == (groups is GRADED)
+    assert (worker.moved > 10) == (groups is GRADED)
+    assert (worker.shared > 0) == (groups is GRADED and caching)
 
 
 class Subscriber:
@@ -339,3 +371,19 @@ def test_no_host_synchronisation_and_buffers_stay(config):
         assert seen.max_seq_len == LONGEST  # the incoming bound, not a value read back from the device
         places.add((seen.block_table_tensor.data_ptr(), seen.seq_lens.data_ptr()))
     assert len(places) == 1
+
+
+def test_builders_of_one_group_share_a_view(config):
+    """The second is given what the first made; another rule, another share or another batch is worked out anew."""
+    del config
+    worker = Worker(TrimRule(16, 24, BLOCK), v2=True)
+    worker.tables["a"], worker.prompt["a"], worker.prefill_end["a"] = [list(range(1, 20))] * 3, 100, 100
+    rules = (TrimRule(16, 24, BLOCK), None), (TrimRule(16, 24, BLOCK), 0.5), (TrimRule(16, 32, BLOCK), None)
+    views = [[TrimmedView(rule, ROWS, torch.device("cpu"), share) for _ in range(2)] for rule, share in rules]
+    batch, another = (worker.metadata(rows, *worker.raw(1, rows)) for rows in ([("a", 100, 1)], [("a", 101, 1)]))
+    seen = []
+    for metadata in (batch, another):
+        for first, second in views:
+            seen.append(once(first, metadata))
+            assert once(second, metadata) is seen[-1]
+    assert len({id(each) for each in seen}) == 6
