@@ -1,9 +1,11 @@
 """Stock vLLM against vLLM with budgets, on this machine in one run: `make bench-runtime`.
 
-Four questions, each with its bound beside it:
+Five questions, each with its bound beside it:
 
 - memory: how many requests of 2,048 tokens are in flight, without preemption, in a pool that holds 64 of stock's? What
   does a request hold while it decodes, and at the peak of its prefill?
+- kinds: the same as memory with whole and graded heads of one budget file, that of the pretrained model, on random and
+  narrow weights of its shape; 16 sinks and a window of 128.
 - split: what does computing a layer as two halves cost, where nothing is trimmed (a window longer than any request)?
 - groups: what does one more cache group cost a step (the figure behind `packing.COST_PER_GROUP`)?
 - pool: output tokens a second and prefix-cache hits, at half of the heads, where requests queue for the pool.
@@ -30,11 +32,18 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from kvprofile.budget import servable, store
+from kvprofile.budget.trim import GRADED, WHOLE
+
 SINKS, WINDOW, BLOCK = 128, 256, 32
 REQUEST_TOKENS, STOCK_REQUESTS = 2048, 64
 MEMORY_RETENTIONS = (None, 0.7, 0.5, 0.3)
+KINDS_BUDGET = Path("models/kv_budget/SmolLM2-135M-Instruct.json")
+KINDS_SINKS, KINDS_WINDOW, KINDS_REQUESTS = 16, 128, 16
+KINDS_LEGS = ((None, 1.0), *((kind, retention) for retention in (0.5, 0.3, 0.2) for kind in (WHOLE, GRADED)))
 SHAPES = {
     "memory": {"layers": 16, "width": 64, "query_heads": 8, "kv_heads": 8, "head_size": 32, "inner": 64},
+    "kinds": {"layers": 30, "width": 72, "query_heads": 9, "kv_heads": 3, "head_size": 64, "inner": 64},
     "speed": {"layers": 8, "width": 1024, "query_heads": 16, "kv_heads": 8, "head_size": 64, "inner": 2816},
 }
 """Small enough for requests by the hundred on two cores; and large enough that a step is not only bookkeeping."""
@@ -153,6 +162,7 @@ class Leg:
     retention: float | None
     engine: dict[str, Any]
     recent_tokens: int = WINDOW
+    settings: dict[str, str] = field(default_factory=dict)
     process: subprocess.Popen[str] = field(init=False)
 
     def __enter__(self) -> Leg:
@@ -162,6 +172,7 @@ class Leg:
         if self.retention is not None:
             budget = write_budget(self.folder, SHAPES[self.shape], self.retention, self.recent_tokens)
             env |= {"LLM_KVZIP_ENABLED": "1", "LLM_KVZIP_BUDGET": str(budget)}
+        env |= self.settings
         arguments = {"model": str(self.folder), "skip_tokenizer_init": True, "dtype": "bfloat16", "block_size": BLOCK}
         self.log = (self.folder / f"{self.name}.log").open("w")
         self.process = subprocess.Popen(
@@ -278,6 +289,53 @@ def measure_memory(folder: Path, _rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
+def kinds_bytes(share: float, tokens: int, output: int) -> float:
+    """As :func:`request_bytes`, where heads keep ``share`` on average, whole or graded."""
+    shape = SHAPES["kinds"]
+    middle = max(0, tokens - output - KINDS_SINKS - KINDS_WINDOW)
+    heads = shape["layers"] * shape["kv_heads"]
+    return heads * (tokens - (1.0 - share) * middle) * 2 * shape["head_size"] * 2
+
+
+def measure_kinds(folder: Path, _rounds: int) -> list[dict[str, Any]]:
+    """Requests in flight and bytes held by whole and graded heads, in pools of equal size."""
+    profile = store.load(KINDS_BUDGET)
+    model = write_checkpoint(folder / KINDS_BUDGET.stem, SHAPES["kinds"])
+    output = 96
+    pool = int(KINDS_REQUESTS * kinds_bytes(1.0, REQUEST_TOKENS, output))
+    engine = {
+        "max_model_len": REQUEST_TOKENS, "enforce_eager": True, "max_num_batched_tokens": 4096, "max_num_seqs": 512,
+        "enable_prefix_caching": False, "kv_cache_memory_bytes": pool + pool // KINDS_REQUESTS // 8,
+    }  # fmt: skip
+    rows: list[dict[str, Any]] = []
+    for kind, retention in KINDS_LEGS:
+        share, settings = 1.0, {}
+        if kind is not None:
+            share = servable.of_profile(profile, retention, kind=kind).retention_realised
+            asked = {"BUDGET": KINDS_BUDGET.resolve(), "KIND": kind, "RETENTION": retention, "SINK": KINDS_SINKS}
+            settings = {f"LLM_KVZIP_{name}": str(value) for name, value in {**asked, "RECENT": KINDS_WINDOW}.items()}
+            settings["LLM_KVZIP_ENABLED"] = "1"
+        saved = kinds_bytes(1.0, REQUEST_TOKENS, output) / kinds_bytes(share, REQUEST_TOKENS, output)
+        name = "stock" if kind is None else f"{kind} {retention:g}"
+        with Leg(f"kinds-{name}", "kinds", model, None, engine, settings=settings) as leg:
+            found = leg.run(requests=int(KINDS_REQUESTS * saved * 1.15), prompt=REQUEST_TOKENS - output, output=output)
+        stock = rows[0] if rows else found
+        bound = stock["in_flight"] * saved
+        rows.append(
+            {
+                "leg": name,
+                **found,
+                "bound": bound,
+                "of_bound": found["in_flight"] / bound,
+                "held_over_formula": found["decode_bytes"]
+                / kinds_bytes(share, REQUEST_TOKENS - output // 2, output // 2),
+                "prefill_over_stock": found["prefill_bytes"] / stock["prefill_bytes"],
+            }
+        )
+        say(f"kinds, {name}: {found['in_flight']} requests in flight, the bound is {bound:.1f}")
+    return rows
+
+
 def measure_split(folder: Path, rounds: int) -> dict[str, Any]:
     """Output tokens a second of stock and of split layers that keep everything, taking turns."""
     write_checkpoint(folder, SHAPES["speed"])
@@ -286,7 +344,7 @@ def measure_split(folder: Path, rounds: int) -> dict[str, Any]:
     rates: dict[str, list[float]] = {"stock": [], "split": []}
     with (
         Leg("split-stock", "speed", folder, None, engine) as stock,
-        Leg("split-halves", "speed", folder, 0.5, engine, recent_tokens=100_000) as split,
+        Leg("split-parts", "speed", folder, 0.5, engine, recent_tokens=100_000) as split,
     ):
         for leg in (stock, split):
             leg.run(**load | {"requests": 8, "output": 8})  # compile and warm up
@@ -365,7 +423,10 @@ def _rate(row: dict[str, Any]) -> float:
     return float(row["output_tokens_per_s"])
 
 
-PARTS = {"memory": measure_memory, "split": measure_split, "groups": measure_groups, "pool": measure_pool}
+PARTS = {
+    "memory": measure_memory, "kinds": measure_kinds, "split": measure_split, "groups": measure_groups,
+    "pool": measure_pool,
+}  # fmt: skip
 
 
 def say(message: str) -> None:
@@ -382,6 +443,13 @@ def show(result: dict[str, Any]) -> None:
         for row in result["memory"]:
             ratios = (f"{row[key]:.3f}" for key in ("of_bound", "held_over_formula", "prefill_over_stock"))
             table.add_row(f"{row['retention']:.0%}", str(row["in_flight"]), f"{row['bound']:.1f}", *ratios)
+        console.print(table)
+    if "kinds" in result:
+        titles = ("in flight", "bound", "of bound", "held / formula", "prefill peak / stock", "groups")
+        table = Table("heads", *titles, title=f"{REQUEST_TOKENS:,}-token requests, {KINDS_BUDGET.stem}'s budgets")
+        for row in result["kinds"]:
+            ratios = (f"{row[key]:.3f}" for key in ("of_bound", "held_over_formula", "prefill_over_stock"))
+            table.add_row(row["leg"], str(row["in_flight"]), f"{row['bound']:.1f}", *ratios, str(row["groups"]))
         console.print(table)
     if "split" in result:
         split = result["split"]
