@@ -26,9 +26,10 @@ def scrape(url: str) -> str:
 def metric_values(text: str) -> dict[str, float]:
     """Prometheus text as numbers by name, summed over labels; ``pool_blocks`` and ``block_tokens`` are vLLM's pool.
 
-    ``replicas`` are the engines behind the server: under data parallelism each has a pool, ``pool_blocks`` are all of
-    them, and ``vllm:kv_cache_usage_perc`` is the share of all. Raises ValueError for any other text, InputError where
-    prometheus_client is not installed.
+    ``replicas`` are the engines behind the server: under data parallelism each has a pool. vLLM then says the blocks of
+    all pools at every engine, and ``vllm:kv_cache_usage_perc`` is the mean here.
+
+    Raises ValueError for any other text, InputError where prometheus_client is not installed.
     """
     found: dict[str, float] = {}
     blocks: dict[str, float] = {}
@@ -47,11 +48,9 @@ def metric_values(text: str) -> dict[str, float]:
         elif not name.endswith("_bucket"):
             found[name] = found.get(name, 0.0) + value
     if blocks:
-        found |= {"pool_blocks": sum(blocks.values()), "replicas": len(blocks)}
+        found |= {"pool_blocks": max(blocks.values()), "replicas": len(blocks)}
     if usage:
-        weights = [blocks.get(engine, 1.0) for engine in usage]
-        shares = zip(usage.values(), weights, strict=True)
-        found["vllm:kv_cache_usage_perc"] = sum(share * weight for share, weight in shares) / max(sum(weights), 1.0)
+        found["vllm:kv_cache_usage_perc"] = sum(usage.values()) / len(usage)
     return found
 
 
