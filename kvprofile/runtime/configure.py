@@ -140,8 +140,11 @@ def _untested(config: Any) -> dict[str, str]:
         ),
         "pipeline-parallelism": ("pipeline parallelism", parallel.pipeline_parallel_size > 1),
         "data-parallelism": (
-            "data parallelism of a mixture of experts, or over Ray",
-            parallel.data_parallel_size > 1 and (model.is_moe or parallel.data_parallel_backend == "ray"),
+            f"data parallelism of a mixture of experts, over Ray, or on another vLLM than {STATE_RELEASE}",
+            parallel.data_parallel_size > 1
+            and (
+                model.is_moe or parallel.data_parallel_backend == "ray" or release_of(vllm.__version__) != STATE_RELEASE
+            ),
         ),
         "lora": ("LoRA adapters", config.lora_config is not None),
         "modalities": ("several modalities", model.is_multimodal_model),
