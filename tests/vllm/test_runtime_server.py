@@ -12,6 +12,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from kvprofile.cli import run
+from kvprofile.client import VLLMClient
 from kvprofile.evaluate.simulate import simulating
 from kvprofile.instrumentation import GPUMemoryManager
 from kvprofile.prometheus import labels_of, metric_values
@@ -67,12 +68,15 @@ def replicated(model, log, env, *arguments):
 
 
 @pytest.mark.parametrize("several", ["api servers", "a folder of the user's"])
-def test_metrics_that_several_processes_share(several, tmp_path):
-    """vLLM joins them from files, where a plugin's metrics are missing unless the plugin adds them."""
-    shared = tmp_path / "shared"
+def test_metrics_that_several_processes_share(several, tmp_path, monkeypatch):
+    """vLLM joins them from files, where a plugin's metrics are missing unless the plugin adds them.
+
+    Doctor, client, memory manager and dashboard read the same.
+    """
+    shared, stats = tmp_path / "shared", tmp_path / "stats.jsonl"
     shared.mkdir()
     own = {"PROMETHEUS_MULTIPROC_DIR": str(shared)} if several != "api servers" else {}
-    env = environment(BUDGET, LLM_KVZIP_RETENTION="0.5", **own)
+    env = environment(BUDGET, LLM_KVZIP_RETENTION="0.5", LLM_KVZIP_STATS=str(stats), **own)
     del env["VLLM_ENABLE_V1_MULTIPROCESSING"]
     more = [] if own else ["--api-server-count", "2"]
     with replicated(POCKET, tmp_path / "server.log", env, *more) as address:
@@ -80,11 +84,15 @@ def test_metrics_that_several_processes_share(several, tmp_path):
         body = {"model": "pocket", "prompt": "The old archive. " * 60, "max_tokens": 8, "ignore_eos": True}
         for _ in range(4):
             fetch(f"{address}/v1/completions", body)
+        monkeypatch.setenv("LLM_KVZIP_ENABLED", "1")  # so that the client asks for proof
+        with VLLMClient(url=address, stats=stats) as client:
+            answered = client.generate_response("The new archive. " * 60, max_tokens=8)
         pages = [fetch(f"{address}/metrics") for _ in range(8)]  # whichever process answers
         check, look = doctor.server(address), GPUMemoryManager(address).sample()
     assert all(doctor.OWN_PROCESS not in metric_values(page) for page in pages)
     freed = {metric_values(page)["kvprofile_kv_bytes_reclaimed_total"] for page in pages}
     assert len(freed) == 1
+    assert answered.cache.blocks_reclaimed > 0
     assert check.good, check.detail
     assert f"{freed.copy().pop() / 2**20:.1f} MiB given back" in check.detail
     assert look.kv_bytes_reclaimed == freed.pop() > 0
