@@ -22,7 +22,7 @@ from kvprofile.prometheus import metric_values, scrape
 
 @dataclass(frozen=True)
 class Look:
-    """One look at an engine. Bytes and shares; None is unknown.
+    """One look at an engine, or at all ``replicas`` behind a server together. Bytes and shares; None is unknown.
 
     ``eviction_ratio``: blocks that the trim freed, of all that prefills of finished requests took.
     """
@@ -40,6 +40,7 @@ class Look:
     waiting: int | None = None
     preemptions: int | None = None
     kv_bytes_reclaimed: int | None = None
+    replicas: int | None = None
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,9 @@ class GPUMemoryManager:
         if not width:
             per_token = self.cache_bytes_per_token
             width = None if per_token is None or block_tokens is None else per_token * block_tokens
-        usable = None if blocks is None or width is None else (blocks - 1) * width  # one block is never given out
+        replicas = _whole(values.get("replicas"))
+        # one block of each pool is never given out
+        usable = None if blocks is None or width is None else (blocks - (replicas or 1)) * width
         return Look(
             time=self.now(),
             cache_bytes_in_use=None if usable is None or usage is None else round(usage * usable),
@@ -209,6 +212,7 @@ class GPUMemoryManager:
             waiting=_whole(values.get("vllm:num_requests_waiting")),
             preemptions=_whole(values.get("vllm:num_preemptions_total")),
             kv_bytes_reclaimed=_whole(values.get("kvprofile_kv_bytes_reclaimed_total")),
+            replicas=replicas,
         )
 
     def _watch(self) -> None:

@@ -94,6 +94,7 @@ class EngineOptions:
         ),
     ] = None
     tensor_parallel_size: Annotated[int, typer.Option(help="GPUs of one engine.")] = 1
+    data_parallel_size: Annotated[int, typer.Option(help="Replicas behind one engine's port.")] = 1
     max_num_seqs: Annotated[int | None, typer.Option(help="vLLM's most requests in a batch.")] = None
     enforce_eager: Annotated[bool, typer.Option("--enforce-eager", help="No graphs, no compilation.")] = False
     prefix_caching: Annotated[

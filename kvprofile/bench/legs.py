@@ -102,7 +102,12 @@ class LegRun:
                 return
             own = running.endpoint
             remote = openai_compatible.endpoint(provider, own.base_url, own.model, own.key)
-            yield Running(remote, warnings=("a rehearsal: this provider ran on this machine",), ended=running.ended)
+            yield Running(
+                remote,
+                facts={"replicas": running.facts.get("replicas")},
+                warnings=("a rehearsal: this provider ran on this machine",),
+                ended=running.ended,
+            )
 
     def _budgets(self) -> vllm_server.Budgets | None:
         if self.leg.kind == "remote" or self.leg.retention is None or self.plan.profile is None:

@@ -53,6 +53,7 @@ class Provider(BaseModel):
     timeout_s: Annotated[float, Field(gt=0)] = 300.0
     max_attempts: Annotated[int, Field(ge=1, le=20)] = 6
     concurrency: Annotated[int, Field(ge=1)] | None = None
+    servers: tuple[Annotated[str, Field(pattern=r"^https?://[^\s@]+$")], ...] = ()
     prices: Prices | None = None
     body: dict[str, Any] = {}
     omit: tuple[str, ...] = ()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from kvprofile import __version__
@@ -127,7 +127,7 @@ def _leg(
         retention_asked=(leg.retention if leg.retention is not None else 1.0) if local else None,
         retention_realised=(mean_budget(budget.heads) if budget is not None else 1.0) if local else None,
         provider=None if leg.provider is None else leg.provider.name,
-        engine=outcome.facts.get("engine"),
+        engine=_engine(outcome.facts),
         model=plain(outcome.model or _model_of(plan, leg))[:200] or "unknown",
         dtype=outcome.facts.get("dtype"),
         device=outcome.facts.get("device"),
@@ -157,6 +157,14 @@ def _leg(
         heads=_heads(plan, budget),
         warnings=[plain(warning)[:MOST_CHARACTERS] for warning in outcome.warnings],
     )
+
+
+def _engine(facts: Mapping[str, str | int | None]) -> str | None:
+    """The engine and how many replicas of it stood behind the leg's address; of a provider perhaps only that."""
+    engine, replicas = facts.get("engine"), facts.get("replicas")
+    if replicas is None or (engine is not None and replicas == 1):
+        return None if engine is None else str(engine)
+    return f"{engine or 'vllm'}, {replicas} replica{'' if replicas == 1 else 's'}"
 
 
 def _model_of(plan: BenchPlan, leg: LegPlan) -> str:

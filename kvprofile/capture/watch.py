@@ -14,7 +14,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionType
@@ -64,6 +64,7 @@ class Watch:
             raise ValueError("something else has replaced this worker's execute_model")
         for index, layer in self.layers.items():
             self._layouts[index] = layout.probe(layer, layer.kv_cache)
+        _make_stage_buffers(self.worker.model_runner)
         for index, layer in self.layers.items():
             layer.impl.forward = self._watching(index, layer.impl.forward)
         self.worker.execute_model = self._stepping(self.worker.execute_model)
@@ -220,6 +221,15 @@ def watched_layers(worker: Any) -> dict[int, Any]:
             raise ValueError(f"layer {name} {problems[0]}")
         found[extract_layer_index(name)] = layer
     return found
+
+
+def _make_stage_buffers(runner: Any) -> None:
+    """What a later pipeline stage receives in. vLLM makes it while it warms up, which eager engines on a CPU do not."""
+    if get_pp_group().is_first_rank or getattr(runner, "intermediate_tensors", False) is not None:
+        return
+    runner.intermediate_tensors = runner.model.make_empty_intermediate_tensors(
+        batch_size=runner.max_num_tokens, dtype=runner.model_config.dtype, device=runner.device
+    )
 
 
 def _heads_of_rank(worker: Any) -> tuple[int, int]:

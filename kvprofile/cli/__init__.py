@@ -38,7 +38,7 @@ COMMANDS = {
     "Run it again after an interruption to continue.",
     "bench": "Compare vLLM with and without budgets, and remote providers. "
     "Run it again after an interruption to continue.",
-    "doctor": "Look at this installation, or at a running server if asked; exit 1 if something is wrong.",
+    "doctor": "Look at this installation, or at running servers if asked; exit 1 if something is wrong.",
     "report": "Put the legs of a benchmark side by side on one page that needs no network.",
 }
 """Each command with its help in one line: the docstring of the function of its name, in the module of its name."""

@@ -1,4 +1,4 @@
-"""``kvprofile doctor``: whether vLLM finds the plugin, would apply budgets, and whether a running server does."""
+"""``kvprofile doctor``: whether vLLM finds the plugin, would apply budgets, and whether running servers do."""
 
 from __future__ import annotations
 
@@ -17,18 +17,23 @@ _MARKS = {True: ("ok", "green"), False: ("bad", "red"), None: ("--", "dim")}
 
 def doctor(
     url: Annotated[
-        str | None, typer.Option("--url", metavar="URL", help="A running vLLM server, like http://127.0.0.1:8000.")
+        list[str] | None,
+        typer.Option(
+            "--url",
+            metavar="URL",
+            help="A running vLLM server, like http://127.0.0.1:8000; repeatable, to compare the budgets of several.",
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> int:
-    """Look at this installation, or at a running server if asked; exit 1 if something is wrong."""
-    if url is None:
+    """Look at this installation, or at running servers if asked; exit 1 if something is wrong."""
+    if not url:
         say("looking at the installation; importing vLLM takes a few seconds")
         found = [*checks.installed(), *checks.checks()]
         ok = all(check.good is not False for check in found)
     else:
-        found = [checks.server(url)]
-        ok = found[0].good is True  # what cannot be told is not proof
+        found = list(checks.servers(url))
+        ok = all(check.good is True for check in found)  # what cannot be told is not proof
     if as_json:
         listed = [{"name": check.name, "good": check.good, "detail": check.detail} for check in found]
         print_json({"checks": listed, "ok": ok})

@@ -14,6 +14,7 @@ from rich.text import Text
 from kvprofile import checkpoint
 from kvprofile.budget import capacity
 from kvprofile.budget.capacity import Capacity
+from kvprofile.budget.fleet import Fleet, fleet
 from kvprofile.budget.model_shape import Decision, ModelShape, find_shape
 from kvprofile.budget.trim import WHOLE
 from kvprofile.cli.output import print_json, stdout_console
@@ -50,9 +51,17 @@ def plan(
     memory_utilization: Annotated[
         float, typer.Option(help="Share of the memory that vLLM may take (0.92 is the default of vLLM 0.32).", max=1)
     ] = 0.9,
+    replicas: Annotated[
+        int | None, typer.Option(help="Also count a fleet of so many servers: requests, tokens a second, network.")
+    ] = None,
+    memory_bandwidth: Annotated[
+        str | None, typer.Option(help="What one GPU's memory reads in a second (3350GB); known of GPUs given by name.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     """Count what fits at each retention: cache bytes, requests in flight, the bound on speed. No weights needed."""
+    if memory_bandwidth is not None and replicas is None:
+        raise InputError("--memory-bandwidth is for --replicas")
     if weights_gib is not None and not weights_gib * 2**30 <= MAX_BYTES:
         raise InputError(f"--weights-gib {weights_gib} is not a size")
     found = capacity.plan(
@@ -67,12 +76,13 @@ def plan(
         memory_utilization=memory_utilization,
         kind=kind,
     )
+    counted = None if replicas is None else fleet(found, replicas, memory_bandwidth)
     if as_json:
         document = asdict(found)
         document["geometry"] = found.geometry.model_dump(mode="json")
-        print_json(document)
+        print_json(document | ({} if counted is None else {"fleet": asdict(counted)}))
     else:
-        render(found, stdout_console())
+        render(found, stdout_console(), counted)
 
 
 def _shape_of_gguf(model: str) -> ModelShape:
@@ -90,8 +100,8 @@ def _shape_of_gguf(model: str) -> ModelShape:
     )
 
 
-def render(plan: Capacity, console: Console) -> None:
-    """The plan as text and one table; fits 80 columns."""
+def render(plan: Capacity, console: Console, counted: Fleet | None = None) -> None:
+    """The plan as text and one table, and one of the fleet; fits 80 columns."""
     from kvprofile.budget.profile import SLIDING_ATTENTION
 
     def line(text: str = "", style: str = "") -> None:
@@ -125,9 +135,18 @@ def render(plan: Capacity, console: Console) -> None:
     if pool is not None and pool <= 0:
         line()
         line("The weights leave no memory for a cache: use more or larger GPUs.", "bold")
+    if counted is not None:
+        line()
+        line(f"{counted.replicas:,} replicas, {counted.gpus:,} GPUs, every pool full of decoding requests", "bold")
+        console.print(_fleet_table(counted))
+        line("tokens a second: at most, as reading weights and cache allows.")
+        if plan.tensor_parallel_size > 1:
+            each = _size(counted.exchanged_bytes_per_token_per_gpu)
+            line(f"between GPUs: each sends {each} inside its replica for every token, of prompts too.")
+        line("Replicas send each other nothing.")
     line()
     line("decided", "bold")
-    for decision in plan.decisions:
+    for decision in (*plan.decisions, *(() if counted is None else counted.decisions)):
         line(f"{decision.what}: {decision.value} ({decision.reason})")
 
 
@@ -145,6 +164,23 @@ def _table(plan: Capacity) -> Table:
             _count(at.requests),
             _count(at.requests_beside_prefill),
             f"{at.speed_bound:.2f}x",
+        )
+    return table
+
+
+def _fleet_table(counted: Fleet) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for name in ("retention", "requests", "tokens/s", "gain", "between GPUs"):
+        table.add_column(name, justify="right")
+    whole = counted.at[0].tokens_per_second
+    for at in counted.at:
+        tokens, sent = at.tokens_per_second, at.exchanged_bytes_per_second_per_gpu
+        table.add_row(
+            f"{at.retention:g}",
+            _count(at.requests),
+            "unknown" if tokens is None else f"{tokens:,.0f}",
+            "unknown" if tokens is None or not whole else f"{tokens / whole:.2f}x",
+            "unknown" if sent is None else f"{_size(round(sent))}/s",
         )
     return table
 

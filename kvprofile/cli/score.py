@@ -49,7 +49,10 @@ def score(
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     engine: Annotated[str, typer.Option(help="What runs the model: auto, hf or vllm (docs/scoring.md).")] = "auto",
-    tensor_parallel_size: Annotated[int, typer.Option(help="Ranks of --engine vllm.")] = 1,
+    tensor_parallel_size: Annotated[int, typer.Option(help="Ranks of --engine vllm that share each layer.")] = 1,
+    pipeline_parallel_size: Annotated[
+        int, typer.Option(help="Groups of ranks of --engine vllm that have some of the layers each.")
+    ] = 1,
     vllm_arg: Annotated[
         list[str] | None, typer.Option(help="NAME=VALUE of vLLM's own arguments, like block_size=64; repeatable.")
     ] = None,
@@ -110,10 +113,11 @@ def score(
         if fast or dry_run:
             raise InputError(f"--{'fast' if fast else 'dry-run'} belongs to --engine hf ({why})")
         others = vllm_arg or ()
-        runs = vllm_engine.place_in_vllm(description, dtype, device, planned.positions, tensor_parallel_size, others)
+        ranks = (tensor_parallel_size, others, pipeline_parallel_size)
+        runs = vllm_engine.place_in_vllm(description, dtype, device, planned.positions, *ranks)
     else:
-        if tensor_parallel_size != 1 or vllm_arg:
-            raise InputError("--tensor-parallel-size and --vllm-arg belong to --engine vllm")
+        if tensor_parallel_size != 1 or pipeline_parallel_size != 1 or vllm_arg:
+            raise InputError("--tensor-parallel-size, --pipeline-parallel-size and --vllm-arg belong to --engine vllm")
         placement = checkpoint.place(description, dtype, device, planned.positions)
         runs = hf_engine.HfEngine(placement)
 

@@ -55,7 +55,7 @@ def configuring(stock: Callable[..., Any]) -> Callable[..., Any]:
         budget, origin = find(settings, _served(config))
         budget = replace(budget, permute_weights=_may_permute(config))
         stats.share()
-        metrics.show(budget)
+        metrics.show(budget, _engines(config.parallel_config))
         config.additional_config = {**config.additional_config, CONFIG_KEY: budget.as_config()}
         logger.info("kvprofile: %d of %d KV heads are full, from %s", budget.full, budget.heads, origin)
         return config
@@ -82,6 +82,12 @@ def refusing_streams(stock: Callable[..., Any]) -> Callable[..., Any]:
         return stock(self, *args, resumable=resumable, **kwargs)
 
     return process_inputs
+
+
+def _engines(parallel: Any) -> range:
+    """The replicas of this machine, by the numbers that vLLM's own metrics have."""
+    first = parallel.data_parallel_index
+    return range(first, first + max(1, parallel.data_parallel_size_local))
 
 
 def _served(config: Any) -> Served:
@@ -133,7 +139,13 @@ def _untested(config: Any) -> dict[str, str]:
             device not in TESTED_PLATFORMS,
         ),
         "pipeline-parallelism": ("pipeline parallelism", parallel.pipeline_parallel_size > 1),
-        "data-parallelism": ("data parallelism", parallel.data_parallel_size > 1),
+        "data-parallelism": (
+            f"data parallelism of a mixture of experts, over Ray, or on another vLLM than {STATE_RELEASE}",
+            parallel.data_parallel_size > 1
+            and (
+                model.is_moe or parallel.data_parallel_backend == "ray" or release_of(vllm.__version__) != STATE_RELEASE
+            ),
+        ),
         "lora": ("LoRA adapters", config.lora_config is not None),
         "modalities": ("several modalities", model.is_multimodal_model),
         "states": (

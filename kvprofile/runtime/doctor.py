@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 
 from kvprofile.budget.trim import GRADED
 from kvprofile.environment import ENABLED, budgets_wanted
-from kvprofile.prometheus import metric_values, scrape
+from kvprofile.prometheus import labels_of, metric_values, scrape
 from kvprofile.runtime import settings
 
 GROUP, PLUGIN = "vllm.general_plugins", "kvprofile"
@@ -100,32 +100,101 @@ def environment(environ: Mapping[str, str]) -> Check:
     return Check("environment", True, f"{ENABLED}=1")
 
 
+@dataclass(frozen=True)
+class _Page:
+    """What a server's /metrics say of its budgets; ``budget`` is None where they were shown by an older kvprofile."""
+
+    retention: float | None
+    full_heads: float | None
+    budget: str | None
+
+
+def servers(urls: Sequence[str]) -> Iterator[Check]:
+    """Whether each server applies budgets, and of several whether they are the same. Raises as ``server``."""
+    found: dict[str, _Page] = {}
+    for url in urls:
+        check, page = _look(url)
+        if page is not None:
+            found[url] = page
+        yield check
+    if len(urls) > 1:
+        yield _agreement(found, len(urls))
+
+
 def server(url: str) -> Check:
     """Whether a running server at ``url`` (http://host:port) has budgets in force, by its own /metrics.
 
     ``good`` is None where a server's /metrics leave that open. Raises InputError without prometheus_client.
     """
+    return _look(url)[0]
+
+
+def _look(url: str) -> tuple[Check, _Page | None]:
+    """The check of a server, and what it said where budgets are in force."""
     if not url.startswith(("http://", "https://")):
-        return Check("server", False, f"{url} is not an http address")
+        return Check("server", False, f"{url} is not an http address"), None
     try:
-        values = metric_values(scrape(url))
+        text = scrape(url)
+        values = metric_values(text)
     except OSError as error:
-        return Check("server", False, f"{url}/metrics does not answer: {error}")
+        return Check("server", False, f"{url}/metrics does not answer: {error}"), None
     except ValueError:
-        return Check("server", False, f"{url}/metrics is not in Prometheus' text format")
+        return Check("server", False, f"{url}/metrics is not in Prometheus' text format"), None
     if values.get("kvprofile_enabled") == 1:
         ratio, freed = values.get("kvprofile_retention_ratio"), values.get("kvprofile_kv_bytes_reclaimed_total")
         known = "unknown" if ratio is None else f"{ratio:.4g}"
         back = "" if freed is None else f", {freed / 2**20:.1f} MiB given back so far"
+        budgets = labels_of(text, "kvprofile_budget_info")
+        page = _Page(ratio, values.get("kvprofile_full_heads"), budgets[0].get("budget") if budgets else None)
         kind = f"{GRADED} heads, " if values.get("kvprofile_graded") else ""
-        return Check("server", True, f"{url}: {kind}retention {known}{back}")
-    if OWN_PROCESS not in values and any(name.startswith("vllm:") for name in values):
+        return Check("server", True, f"{url}: {kind}retention {known}{back}{_replicas(text, values)}"), page
+    return _without_budgets(url, text, values), None
+
+
+def _replicas(text: str, values: Mapping[str, float]) -> str:
+    """How many there are, and whether some of them count where this server cannot see it."""
+    seen = sum("engine" in labels for labels in labels_of(text, "kvprofile_kv_bytes_reclaimed_total"))
+    count = max(seen, int(values.get("replicas", 1)))
+    if count < 2 or not seen:
+        return ""
+    elsewhere = count - seen
+    return f", {count} replicas" + (f", those of {elsewhere} on other machines not counted" if elsewhere > 0 else "")
+
+
+def _without_budgets(url: str, text: str, values: Mapping[str, float]) -> Check:
+    engines = [name for name in values if name.startswith("vllm:")]
+    if any("server" in labels for name in engines for labels in labels_of(text, name)):
+        detail = f"{url}: cannot tell: these are a router's /metrics; give the --url of each server behind it"
+        return Check("server", None, detail)
+    if OWN_PROCESS not in values and engines:
         detail = (
             f"{url}: cannot tell: several processes share its /metrics, where the plugin of kvprofile 0.1 shows "
             "nothing; look for 'KV heads are full' in the server's log"
         )
         return Check("server", None, detail)
     return Check("server", False, f"{url} serves without budgets: no kvprofile_enabled on its /metrics")
+
+
+def _agreement(found: Mapping[str, _Page], asked: int) -> Check:
+    """Whether servers apply the same budgets: the same heads and rule, or as far as older servers tell."""
+    if len(found) < 2:
+        return Check("budgets", None, "not compared: fewer than two of the servers apply budgets")
+    pages = list(found.values())
+    older = any(page.budget is None for page in pages)
+    same_count = len({(page.retention, page.full_heads) for page in pages}) == 1
+    if older and same_count:
+        detail = "cannot tell: a server with kvprofile 0.1 shows how many heads are full, which agrees, but not which"
+        return Check("budgets", None, detail)
+    groups: dict[str, list[str]] = {}
+    for url, page in found.items():
+        said = page.budget if page.budget is not None else "unknown"
+        known = "unknown" if page.retention is None else f"{page.retention:.4g}"
+        groups.setdefault(f"{said} (retention {known})", []).append(url)
+    if len(groups) > 1:
+        listed = "; ".join(f"{budget} at {', '.join(urls)}" for budget, urls in groups.items())
+        return Check("budgets", False, f"the servers apply different budgets: {listed}")
+    of = "" if len(found) == asked else f" that apply any, of {asked},"
+    return Check("budgets", True, f"all {len(found)} servers{of} apply budget {next(iter(groups))}")
 
 
 def _vllm() -> tuple[str, str] | None:

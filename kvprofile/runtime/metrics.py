@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from prometheus_client import REGISTRY
@@ -15,9 +17,13 @@ from kvprofile.runtime.engine_budget import EngineBudget
 
 
 class BudgetCollector(Collector):
-    """Reads the shared counters whenever Prometheus asks. One for each process, for the engine configured last."""
+    """Reads the shared counters whenever Prometheus asks. One for each process, for the engine configured last.
+
+    ``engines`` are the replicas of this machine by vLLM's numbers, which have series from the start.
+    """
 
     budget: EngineBudget | None = None
+    engines: Sequence[int] = (0,)
 
     def collect(self) -> Iterator[Metric]:
         """All of the runtime's metrics; none before an engine is configured."""
@@ -32,32 +38,67 @@ class BudgetCollector(Collector):
         graded = float(self.budget.kind == GRADED)
         yield GaugeMetricFamily("kvprofile_graded", "1 where heads keep shares of the context, 0 where whole.", graded)
         yield GaugeMetricFamily("kvprofile_full_heads", "KV heads that keep the whole context.", self.budget.full)
-        found = stats.read()
-        blocks, kv_bytes = found["kv_blocks_reclaimed_total"], found["kv_bytes_reclaimed_total"]
-        yield CounterMetricFamily("kvprofile_kv_blocks_reclaimed", "Blocks freed while their request went on.", blocks)
-        yield CounterMetricFamily("kvprofile_kv_bytes_reclaimed", "Bytes of those blocks.", kv_bytes)
-        kept = found["kv_blocks_kept_total"]
-        yield CounterMetricFamily(
-            "kvprofile_kv_blocks_kept", "Blocks taken for tokens of graded heads that stay.", kept
+        budget = GaugeMetricFamily(
+            "kvprofile_budget_info",
+            "1; the label `budget` is the same on servers that trim the same heads by the same rule.",
+            labels=("budget",),
         )
-        seconds = found["kv_move_microseconds_total"] / 1e6
-        yield CounterMetricFamily("kvprofile_kv_move_seconds", "Time of one worker's host for moving them.", seconds)
-        held = found["kv_bytes_in_use"]
-        yield GaugeMetricFamily("kvprofile_kv_bytes_in_use", "Bytes of the pool that requests hold.", held)
-        width = found["kv_block_bytes"]
-        yield GaugeMetricFamily(
-            "kvprofile_kv_block_bytes", "Bytes of one block of the pool; 0 until a step ran.", width
-        )
+        budget.add_metric((identity(self.budget),), 1)
+        yield budget
+        counted = stats.by_engine()
+        nothing = dict.fromkeys(stats.FIELDS, 0)
+        of_engine = {engine: counted.get(engine, nothing) for engine in sorted({*self.engines, *counted})}
+        for kind, name, field, words in _COUNTED:
+            family = kind(name, words, labels=("engine",))
+            for engine, values in of_engine.items():
+                seconds = field.endswith("_microseconds_total")
+                family.add_metric((str(engine),), values[field] / 1e6 if seconds else values[field])
+            yield family
 
+
+_COUNTED: tuple[tuple[Any, str, str, str], ...] = (
+    (
+        CounterMetricFamily,
+        "kvprofile_kv_blocks_reclaimed",
+        "kv_blocks_reclaimed_total",
+        "Blocks freed while their request went on, by replica, as vLLM's own metrics.",
+    ),
+    (CounterMetricFamily, "kvprofile_kv_bytes_reclaimed", "kv_bytes_reclaimed_total", "Bytes of those blocks."),
+    (
+        CounterMetricFamily,
+        "kvprofile_kv_blocks_kept",
+        "kv_blocks_kept_total",
+        "Blocks taken for tokens of graded heads that stay.",
+    ),
+    (
+        CounterMetricFamily,
+        "kvprofile_kv_move_seconds",
+        "kv_move_microseconds_total",
+        "Time of one worker's host for moving them.",
+    ),
+    (GaugeMetricFamily, "kvprofile_kv_bytes_in_use", "kv_bytes_in_use", "Bytes of the pool that requests hold."),
+    (
+        GaugeMetricFamily,
+        "kvprofile_kv_block_bytes",
+        "kv_block_bytes",
+        "Bytes of one block of the pool; 0 until a step ran.",
+    ),
+)
 
 _collector = BudgetCollector()
 
 
-def show(budget: EngineBudget) -> None:
+def identity(budget: EngineBudget) -> str:
+    """Twelve digits of a hash of what heads keep and how that is chosen."""
+    kept = {name: value for name, value in budget.as_config().items() if name != "permute_weights"}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def show(budget: EngineBudget, engines: Sequence[int] = (0,)) -> None:
     """Put the metrics of an engine with this budget on the registry that vLLM exposes where it runs in one process."""
     if _collector.budget is None:
         REGISTRY.register(_collector)
-    _collector.budget = budget
+    _collector.budget, _collector.engines = budget, engines
 
 
 def joining(stock: Callable[[Any], Iterable[Metric]]) -> Callable[[Any], Iterator[Metric]]:

@@ -21,7 +21,10 @@ TESTED_VERSIONS = ("0.30.0", "0.31.0", "0.32.0")
 
 
 STATE_RELEASE = "0.32.0"
-"""The release with which models were compared that keep states. Kernels of 0.31 for a CPU take no float32 states."""
+"""The release with which models that keep states were compared, and data parallelism was run.
+
+Kernels of 0.31 for a CPU take no float32 states.
+"""
 
 
 class Variable(NamedTuple):

@@ -2,19 +2,23 @@
 
 vLLM's scheduler and its HTTP server are different processes, and its own statistics have no room for plugins. So the
 process that configures the engine makes a small file, whose name its children inherit, and the scheduler maps it into
-memory: counting costs a store. Standard library only; ``metrics`` speaks Prometheus.
+memory: counting costs a store. Under data parallelism each replica has a scheduler, and each that counts adds a record
+of its own to the file. Standard library only; ``metrics`` speaks Prometheus.
 
 Where a statistics file is asked for, it gets two kinds of lines: what the pool holds (``kv_bytes_in_use`` and the
 counters), at most once a second, and for each request whose blocks went back a line with its ``request_id``. A request
-that was preempted has a line for each time it was admitted.
+that was preempted has a line for each time it was admitted. ``engine`` is the replica, by vLLM's number.
 """
 
 from __future__ import annotations
 
 import atexit
+import fcntl
 import json
 import mmap
+import multiprocessing
 import os
+import re
 import struct
 import tempfile
 import time
@@ -35,35 +39,63 @@ FIELDS = (
 )
 SECONDS_BETWEEN_LINES = 1.0
 
-_ENTRY = struct.Struct("=q")
+_RECORD = struct.Struct(f"={1 + len(FIELDS)}q")
+"""The replica's number and 1, so that zeros are nobody's, then its values."""
 
-
-_made: set[str] = set()
-"""Files that this process has made."""
+_made: set[tuple[int, str]] = set()
+"""Files that this process has made, with its id: a fork of it has made none."""
 
 
 def share() -> None:
     """Make the file that this process and its children share; a second engine of this process starts it anew.
 
-    A process that was given the file, as each of several API servers is, leaves it to the scheduler that counts there.
+    A process that was given the file, as each of several API servers is, leaves it to the schedulers that count there.
     """
     path = os.environ.get(SHARED)
     if path is None or not Path(path).is_file():
         handle, path = tempfile.mkstemp(prefix="kvprofile-")
         os.close(handle)
         os.environ[SHARED] = path
-        _made.add(path)
+        _made.add((os.getpid(), path))
         atexit.register(Path(path).unlink, missing_ok=True)
-    if path not in _made:
+    if (os.getpid(), path) not in _made:
         return
     with Path(path).open("r+b") as file:  # never shorter: an earlier engine may have it mapped
-        file.write(bytes(_ENTRY.size * len(FIELDS)))
+        file.write(bytes(Path(path).stat().st_size))
+
+
+def by_engine() -> dict[int, dict[str, int]]:
+    """What each replica has counted so far, by its number; without those that have not begun a step."""
+    found: dict[int, dict[str, int]] = {}
+    content = Path(os.environ[SHARED]).read_bytes()
+    whole = len(content) - len(content) % _RECORD.size
+    for marked, *values in _RECORD.iter_unpack(content[:whole]):
+        if marked:
+            found[marked - 1] = _added(found.get(marked - 1), dict(zip(FIELDS, values, strict=True)))
+    return found
 
 
 def read() -> dict[str, int]:
-    """What the scheduler has counted so far."""
-    content = Path(os.environ[SHARED]).read_bytes()
-    return {name: _ENTRY.unpack_from(content, _ENTRY.size * place)[0] for place, name in enumerate(FIELDS)}
+    """What all replicas have counted so far, added up."""
+    total: dict[str, int] | None = None
+    for values in by_engine().values():
+        total = _added(total, values)
+    return total or dict.fromkeys(FIELDS, 0)
+
+
+def _added(one: dict[str, int] | None, other: dict[str, int]) -> dict[str, int]:
+    """The sum, but for the width of a block, of which the larger is taken."""
+    if one is None:
+        return other
+    found = {name: one[name] + other[name] for name in FIELDS}
+    found["kv_block_bytes"] = max(one["kv_block_bytes"], other["kv_block_bytes"])
+    return found
+
+
+def engine_of_process() -> int:
+    """The number of the replica whose scheduler runs in this process: vLLM tells it by the process's name alone."""
+    found = re.search(r"_DP(\d+)(?:_|$)", multiprocessing.current_process().name)
+    return int(found[1]) if found else 0
 
 
 @dataclass
@@ -112,9 +144,15 @@ class _Sums:
 class Counters:
     """The scheduler's side of the shared file, and of the statistics file where one is asked for."""
 
-    def __init__(self, shared: Path, lines: Path | None) -> None:
+    def __init__(self, shared: Path, lines: Path | None, engine: int = 0) -> None:
+        self._engine = engine
         with shared.open("r+b") as file:
-            self._map = mmap.mmap(file.fileno(), _ENTRY.size * len(FIELDS))
+            fcntl.flock(file, fcntl.LOCK_EX)  # replicas start at the same time
+            size = file.seek(0, os.SEEK_END)
+            self._place = size + -size % _RECORD.size
+            file.truncate(self._place + _RECORD.size)
+            self._map = mmap.mmap(file.fileno(), self._place + _RECORD.size)
+            fcntl.flock(file, fcntl.LOCK_UN)  # the map keeps the file open, and would keep it locked
         self._values = dict.fromkeys(FIELDS, 0)
         self._lines = lines
         self._next_line = 0.0
@@ -156,15 +194,19 @@ class Counters:
     def _write(self, line: Mapping[str, object]) -> None:
         if self._lines is not None:
             with self._lines.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"time": time.time(), **line}) + "\n")
+                file.write(json.dumps({"time": time.time(), "engine": self._engine, **line}) + "\n")
 
     def _set(self, name: str, value: int) -> None:
         if self._values[name] != value:
             self._values[name] = value
-            _ENTRY.pack_into(self._map, _ENTRY.size * FIELDS.index(name), value)
+            _RECORD.pack_into(self._map, self._place, self._engine + 1, *self._values.values())
 
 
 @cache
 def counters() -> Counters:
-    """The counters of this process; its cache managers share them."""
-    return Counters(Path(os.environ[SHARED]), from_environment(os.environ).stats)
+    """The counters of this process; its cache managers share them.
+
+    On a machine that the file of the configuring process did not reach, they are that machine's alone.
+    """
+    share()
+    return Counters(Path(os.environ[SHARED]), from_environment(os.environ).stats, engine_of_process())

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ _OURS = {
     "max_num_seqs",
     "enable_prefix_caching",
     "tensor_parallel_size",
+    "pipeline_parallel_size",
     "tokenizer",
 }
 _OURS |= {"worker_extension_cls", "scheduler_cls", "async_scheduling", "skip_tokenizer_init", "trust_remote_code"}
@@ -70,7 +72,7 @@ class VllmEngine:
         """Score what is not finished yet; returns the attention kernel used. Raises InputError where vLLM cannot."""
         chunk_tokens, geometry = plan.options.chunk_tokens, plan.description.geometry
         work = [forward_tokens(plan.documents[i], plan.frame, chunk_tokens, store.finished(i)) for i in plan.own]
-        with started(self.arguments) as llm, Session(llm) as session:
+        with started(self.arguments) as llm, watching_workers(llm), Session(llm) as session:
             if session.layers != geometry.profiled_layers or session.kv_heads != geometry.kv_heads:
                 raise InputError(
                     f"vLLM has full attention in layers {_listed(session.layers)} with {session.kv_heads} KV heads, "
@@ -86,7 +88,7 @@ class VllmEngine:
 
                 for scored in scorer.score(plan.documents[index], f"document-{index}", store.finished(index), middle):
                     between = middle(scored.chunk)
-                    shared = shared or scored.sums is None
+                    shared = shared or (scored.sums is None and between.start < between.stop)
                     store.save(index, scored.chunk.index, scored.token_scores, keep_token_scores, between, scored.sums)
             if plan.has_middle and shared:
                 progress.say("several ranks share each KV head, so there are no graded budgets, and no probe")
@@ -107,6 +109,7 @@ def place_in_vllm(
     positions: int,
     tensor_parallel_size: int = 1,
     others: Sequence[str] = (),
+    pipeline_parallel_size: int = 1,
 ) -> VllmEngine:
     """Choose the engine's arguments; ``others`` are the user's, as NAME=VALUE. Imports vLLM, starts nothing.
 
@@ -128,8 +131,13 @@ def place_in_vllm(
             f"the longest repeat reaches position {positions} and vLLM needs one more, but "
             f"{description.position_reason}; pass a smaller --context-tokens or --chunk-tokens"
         )
-    if tensor_parallel_size < 1:
-        raise InputError(f"--tensor-parallel-size must be at least 1, not {tensor_parallel_size}")
+    for kind, size in (("tensor", tensor_parallel_size), ("pipeline", pipeline_parallel_size)):
+        if size < 1:
+            raise InputError(f"--{kind}-parallel-size must be at least 1, not {size}")
+    if pipeline_parallel_size > description.geometry.layers:
+        raise InputError(
+            f"--pipeline-parallel-size {pipeline_parallel_size}: the model has {description.geometry.layers} layers"
+        )
     asked = dict(_argument(text) for text in others)
     ranks = min(tensor_parallel_size, description.geometry.kv_heads)
     cache_bytes = description.geometry.values_per_token * (positions + _ROOM_TOKENS) * MODEL_DTYPES[chosen] // ranks
@@ -154,6 +162,9 @@ def place_in_vllm(
         f"vLLM {vllm.__version__} on {platform}" + ("" if _tested(vllm.__version__) else ", a release not tested with"),
         f"dtype {chosen}: " + ("asked for" if dtype != "auto" else "the checkpoint's own, as it is served"),
     ]
+    if pipeline_parallel_size > 1:
+        arguments["pipeline_parallel_size"] = pipeline_parallel_size
+        reasons.append(f"pipeline parallel over {pipeline_parallel_size} stages: asked for")
     if tensor_parallel_size > 1:
         reasons.append(f"tensor parallel over {tensor_parallel_size} ranks: asked for")
     return VllmEngine(chosen, platform, vllm.__version__, arguments, tuple(reasons))
@@ -192,6 +203,41 @@ def started(arguments: Mapping[str, Any]) -> Iterator[Any]:
             llm.llm_engine.engine_core.shutdown()
             del llm
             cleanup_dist_env_and_memory()
+
+
+@contextlib.contextmanager
+def watching_workers(llm: Any) -> Iterator[None]:
+    """Say in one line that a worker of vLLM ended, whatever vLLM's own errors are. Raises InputError for that."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        if _worker_ended(llm, error):
+            raise InputError(
+                "a worker of vLLM ended while scoring (out of memory, or stopped by somebody); "
+                "finished chunks are kept, run the same command again to continue"
+            ) from error
+        raise
+
+
+_NOTICED_S = 3.0
+"""How long vLLM may take to notice that a process is gone, after another one of its ranks has failed for that."""
+
+
+def _worker_ended(llm: Any, error: Exception) -> bool:
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    if isinstance(error, EngineDeadError):  # the engine's core is a process of its own
+        return True
+    core = getattr(llm.llm_engine.engine_core, "engine_core", None)
+    executor: Any = getattr(core, "model_executor", None)
+    if not hasattr(executor, "is_failed"):
+        return False
+    deadline = time.monotonic() + _NOTICED_S
+    while not executor.is_failed and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return bool(executor.is_failed)
 
 
 def _argument(text: str) -> tuple[str, Any]:

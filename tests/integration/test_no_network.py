@@ -28,6 +28,7 @@ COMMANDS = [
     ["plan", POCKET, "--gpu-memory", "24GiB", "--context", "1000"],
     ["plan", "models/pocket", "--gpu-memory", "1GiB", "--context", "500"],  # no such folder here: the bundled one
     ["plan", BUDGET, "--gpu-memory", "H100", "--context", "1000"],
+    ["plan", BUDGET, "--gpu-memory", "H100", "--context", "1000", "--weights-gib", "1", "--replicas", "8"],
     ["export", BUDGET, "--format", "vllm", "--retention", "0.5", "--output", "made.vllm"],
     ["export", BUDGET, "--format", "csv", "--retention", "0.5", "--output", "made.csv"],
     ["export", BUDGET, "--format", "kvzip", "--output", "made.pt"],

@@ -1,4 +1,7 @@
-"""Shards as tasks of a Ray cluster of two nodes on this machine; needs `pip install ray`, as nothing else here does."""
+"""Shards as tasks of a Ray cluster of two nodes on this machine, and what Ray would carry for vLLM's executor.
+
+Needs Ray (`pip install 'kvprofile[ray]'`), as nothing else here does.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,14 @@ from pathlib import Path
 import pytest
 
 from kvprofile.budget import probe
+from kvprofile.checkpoint import Source, describe
 from kvprofile.cli import run
 from kvprofile.scoring.shard import Shard
+from kvprofile.scoring.vllm_engine import place_in_vllm
+from tests.helpers.models import POCKET
 from tests.helpers.score_runs import finish, start, wait_for_chunks
 
-ray = pytest.importorskip("ray", reason="Ray is not installed: pip install ray")
+ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'kvprofile[ray]'")
 pytestmark = [pytest.mark.slow, pytest.mark.loopback]
 
 SHARDS = 4
@@ -70,3 +76,30 @@ def test_shards_are_tasks_and_one_that_is_killed_runs_again(nodes, tiny_checkpoi
     assert run(["merge", *map(str, paths), "--output", str(output)]) == 0
     assert output.read_bytes() == one.read_bytes()
     assert probe.path_of(output).read_bytes() == probe.path_of(one).read_bytes()
+
+
+def test_ray_carries_what_scoring_sends_to_workers():
+    """As far as this goes without a GPU: vLLM has no Ray for CPUs, so that executor itself was never run."""
+    pytest.importorskip("vllm")
+    from ray import cloudpickle
+    from vllm import SamplingParams
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.executor.abstract import Executor
+
+    from kvprofile.capture import WORKER, refuse
+    from kvprofile.capture.marks import Mark
+    from kvprofile.capture.worker import CaptureWorker
+
+    description = describe(Source("pocket", POCKET, None))
+    ranks = {"tensor_parallel_size": 2, "pipeline_parallel_size": 2, "others": ["distributed_executor_backend=ray"]}
+    engine = place_in_vllm(description, "float32", "auto", 500, **ranks)
+    config = EngineArgs(**engine.arguments).create_engine_config()
+    assert Executor.get_class(config).uses_ray
+    assert refuse.problems(config) == []
+    assert config.parallel_config.worker_extension_cls == WORKER  # a name: each node imports its own kvprofile
+
+    mark = Mark("document-0/3", 400, 4, (10, 60), (16, 60))
+    sent = cloudpickle.loads(cloudpickle.dumps((CaptureWorker, "kvprofile_take", (mark.key,))))
+    assert sent == (CaptureWorker, "kvprofile_take", (mark.key,))
+    carried = cloudpickle.loads(cloudpickle.dumps(SamplingParams(extra_args=mark.as_extra_args())))
+    assert Mark.of(carried) == mark

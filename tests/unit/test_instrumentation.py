@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from kvprofile.instrumentation import RequestLog, is_request, metric_values
+from kvprofile.instrumentation import GPUMemoryManager, RequestLog, is_request, metric_values
 
 
 def test_engine_ids_are_matched_to_requests():
@@ -44,3 +44,19 @@ def test_metrics_are_read_by_their_text():
     found = metric_values(text)
     assert (found["pool_blocks"], found["block_tokens"]) == (341, 32)
     assert found["vllm:num_requests_running"] == 5
+    assert (found["replicas"], found["vllm:kv_cache_usage_perc"]) == (1, 0.25)
+
+
+def test_pools_of_several_replicas_are_one(monkeypatch):
+    text = "".join(
+        f'vllm:cache_config_info{{block_size="32",engine="{engine}",num_gpu_blocks="{blocks}"}} 1.0\n'
+        f'vllm:kv_cache_usage_perc{{engine="{engine}"}} {usage}\n'
+        f'kvprofile_kv_block_bytes{{engine="{engine}"}} {width}\n'
+        for engine, blocks, usage, width in ((0, 402, 0.5, 64), (1, 402, 0.25, 0))
+    )
+    monkeypatch.setattr("kvprofile.instrumentation.scrape", lambda _: text)
+    look = GPUMemoryManager("http://127.0.0.1:9").sample()
+    assert (look.replicas, look.block_tokens, look.block_bytes) == (2, 32, 64)
+    assert look.cache_usage == 0.375
+    assert look.cache_bytes_total == 402 * 64
+    assert look.cache_bytes_in_use == round(look.cache_usage * 400 * 64)

@@ -68,8 +68,9 @@ def draw(rng, count):
     return [rng.randrange(4, 1000) for _ in range(count)]
 
 
-def fetch(url, body=None):
+def fetch(url, body=None, headers=()):
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})  # noqa: S310 - our own server
+    headers = {"Content-Type": "application/json", **dict(headers)}
+    request = urllib.request.Request(url, data, headers)  # noqa: S310 - our own server
     with urllib.request.urlopen(request, timeout=120) as answer:  # noqa: S310
         return answer.read().decode()

@@ -23,26 +23,10 @@ from tests.helpers.models import POCKET
 from tests.helpers.quantised import quantise
 from tests.vllm.capture import TOLERANCE
 from tests.vllm.engine import environment
+from tests.vllm.score_command import SMALL, finish, start
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
-
-CORPUS = ["--corpus", "generate:prose:1:6000", "--corpus", "generate:tables:2:6000", "--context-tokens", "400"]
-SMALL = ["score", "--dtype", "float32", "--chunk-tokens", "50", "--sink-tokens", "16", "--recent-tokens", "64", *CORPUS]
-
-
-def start(checkpoint, output, *options):
-    command = [sys.executable, "-m", "kvprofile", *SMALL, str(checkpoint), "--output", str(output), *options]
-    env = environment()
-    for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_CPU_KVCACHE_SPACE", "VLLM_LOGGING_LEVEL"):
-        del env[name]  # as a user starts it
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def finish(process):
-    out, errors = process.communicate(timeout=900)
-    assert process.returncode == 0, errors[-4000:]
-    return out, errors
 
 
 def test_the_command_writes_what_the_hf_engine_writes(tmp_path, capsys):
@@ -185,6 +169,8 @@ def test_refusals_name_the_reason(tmp_path):
     [
         ({"positions": 4096}, "vLLM needs one more"),
         ({"tensor_parallel_size": 0}, "at least 1"),
+        ({"pipeline_parallel_size": 0}, "--pipeline-parallel-size must be at least 1"),
+        ({"pipeline_parallel_size": 7}, "the model has 6 layers"),
         ({"device": "cuda"}, "vLLM serves on cpu here"),
         ({"dtype": "int8"}, "unknown dtype"),
         ({"others": ["max_num_seqs=4"]}, "sets it itself"),

@@ -273,6 +273,10 @@ def test_refusals_name_the_reason(subject, tmp_path):
     alibi = save_config(tmp_path / "alibi", "BloomConfig", n_layer=2, hidden_size=64, n_head=2)
     states = save_config(tmp_path / "states", "GraniteMoeHybridConfig", **_STATES)
     convolutions = save_config(tmp_path / "lfm2", "Lfm2Config", num_hidden_layers=2, hidden_size=64, **_CONVOLUTIONS)
+    experts = save_config(
+        tmp_path / "experts", "Qwen3MoeConfig", num_hidden_layers=2, hidden_size=64, num_attention_heads=2,
+        num_key_value_heads=2, num_experts=4,
+    )  # fmt: skip
     connector = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
     plain, found = str(subject.folder), {"LLM_KVZIP_BUDGET": good}
     drafts = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
@@ -292,6 +296,13 @@ def test_refusals_name_the_reason(subject, tmp_path):
         (found, plain, {"tensor_parallel_size": 8, "decode_context_parallel_size": 2}, "context parallelism"),
         (found, plain, {"disable_hybrid_kv_cache_manager": True}, "serve with --disable-hybrid-kv-cache-manager"),
         (found, plain, {"pipeline_parallel_size": 2}, "pipeline parallelism"),
+        (found, plain, {"data_parallel_size": 2}, None),
+        (
+            found,
+            experts,
+            {"data_parallel_size": 2},
+            "data parallelism of a mixture of experts, over Ray",
+        ),
         (found, plain, {"enable_lora": True}, "LoRA adapters, unless LLM_KVZIP_ALLOW_UNTESTED=lora"),
         (found | {"LLM_KVZIP_ALLOW_UNTESTED": "platform"}, plain, {"enable_lora": True}, "LoRA adapters"),
         (found | {"LLM_KVZIP_ALLOW_UNTESTED": "lora"}, plain, {"enable_lora": True}, None),

@@ -9,9 +9,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
+from kvprofile.cli import run
+from kvprofile.client import VLLMClient
 from kvprofile.evaluate.simulate import simulating
-from kvprofile.prometheus import metric_values
+from kvprofile.instrumentation import GPUMemoryManager
+from kvprofile.prometheus import labels_of, metric_values
 from kvprofile.records import run_files
 from kvprofile.runtime import doctor
 from tests.helpers import grafana
@@ -56,29 +60,96 @@ def server(tmp_path, tokenizer):
         yield address, subject, stats
 
 
+def replicated(model, log, env, *arguments):
+    """A model from `vllm serve` itself, which several API processes and replicas need. Gives its address."""
+    command = [sys.executable, "-m", "tests.vllm.serve_command", "serve", str(model), "--served-model-name", model.name]
+    command += ["--dtype", "float32", "--max-model-len", "1024", "--block-size", "32", *arguments]
+    return running(command, log, env, cwd=ROOT)
+
+
 @pytest.mark.parametrize("several", ["api servers", "a folder of the user's"])
-def test_metrics_that_several_processes_share(several, tmp_path):
-    """vLLM joins them from files, where a plugin's metrics are missing unless the plugin adds them."""
-    shared = tmp_path / "shared"
+def test_metrics_that_several_processes_share(several, tmp_path, monkeypatch):
+    """vLLM joins them from files, where a plugin's metrics are missing unless the plugin adds them.
+
+    Doctor, client, memory manager and dashboard read the same.
+    """
+    shared, stats = tmp_path / "shared", tmp_path / "stats.jsonl"
     shared.mkdir()
     own = {"PROMETHEUS_MULTIPROC_DIR": str(shared)} if several != "api servers" else {}
-    env = environment(BUDGET, LLM_KVZIP_RETENTION="0.5", **own)
+    env = environment(BUDGET, LLM_KVZIP_RETENTION="0.5", LLM_KVZIP_STATS=str(stats), **own)
     del env["VLLM_ENABLE_V1_MULTIPROCESSING"]
-    command = [sys.executable, "-m", "tests.vllm.serve_command", "serve", str(POCKET), "--served-model-name", "pocket"]
-    command += ["--dtype", "float32", "--max-model-len", "4096", "--block-size", "32"]
-    command += [] if own else ["--api-server-count", "2"]
-    with running(command, tmp_path / "server.log", env, cwd=ROOT) as address:
+    more = [] if own else ["--api-server-count", "2"]
+    with replicated(POCKET, tmp_path / "server.log", env, *more) as address:
         assert doctor.server(address).good
         body = {"model": "pocket", "prompt": "The old archive. " * 60, "max_tokens": 8, "ignore_eos": True}
         for _ in range(4):
             fetch(f"{address}/v1/completions", body)
+        monkeypatch.setenv("LLM_KVZIP_ENABLED", "1")  # so that the client asks for proof
+        with VLLMClient(url=address, stats=stats) as client:
+            answered = client.generate_response("The new archive. " * 60, max_tokens=8)
         pages = [fetch(f"{address}/metrics") for _ in range(8)]  # whichever process answers
-        check = doctor.server(address)
+        check, look = doctor.server(address), GPUMemoryManager(address).sample()
     assert all(doctor.OWN_PROCESS not in metric_values(page) for page in pages)
     freed = {metric_values(page)["kvprofile_kv_bytes_reclaimed_total"] for page in pages}
     assert len(freed) == 1
-    assert freed.pop() > 0
+    assert answered.cache.blocks_reclaimed > 0
     assert check.good, check.detail
+    assert f"{freed.copy().pop() / 2**20:.1f} MiB given back" in check.detail
+    assert look.kv_bytes_reclaimed == freed.pop() > 0
+    assert look.replicas == 1
+    assert look.cache_bytes_total > look.block_bytes > 0
+    assert all(grafana.metrics() <= grafana.names_in(page) for page in pages)
+
+
+@pytest.mark.slow
+def test_two_replicas_trim_and_add_up(tmp_path, tokenizer, capsys):
+    """Data parallelism: outputs of both are the simulation's, and one server's metrics and statistics have both."""
+    subject = make_subject(tmp_path / "tiny")
+    tokenizer.save_pretrained(subject.folder)
+    stats, budget = tmp_path / "stats.jsonl", write_budget(tmp_path / "b.json", subject, HEADS, RULE)
+    env = environment(budget, LLM_KVZIP_STATS=str(stats), VLLM_CPU_OMP_THREADS_BIND="nobind")
+    del env["VLLM_ENABLE_V1_MULTIPROCESSING"]
+    rng = random.Random("replicas")
+    asked = {0: [draw(rng, 700), draw(rng, 330)], 1: [draw(rng, 512)]}
+    outputs = []
+    with replicated(subject.folder, tmp_path / "server.log", env, "--data-parallel-size", "2") as address:
+        for replica, its in asked.items():
+            for prompt in its:
+                body = {"model": "tiny", "prompt": prompt, "max_tokens": 24, "temperature": 0, "ignore_eos": True}
+                header = {"X-data-parallel-rank": str(replica)}
+                answer = json.loads(fetch(f"{address}/v1/completions", body | {"return_token_ids": True}, header))
+                outputs.append((prompt, answer["choices"][0]["token_ids"]))
+        pages = [fetch(f"{address}/metrics") for _ in range(6)]
+        look = GPUMemoryManager(address).sample()
+        assert run(["doctor", "--url", address, "--url", f"{address}/v1"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "given back so far, 2 replicas" in said
+    assert "all 2 servers apply budget" in said
+
+    freed = freed_by_engine(pages[0])
+    assert {*freed} == {labels["engine"] for labels in labels_of(pages[0], "vllm:kv_cache_usage_perc")} == {"0", "1"}
+    assert all(freed_by_engine(page) == freed for page in pages)
+    by_lines = dict.fromkeys(freed, 0.0)
+    for line in map(json.loads, stats.read_text().splitlines()):
+        if "request_id" in line:
+            by_lines[str(line["engine"])] += line["blocks_reclaimed"] * line["block_bytes"]
+    assert by_lines == freed
+    assert min(freed.values()) > 0
+    assert look.kv_bytes_reclaimed == sum(freed.values())
+    assert (look.replicas, look.running) == (2, 0)
+    with simulating(subject.model, subject.geometry, HEADS, RULE) as simulation:
+        for prompt, tokens in outputs:
+            logits = [simulation.prefill(prompt)]
+            logits += simulation.start().read([tokens[:-1]])[0]
+            for row, token in zip(logits, tokens, strict=True):
+                assert float(row.max() - row[token]) < NEAR_TIE
+
+
+def freed_by_engine(page):
+    """Bytes given back by replica."""
+    families = text_string_to_metric_families(page)
+    samples = [sample for family in families for sample in family.samples]
+    return {s.labels["engine"]: s.value for s in samples if s.name == "kvprofile_kv_bytes_reclaimed_total"}
 
 
 SERVE = """
@@ -119,7 +190,7 @@ def test_vllm_serve_applies_budgets_and_says_so(server, tmp_path):
     assert check.good, check.detail
     text = fetch(f"{address}/metrics")
     assert grafana.metrics() <= grafana.names_in(text), "the dashboard queries what this server does not have"
-    values = dict(line.split(maxsplit=1) for line in text.splitlines() if line.startswith("kvprofile_"))
+    values = metric_values(text)
     assert float(values["kvprofile_full_heads"]) == 8
     first_freed, last_freed = RULE.sink_blocks, RULE.first_recent_block(len(prompt) + asked - 1, len(prompt))
     groups = float(values["kvprofile_kv_blocks_reclaimed_total"]) / (last_freed - first_freed)

@@ -7,8 +7,10 @@ from contextlib import contextmanager
 
 from kvprofile.bench.chat_client import Endpoint
 from kvprofile.bench.engines.base import LegFailedError, Running
+from kvprofile.bench.engines.vllm_server import replicas_of
 from kvprofile.bench.providers import Provider
 from kvprofile.errors import InputError, plain
+from kvprofile.runtime import doctor
 
 LISTED = 12
 
@@ -34,7 +36,23 @@ def connected(provider: Provider, model: str | None, environ: Mapping[str, str])
         chosen = offered[0]
     elif offered and chosen not in offered:
         raise LegFailedError(f"{provider.name} has no model {chosen}; it offers {listed}")
-    yield Running(endpoint(provider, provider.base_url, chosen, key), warnings=warnings)
+    replicas, told = _behind(provider)
+    warnings += told
+    yield Running(endpoint(provider, provider.base_url, chosen, key), facts={"replicas": replicas}, warnings=warnings)
+
+
+def _behind(provider: Provider) -> tuple[int | None, tuple[str, ...]]:
+    """How many replicas answer for a provider, None where that is not known, and warnings."""
+    if not provider.servers:
+        return None, ()
+    replicas = replicas_of(provider.servers)
+    if replicas is None:
+        return None, (f"not all servers of {provider.name} show their /metrics, so its replicas are not known",)
+    checks = list(doctor.servers(provider.servers))
+    told = [check.detail for check in checks if check.name == "budgets" and check.good is False]
+    if len({check.good for check in checks if check.name == "server"}) > 1:
+        told.append("some apply budgets, others do not")
+    return replicas, tuple(f"servers of {provider.name}: {detail}" for detail in told)
 
 
 def endpoint(provider: Provider, base_url: str, model: str, key: str | None) -> Endpoint:

@@ -23,6 +23,7 @@ from kvprofile.bench.chat_client import Endpoint
 from kvprofile.bench.engines.base import LegFailedError, Running
 from kvprofile.environment import ENABLED, PREFIX
 from kvprofile.errors import plain
+from kvprofile.instrumentation import GPUMemoryManager
 from kvprofile.runtime import doctor
 
 SERVER = "vllm.entrypoints.openai.api_server"
@@ -70,6 +71,8 @@ def arguments(model: str, name: str, options: EngineOptions) -> list[str]:
         found.append("--enforce-eager")
     found.append("--enable-prefix-caching" if options.prefix_caching else "--no-enable-prefix-caching")
     found += ["--tensor-parallel-size", str(options.tensor_parallel_size)]
+    if options.data_parallel_size != 1:
+        found += ["--data-parallel-size", str(options.data_parallel_size)]
     return [*found, *options.extra]
 
 
@@ -113,7 +116,7 @@ def serving(
                     process=process.pid,
                     stats=None if budgets is None else budgets.stats,
                     token_bytes=token_bytes,
-                    facts=facts(log),
+                    facts={**facts(log), "replicas": replicas_of([address])},
                     ended=lambda: process.poll() is not None,
                 )
             except LegFailedError as error:
@@ -178,6 +181,13 @@ def _require(address: str, budgets: Budgets | None) -> None:
         raise LegFailedError(f"budgets are not in force: {applied.detail}")
     if budgets is None and applied.good:
         raise LegFailedError("budgets are in force in a leg that must not have any")
+
+
+def replicas_of(addresses: Sequence[str]) -> int | None:
+    """The replicas behind these servers together, as their /metrics say; None where one of them does not."""
+    found = [GPUMemoryManager(address).sample().replicas for address in addresses]
+    known = [each for each in found if each is not None]
+    return sum(known) if known and len(known) == len(found) else None
 
 
 def _require_running(process: subprocess.Popen[bytes], log: Path) -> None:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
 import pytest
 
 from kvprofile.bench import prepare, providers
 from kvprofile.bench.bench_options import BenchOptions
+from kvprofile.bench.engines import openai_compatible
 from kvprofile.errors import InputError
 from tests.helpers.models import POCKET
 
@@ -65,3 +71,54 @@ def test_a_file_that_happens_to_lie_here_sends_no_key_elsewhere(workplace):
     asked = BenchOptions(model=str(POCKET), local=False, providers=("moonshot",), providers_file=file)
     said = "provider moonshot: https://evil.example/v1, with MOONSHOT_API_KEY"
     assert said in prepare.prepare(asked).reasons
+
+
+@contextlib.contextmanager
+def behind(metrics):
+    """A server with one model and these metrics. Gives its address."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            answer = metrics if self.path == "/metrics" else json.dumps({"object": "list", "data": [MODEL]})
+            self.send_response(200)
+            self.send_header("Content-Type", "text/plain" if self.path == "/metrics" else "application/json")
+            self.end_headers()
+            self.wfile.write(answer.encode())
+
+        def log_message(self, *args):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+MODEL = {"id": "m", "object": "model", "created": 0, "owned_by": "x"}
+STOCK = "".join(f'vllm:cache_config_info{{engine="{engine}",num_gpu_blocks="9"}} 1.0\n' for engine in (0, 1))
+TRIMMED = STOCK + 'kvprofile_enabled 1.0\nkvprofile_budget_info{budget="aa11"} 1.0\n'
+
+
+@pytest.mark.loopback
+@pytest.mark.parametrize(
+    ("pages", "replicas", "warned"),
+    [
+        ([STOCK], 2, []),
+        ([STOCK, STOCK], 4, []),
+        ([TRIMMED, TRIMMED], 4, []),
+        ([TRIMMED, TRIMMED.replace("aa11", "bb22")], 4, ["the servers apply different budgets: aa11"]),
+        ([TRIMMED, STOCK], 4, ["some apply budgets, others do not"]),
+        ([STOCK, "<html>"], None, ["not all servers of mine show their /metrics"]),
+        ([STOCK, "up 1\n"], None, ["not all servers of mine show their /metrics"]),
+        ([], None, []),
+    ],
+)
+def test_servers_behind_a_provider_are_counted_and_compared(pages, replicas, warned):
+    with contextlib.ExitStack() as stack:
+        router = stack.enter_context(behind(STOCK))
+        addresses = tuple(stack.enter_context(behind(page)) for page in pages)
+        provider = providers.Provider(name="mine", base_url=f"{router}/v1", servers=addresses)
+        with openai_compatible.connected(provider, None, {}) as running:
+            assert running.facts["replicas"] == replicas
+            assert len(running.warnings) == len(warned)
+            assert all(words in told for words, told in zip(warned, running.warnings, strict=True)), running.warnings

@@ -276,10 +276,12 @@ def test_patches_are_applied_once_and_removed():
 
 COUNT = (
     "import sys; from pathlib import Path; from kvprofile.runtime.stats import Counters;"
-    "counters = Counters(Path(sys.argv[1]), Path(sys.argv[2]));"
+    "from kvprofile.runtime.stats import engine_of_process;"
+    "counters = Counters(Path(sys.argv[1]), Path(sys.argv[2]), engine_of_process());"
     "counters.reclaimed(3, 100); counters.in_use(5, 100); counters.reclaimed(2, 100); counters.in_use(4, 100);"
     "counters.kept(2); counters.moved(0.25); counters.moved(0.5)"
 )
+REPLICA = "import multiprocessing; multiprocessing.current_process().name = 'EngineCore_DP1';"
 SHARE = "from kvprofile.runtime import stats; stats.share(); print(stats.read()['kv_bytes_reclaimed_total'])"
 
 
@@ -296,8 +298,16 @@ def test_counters_cross_processes(tmp_path, monkeypatch):
     (line,) = [json.loads(text) for text in lines.read_text().splitlines()]  # the second is within a second
     assert line["kv_bytes_in_use"] == 500
 
+    subprocess.run([sys.executable, "-c", REPLICA + COUNT, shared, str(lines)], check=True)
+    assert set(stats.by_engine()) == {0, 1}
+    assert stats.by_engine()[0] == stats.by_engine()[1] == {**expected, "kv_block_bytes": 100}
+    assert stats.read() == {name: 2 * value for name, value in expected.items()} | {"kv_block_bytes": 100}
+    engines = [json.loads(text)["engine"] for text in lines.read_text().splitlines()]
+    assert engines == [0, 1]
+
+    _held = stats.Counters(Path(shared), None), stats.Counters(Path(shared), None)  # one waits for no other
     api_server = subprocess.run([sys.executable, "-c", SHARE], capture_output=True, text=True, check=True)
-    assert api_server.stdout.strip() == "500", "one of several API servers took back what the scheduler had counted"
+    assert api_server.stdout.strip() == "1000", "one of several API servers took back what the scheduler had counted"
     assert Path(shared).is_file()
     stats.share()
     assert stats.read() == dict.fromkeys(stats.FIELDS, 0), "a second engine of this process counts anew"

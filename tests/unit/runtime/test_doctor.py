@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import struct
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -26,7 +26,18 @@ ALONE = 'python_info{implementation="CPython"} 1.0\n'
 """A metric of a server in one process."""
 
 RUNNING = 'vllm:num_requests_running{engine="0",model_name="m"} 1.0\n'
+ROUTED = 'vllm:num_requests_running{server="http://10.0.0.1:8000"} 1.0\n'
+"""As the router of vLLM's production stack says it."""
+
+TWO = "".join(f'vllm:cache_config_info{{engine="{engine}",num_gpu_blocks="9"}} 1.0\n' for engine in (0, 1))
+COUNTED = 'kvprofile_kv_bytes_reclaimed_total{engine="0"} 0.0\n'
 BUDGETS = "kvprofile_enabled 1.0\nkvprofile_retention_ratio 0.5\nkvprofile_kv_bytes_reclaimed_total 9437184.0\n"
+
+
+INFO = BUDGETS + 'kvprofile_budget_info{budget="aa11"} 1.0\n'
+
+
+HEADS = ((1.0, 0.0), (1.0, 1.0), (0.0, 0.0))
 
 
 def serve_metrics(text):
@@ -65,6 +76,9 @@ def server_that_says(text):
         ("kvprofile_enabled\nkvprofile_enabled yes\nkvprofile_retention_ratio \x1b[31m\n", False, "text format"),
         ("<html>welcome</html>", False, "text format"),
         (RUNNING, None, "cannot tell: several processes share its /metrics"),
+        (ALONE + ROUTED, None, "cannot tell: these are a router's /metrics"),
+        (TWO + BUDGETS + COUNTED + COUNTED.replace("0", "1"), True, "given back so far, 2 replicas"),
+        (TWO + BUDGETS + COUNTED, True, "2 replicas, those of 1 on other machines not counted"),
     ],
 )
 def test_a_server_is_known_by_its_metrics(text, good, said):
@@ -102,6 +116,42 @@ def test_only_proof_counts_as_success(capsys):
 
 
 @pytest.mark.loopback
+@pytest.mark.parametrize(
+    ("pages", "good", "said"),
+    [
+        ([INFO, INFO], True, "all 2 servers apply budget aa11 (retention 0.5)"),
+        ([INFO, INFO, INFO.replace("aa11", "bb22")], False, "different budgets: aa11 (retention 0.5) at http"),
+        ([INFO, ALONE], None, "fewer than two of the servers apply budgets"),
+        ([INFO, INFO, ALONE], True, "all 2 servers that apply any, of 3, apply budget aa11"),
+        ([INFO, BUDGETS], None, "cannot tell: a server with kvprofile 0.1"),
+        ([INFO, BUDGETS.replace("0.5", "0.3")], False, "aa11 (retention 0.5) at"),
+    ],
+)
+def test_budgets_of_several_servers_are_compared(pages, good, said, capsys):
+    with contextlib.ExitStack() as stack:
+        addresses = []
+        for page in pages:
+            server, address = serve_metrics(page)
+            stack.enter_context(server)
+            addresses += ["--url", address]
+        alright = good is True and ALONE not in pages
+        assert run(["doctor", *addresses, "--json"]) == (0 if alright else 1)
+    found = json.loads(capsys.readouterr().out)
+    *each, last = found["checks"]
+    assert [check["good"] for check in each] == ["kvprofile_enabled 1.0" in page for page in pages]
+    assert (last["name"], last["good"], said in last["detail"]) == ("budgets", good, True), last
+    assert found["ok"] is alright
+
+
+def test_a_budget_is_told_from_others_by_what_it_trims():
+    one = EngineBudget(HEADS, 0, 1)
+    same = EngineBudget(HEADS, 0, 1, permute_weights=True)
+    assert metrics.identity(one) == metrics.identity(same)
+    others = [EngineBudget(HEADS[::-1], 0, 1), EngineBudget(HEADS, 0, 2), EngineBudget(HEADS, 0, 1, probe="AAAA")]
+    assert len({metrics.identity(budget) for budget in (one, *others)}) == 4
+
+
+@pytest.mark.loopback
 def test_a_memory_manager_survives_a_server_that_says_nonsense():
     server, address = serve_metrics("<html>welcome</html>")
     with server:
@@ -119,12 +169,12 @@ def test_the_environment_is_judged():
 def shown(tmp_path, monkeypatch):
     """The plugin's metrics of an engine that gave back 3 MiB, as they are in one of its API processes."""
     shared = tmp_path / "shared"
-    counted = {"kv_blocks_reclaimed_total": 3, "kv_bytes_reclaimed_total": 3 * 2**20}
-    shared.write_bytes(struct.pack(f"={len(stats.FIELDS)}q", *(counted.get(name, 0) for name in stats.FIELDS)))
+    shared.touch()
+    stats.Counters(shared, None).reclaimed(3, 2**20)
     monkeypatch.setenv(SHARED, str(shared))
     collector = metrics.BudgetCollector()
     monkeypatch.setattr(metrics, "_collector", collector)
-    collector.budget = EngineBudget(((1.0, 0.0), (1.0, 1.0), (0.0, 0.0)), 0, 1)
+    collector.budget = EngineBudget(HEADS, 0, 1)
     return collector
 
 
