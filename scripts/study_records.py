@@ -1,10 +1,11 @@
 """What the studies on the pretrained model measured, in files that are committed: a page is made from them alone.
 
 A part of a study has one file. Its first line names the budgets, each further line is one context: the name, the key of
-the folder that it was asked in (which depends on settings, budgets and probe, so what others measured is left alone),
-and the answers in columns, values at DIGITS significant digits. Columns hold a value for each question, or a row of
-them for each budget in the order of the first line; where all values of a list are equal, one stands for them. What
-follows from the rest is not written: shares of tokens, whether an answer is exact, and where spans begin.
+the folder that it was asked in (which depends on settings, budgets and probe: lines with another key do not count, and
+go when the file is written again), and the answers in columns, at DIGITS significant digits. A column has a value for
+each question, or a row of them for each budget in the order of the first line; where all values of a column or row are
+equal, one stands for them. What follows from the rest is not written: shares of tokens, whether an answer is exact, and
+where spans begin.
 """
 
 from __future__ import annotations
@@ -77,9 +78,9 @@ class Records:
         return context in (self.contexts or {})
 
     def __or__(self, other: Records) -> Records:
-        """The contexts of both. Raises InputError where their budgets are not the same."""
+        """The contexts of both. Raises ValueError where their budgets are not the same."""
         if self.variants and other.variants and self.variants != other.variants:
-            raise InputError("contexts with other budgets than the recorded ones: remove the older of the two")
+            raise ValueError("two records have other budgets")
         return Records(self.variants or other.variants, {**(self.contexts or {}), **(other.contexts or {})})
 
     def only(self, wanted: Iterable[tuple[str, str]]) -> Records:
@@ -152,7 +153,10 @@ def collect(path: Path, folders: Sequence[tuple[str, Path]]) -> Results | None:
     records = Records.load(path).only((name, key_of(folder)) for name, folder in folders)
     for name, folder in folders:
         if (name, key_of(folder)) not in records and (folder / SUMMARY).is_file():
-            records |= of_folder(name, folder)
+            try:
+                records |= of_folder(name, folder)
+            except ValueError as error:
+                raise InputError(f"{folder} has other budgets than {path}: remove what is out of date") from error
     records = records.only((name, key_of(folder)) for name, folder in folders)
     if not records.contexts:
         return None

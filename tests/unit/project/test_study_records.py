@@ -71,7 +71,7 @@ def test_spans_of_continued_texts_are_kept(tmp_path):
     assert (item.right, item.exact, item.accuracy) == (None, False, 0.9)
 
 
-def test_what_others_settings_measured_is_left_alone(tmp_path):
+def test_what_other_settings_measured_does_not_count(tmp_path):
     path = tmp_path / "part.jsonl"
     runs = [finished(tmp_path / f"needle-300-{each}-abc", f"needle/300/{each}") for each in (0, 1)]
     collect(path, runs)
@@ -113,6 +113,18 @@ def test_what_a_record_cannot_say_is_refused(tmp_path):
     with pytest.raises(InputError, match="holds more than a record can say of full, question 0"):
         collect(tmp_path / "part.jsonl", written)
     assert not (tmp_path / "part.jsonl").exists()
+
+
+def test_budgets_that_are_not_the_recorded_ones_are_told(tmp_path):
+    path = tmp_path / "part.jsonl"
+    runs = [finished(tmp_path / f"needle-300-{each}-abc", f"needle/300/{each}") for each in (0, 1)]
+    collect(path, runs[:1])
+    run = json.loads((runs[1][1] / RUN).read_text())
+    run["variants"][1]["tokens"] = "probe"
+    (runs[1][1] / RUN).write_text(json.dumps(run))
+    with pytest.raises(InputError, match=r"needle-300-1-abc has other budgets than .*part\.jsonl"):
+        collect(path, runs)
+    assert len(Records.load(path).contexts) == 1
 
 
 def test_a_study_without_records_or_folders_writes_nothing(tmp_path):
