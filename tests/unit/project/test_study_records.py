@@ -127,6 +127,35 @@ def test_budgets_that_are_not_the_recorded_ones_are_told(tmp_path):
     assert len(Records.load(path).contexts) == 1
 
 
+@pytest.mark.parametrize("study", [real_study, graded_study], ids=("whole", "graded"))
+def test_what_was_asked_is_not_asked_again_without_its_folder(tmp_path, monkeypatch, study):
+    part = real_study.MAIN if study is real_study else graded_study.QUESTIONS
+    asked = []
+
+    def evaluated(_model, _contenders, options, folder, **_settings):
+        asked.append(folder.name)
+        finished(folder, f"{options.tasks[0]}/{options.context_tokens[0]}/0")
+
+    def ask(first, **share):
+        study.ask([part], tmp_path / "runs", tmp_path, minutes=1e9, first=first, **share)
+        asked_now, asked[:] = list(asked), []
+        return asked_now
+
+    monkeypatch.setattr(study, "evaluate_checkpoint", evaluated)
+    whole = {} if study is real_study else {"share": (1, 1)}
+    assert len(ask(2, **whole)) == 2
+    assert ask(2, **whole) == []
+    assert len(study.finished(part, tmp_path / "runs", tmp_path).questions) == 4
+    shutil.rmtree(tmp_path / "runs")
+    assert ask(2, **whole) == []
+    if study is graded_study:
+        second, first = ask(4, share=(2, 2)), ask(4, share=(1, 2))
+        assert len({*second, *first}) == 2
+    else:
+        assert len(ask(4)) == 2
+    assert len(study.finished(part, tmp_path / "runs", tmp_path).questions) == 8
+
+
 def test_a_study_without_records_or_folders_writes_nothing(tmp_path):
     for study in (real_study, graded_study):
         study.write_page(tmp_path / "runs", tmp_path / "studies", tmp_path / "README.md")
