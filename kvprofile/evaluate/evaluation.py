@@ -16,7 +16,7 @@ from kvprofile.budget import store
 from kvprofile.budget.probe import Probe
 from kvprofile.budget.probe import load as load_probe
 from kvprofile.budget.profile import mean_budget
-from kvprofile.budget.trim import GRADED, TrimRule
+from kvprofile.budget.trim import TrimRule
 from kvprofile.checkpoint import Description, Placement, describe, identity, load_model, load_tokenizer, locate, place
 from kvprofile.errors import InputError
 from kvprofile.evaluate import exercises
@@ -342,7 +342,7 @@ def _profile_warnings(description: Description, contenders: Sequence[Contender],
         made, scored = contender.profile.runtime, contender.profile.scoring.corpora
         apart = abs(rule.sink_tokens - made.sink_tokens) + abs(rule.recent_tokens - made.recent_tokens)
         tokens = sum(corpus.tokens for corpus in scored) / max(1, sum(corpus.documents for corpus in scored))
-        if contender.kind == GRADED and apart > OTHER_TRIM * tokens:
+        if contender.probe is not None and apart > OTHER_TRIM * tokens:
             yield (
                 f"the shares of {contender.label} were made for {made.sink_tokens} sinks and a window of "
                 f"{made.recent_tokens}, on documents of {tokens:,.0f} tokens; score again for other ones"
