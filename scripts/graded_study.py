@@ -2,8 +2,9 @@
 
 The contexts and questions of `scripts/real_study.py`, under whole heads, graded ones at equal bytes, and every control
 that could show that shares or probe know nothing. It writes docs/studies/graded-budgets.md and its data from what has
-been asked so far. Every context is an evaluation of its own, so a stopped run loses a minute or two; `--share 1/2` and
-`--share 2/2` are two processes that ask about different contexts.
+been asked so far. Every context is an evaluation of its own under --runs, so a stopped run loses a minute or two; what
+finished ones measured is put into docs/studies/data (`scripts/study_records.py`), and is not asked again. `--share 1/2`
+and `--share 2/2` are two processes that ask about different contexts; `--minutes 0` makes the page from the records.
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ import jinja2
 import torch
 
 from kvprofile.budget.probe import path_of
-from kvprofile.budget.trim import GRADED
+from kvprofile.budget.trim import GRADED, SPAN_TOKENS
 from kvprofile.evaluate.evaluation import evaluate_checkpoint
-from kvprofile.evaluate.item_store import SUMMARY, rounded
+from kvprofile.evaluate.item_store import rounded
 from kvprofile.evaluate.options import EvaluationOptions
 from kvprofile.evaluate.summary import Results, summarise
 from kvprofile.evaluate.token_choice import OWN_SCORES
 from kvprofile.evaluate.variants import GRADED_CONTROLS, Contender
 from kvprofile.files import document, write_atomically
 from kvprofile.questions.tasks import CONTINUED_TOKENS
-from scripts import real_model, real_study
+from scripts import real_model, real_study, study_records
 from scripts.real_study import (
     BLOCK,
     CONTINUATIONS,
@@ -44,7 +45,6 @@ from scripts.real_study import (
     TEMPLATES,
     WINDOW,
     estimate,
-    merged,
     mixed,
     shipped,
 )
@@ -99,7 +99,7 @@ class Piece:
         """Where its evaluation is kept; other budgets or another probe, another folder."""
         facts = [self.questions, self.part.continued, [c.heads(r) for c in contenders() for r in RETENTIONS]]
         probe = shipped().probe
-        key = hashlib.sha256(json.dumps([facts, probe and probe.sha256]).encode()).hexdigest()[:8]
+        key = hashlib.sha256(json.dumps([facts, probe and probe.sha256, SPAN_TOKENS]).encode()).hexdigest()[:8]
         return runs / self.part.name / f"{self.task}-{self.length}-{self.number}-{key}"
 
 
@@ -117,13 +117,16 @@ def contenders() -> list[Contender]:
     ]
 
 
-def ask(parts: Sequence[Part], runs: Path, minutes: float, share: tuple[int, int], first: int | None) -> None:
+def ask(
+    parts: Sequence[Part], runs: Path, output: Path, minutes: float, share: tuple[int, int], first: int | None
+) -> None:
     """Ask what was not asked yet, and begin nothing after ``minutes``."""
     started = time.monotonic()
     pieces = [piece for part in parts for piece in part.pieces()[:first]]
+    known = {part.name: study_records.Records.load(records_of(part, output)) for part in parts}
     for number, piece in enumerate(pieces):
         folder = piece.folder(runs)
-        if number % share[1] != share[0] - 1 or (folder / SUMMARY).is_file():
+        if number % share[1] != share[0] - 1 or study_records.is_known(known[piece.part.name], piece.name, folder):
             continue
         if time.monotonic() - started > 60 * minutes:
             return
@@ -133,9 +136,15 @@ def ask(parts: Sequence[Part], runs: Path, minutes: float, share: tuple[int, int
         print(f"{number + 1} of {len(pieces)}: {piece.part.name}, {piece.name}, {taken:.0f} s", flush=True)
 
 
-def finished(part: Part, runs: Path) -> Results | None:
-    """All that was asked of a part, as one evaluation; None where nothing was."""
-    return merged((piece.name, piece.folder(runs)) for piece in part.pieces())
+def records_of(part: Part, output: Path) -> Path:
+    """The file of what a part measured."""
+    return study_records.path_of(output, real_model.NAME, part.name)
+
+
+def finished(part: Part, runs: Path, output: Path) -> Results | None:
+    """All that was asked of a part, from its records, into which finished folders go; None where nothing was."""
+    folders = [(piece.name, piece.folder(runs)) for piece in part.pieces()]
+    return study_records.collect(records_of(part, output), folders)
 
 
 def comparison(results: Results, part: Part) -> dict[str, Any]:
@@ -192,11 +201,11 @@ def texts(results: Results, part: Part) -> dict[str, Any]:
 
 def write_page(runs: Path, output: Path, readme: Path) -> None:
     """The page, its data and the readme's paragraph; nothing where nothing was asked yet."""
-    found = finished(QUESTIONS, runs)
+    found = finished(QUESTIONS, runs, output)
     if found is None:
         return
     (output / "data").mkdir(parents=True, exist_ok=True)
-    continued = [texts(each, part) for part in (LONG_TEXTS, TEXTS) if (each := finished(part, runs))]
+    continued = [texts(each, part) for part in (LONG_TEXTS, TEXTS) if (each := finished(part, runs, output))]
     probe = shipped().probe
     data = rounded(
         {
@@ -233,18 +242,21 @@ def _share(text: str) -> tuple[int, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Graded budgets on a pretrained model.")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing after so many")
+    parser.add_argument(
+        "--minutes", type=float, default=float("inf"), help="begin nothing after so many; 0: page only, without a model"
+    )
     parser.add_argument("--share", type=_share, default=(1, 1), help="1/2: every second context, for two processes")
     parser.add_argument("--first", type=int, help="only so many contexts of each part")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "study-real", help="where finished work is kept")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "studies", help="where the page goes")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "studies", help="of the page and the records")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="whose paragraph is written anew")
     arguments = parser.parse_args()
-    if real_model.is_whole(MODEL) is False:
-        parser.error(f"{MODEL} is not there; `make real-model` makes it")
     torch.set_num_threads(arguments.threads)
-    ask(PARTS, arguments.runs, arguments.minutes, arguments.share, arguments.first)
+    if arguments.minutes > 0:
+        if real_model.is_whole(MODEL) is False:
+            parser.error(f"{MODEL} is not there; `make real-model` makes it")
+        ask(PARTS, arguments.runs, arguments.output, arguments.minutes, arguments.share, arguments.first)
     write_page(arguments.runs, arguments.output, arguments.readme)
 
 

@@ -2,9 +2,10 @@
 
 Asks SmolLM2-135M-Instruct about contexts that were trimmed by every ranking and by controls, and writes
 docs/studies/real-model.md, its data and its picture, and the table in README, from all that has been asked so far.
-Every context is an evaluation in a folder of its own under --runs, so a stopped run loses a minute or two, and what is
-finished is not done again. The first contexts of a part are a small study already. Random heads are drawn anew for
-every context, so that the intervals, which are over contexts, hold the error of the draws too.
+Every context is an evaluation in a folder of its own under --runs, so a stopped run loses a minute or two. What the
+finished ones measured is put into docs/studies/data (`scripts/study_records.py`) and not asked again; `--minutes 0`
+makes the page from these records, without a model. The first contexts of a part are a small study already. Random heads
+are drawn anew for every context, so that the intervals, which are over contexts, hold the error of the draws too.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from kvprofile.budget.profile import Matrix, Profile
 from kvprofile.checkpoint import describe, load_tokenizer, locate, place
 from kvprofile.corpus.sources import bundled_names, load_corpus
 from kvprofile.evaluate.evaluation import evaluate_checkpoint
-from kvprofile.evaluate.item_store import SUMMARY, Item, rounded
+from kvprofile.evaluate.item_store import Item, rounded
 from kvprofile.evaluate.options import EvaluationOptions
 from kvprofile.evaluate.summary import Results, summarise
 from kvprofile.evaluate.variants import (
@@ -42,7 +43,6 @@ from kvprofile.evaluate.variants import (
     STREAMING,
     UNIFORM,
     Contender,
-    Variant,
     build,
 )
 from kvprofile.files import document, write_atomically
@@ -53,13 +53,14 @@ from kvprofile.report.quality_plot import PROFILE_COLOURS
 from kvprofile.scoring import run
 from kvprofile.scoring.hf_engine import HfEngine
 from kvprofile.scoring.plan import ScoringOptions, plan
-from scripts import real_model
+from scripts import real_model, study_records
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
 TEMPLATES = Path(__file__).parent
+PAGES = ROOT / "docs" / "studies"
 MODEL = real_model.FOLDER / real_model.NAME
 SHIPPED = ROOT / "models" / "kv_budget" / f"{real_model.NAME}.json"
 README_TABLE = re.compile(r"(?<=<!-- made by `make study-real` -->\n).*?(?=<!-- end -->)", re.DOTALL)
@@ -188,7 +189,7 @@ def shipped() -> Profile:
 @cache
 def scored(method: str, runs: Path) -> Profile:
     """The model's profile by another method, on few and short texts, made once."""
-    file = runs / "profiles" / f"{method}.json"
+    file = scored_file(method, runs)
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
         names, documents, tokens = SCORED[method]
@@ -203,15 +204,21 @@ def scored(method: str, runs: Path) -> Profile:
     return store.load(file)
 
 
+def scored_file(method: str, runs: Path) -> Path:
+    """Where that profile is: under ``runs`` or, if it was committed with the page, there."""
+    committed, own = PAGES / "data" / real_model.NAME / f"{method}.json", runs / "profiles" / f"{method}.json"
+    return committed if committed.is_file() and not own.is_file() else own
+
+
 MAIN = Part(
     "main",
     ("kvzip", "kvzip-mean", RANDOM, INVERTED, STREAMING),
     RETENTIONS,
     (
-        *((task, 1500, 14, 8) for task in (*FACTS, "multi_turn", "functions")),
+        *((task, 1500, 17, 8) for task in (*FACTS, "multi_turn", "functions")),
         ("persona", 1500, 20, 3),
-        *((task, 4000, 5, 12) for task in FACTS),
-        *((task, 7000, 2, 12) for task in FACTS),
+        *((task, 4000, 3, 12) for task in FACTS),
+        *((task, 7000, 1, 12) for task in FACTS),
     ),
 )
 CONTINUED = ("kvzip", "kvzip-mean", RANDOM)
@@ -241,15 +248,16 @@ SWEEP = tuple(
 ALL = (MAIN, CONTINUATIONS, LONG, METHODS, *SWEEP, ABLATION)
 
 
-def ask(parts: Sequence[Part], runs: Path, minutes: float, first: int | None) -> None:
+def ask(parts: Sequence[Part], runs: Path, output: Path, minutes: float, first: int | None) -> None:
     """Ask what was not asked yet, the parts in turns, and begin nothing after ``minutes``."""
     started = time.monotonic()
+    known = {part.name: study_records.Records.load(records_of(part, output)) for part in parts}
     pieces = sorted((entry for part in parts for entry in part.pieces()[:first]), key=lambda entry: entry[0])
     for number, (_, piece) in enumerate(pieces, 1):
         if time.monotonic() - started > 60 * minutes:
             return
         folder = piece.folder(runs)
-        if (folder / SUMMARY).is_file():
+        if study_records.is_known(known[piece.part.name], piece.name, folder):
             continue
         begun = time.monotonic()
         options = piece.options()
@@ -258,23 +266,17 @@ def ask(parts: Sequence[Part], runs: Path, minutes: float, first: int | None) ->
         print(f"{number} of {len(pieces)}: {piece.part.name}, {piece.name}, {taken:.0f} s", flush=True)
 
 
-def finished(part: Part, runs: Path) -> Results | None:
-    """All that was asked of a part, as one evaluation; None where nothing was."""
-    if not (runs / part.name).is_dir():
-        return None
-    return merged((piece.name, piece.folder(runs)) for _, piece in part.pieces())
+def records_of(part: Part, output: Path) -> Path:
+    """The file of what a part measured."""
+    return study_records.path_of(output, real_model.NAME, part.name)
 
 
-def merged(folders: Iterable[tuple[str, Path]]) -> Results | None:
-    """The evaluations that are finished, of contexts by name, as one; None where none is."""
-    items: list[Item] = []
-    variants: tuple[Variant, ...] = ()
-    for name, folder in folders:
-        if (folder / SUMMARY).is_file():
-            found = Results.load(folder)
-            variants = variants or found.variants
-            items += [replace(i, exercise=name) for seeds in found.items.values() for each in seeds for i in each]
-    return Results.of(items, variants) if items else None
+def finished(part: Part, runs: Path, output: Path) -> Results | None:
+    """All that was asked of a part, from its records, into which finished folders go; None where nothing was."""
+    path = records_of(part, output)
+    if not path.is_file() and not (runs / part.name).is_dir():
+        return None  # before a model is scored to know which budgets it would be asked under
+    return study_records.collect(path, [(piece.name, piece.folder(runs)) for _, piece in part.pieces()])
 
 
 def estimate(found: Any) -> list[float | None]:
@@ -357,9 +359,9 @@ def spans(results: Results, part: Part) -> dict[str, Any]:
             "methods": list(part.methods), "tokens": part.continued, "rows": rows}  # fmt: skip
 
 
-def swept(runs: Path) -> dict[str, Any] | None:
+def swept(runs: Path, output: Path) -> dict[str, Any] | None:
     """The ranking of kvzip under every sinks and window, over the questions that lie outside of all of them."""
-    by_setting = {(part.sinks, part.window): found for part in SWEEP if (found := finished(part, runs))}
+    by_setting = {(part.sinks, part.window): found for part in SWEEP if (found := finished(part, runs, output))}
     if len(by_setting) < len(SWEEP):
         return None
     asked = [
@@ -400,7 +402,7 @@ def swept(runs: Path) -> dict[str, Any] | None:
 
 def stability(runs: Path) -> dict[str, Any] | None:
     """Rank correlation of the heads' scores on all texts with those on the few and short ones, by method."""
-    if not (runs / "profiles" / "gate.json").is_file():
+    if not scored_file("gate", runs).is_file():
         return None
     profiles = (shipped(), scored("gate", runs))
     whole, few = (profile.scores.statistics() for profile in profiles)
@@ -411,13 +413,15 @@ def stability(runs: Path) -> dict[str, Any] | None:
 
 def write_page(runs: Path, output: Path, readme: Path | None) -> None:
     """The page, its data and its picture, and the table of the readme; nothing where nothing was asked yet."""
-    main = finished(MAIN, runs)
+    main = finished(MAIN, runs, output)
     if main is None:
         return
     output.mkdir(parents=True, exist_ok=True)
     (output / "data").mkdir(exist_ok=True)
-    methods, ablation = finished(METHODS, runs), finished(ABLATION, runs)
-    continued = {part.name: spans(found, part) for part in (CONTINUATIONS, LONG) if (found := finished(part, runs))}
+    methods, ablation = finished(METHODS, runs, output), finished(ABLATION, runs, output)
+    continued = {
+        part.name: spans(found, part) for part in (CONTINUATIONS, LONG) if (found := finished(part, runs, output))
+    }
     data = rounded(
         {
             "model": real_model.NAME,
@@ -431,13 +435,13 @@ def write_page(runs: Path, output: Path, readme: Path | None) -> None:
             "continued": continued,
             "methods": comparison(methods, METHODS) if methods else None,
             "ablation": comparison(ablation, ABLATION) if ablation else None,
-            "sweep": swept(runs),
+            "sweep": swept(runs, output),
             "stability": stability(runs),
         }
     )
     write_atomically(output / "data" / "real-model.json", document(data))
     for method in SCORED:
-        if (runs / "profiles" / f"{method}.json").is_file():
+        if scored_file(method, runs).is_file():
             store.save(scored(method, runs), output / "data" / real_model.NAME / f"{method}.json")
     picture = output / "real-model.png"
     title = f"{real_model.NAME}, {data['main']['questions']:,} questions"
@@ -546,21 +550,22 @@ def main() -> None:
     parser.add_argument("--all", action="store_true", help="every part, not only the one whose table is in README")
     parser.add_argument("--parts", nargs="+", choices=[part.name for part in ALL], help="some parts only")
     parser.add_argument(
-        "--minutes", type=float, default=1e9, help="begin no further context after so many; 0: page only"
+        "--minutes", type=float, default=1e9, help="begin nothing after so many; 0: page only, without a model"
     )
     parser.add_argument("--first", type=int, help="only the first so many contexts of each part")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "study-real", help="where finished work is kept")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "studies", help="where the page goes")
+    parser.add_argument("--output", type=Path, default=PAGES, help="of the page and the records")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="whose table is written anew")
     arguments = parser.parse_args()
-    if real_model.is_whole(MODEL) is False:
-        parser.error(f"{MODEL} is not there; `make real-model` makes it")
     torch.set_num_threads(arguments.threads)
     parts = (
         [part for part in ALL if part.name in arguments.parts] if arguments.parts else ALL if arguments.all else [MAIN]
     )
-    ask(parts, arguments.runs, arguments.minutes, arguments.first)
+    if arguments.minutes > 0:
+        if real_model.is_whole(MODEL) is False:
+            parser.error(f"{MODEL} is not there; `make real-model` makes it")
+        ask(parts, arguments.runs, arguments.output, arguments.minutes, arguments.first)
     write_page(arguments.runs, arguments.output, arguments.readme)
 
 

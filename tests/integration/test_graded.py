@@ -241,3 +241,21 @@ def test_a_whole_and_a_graded_file_are_compared_by_whole_heads(budget, capsys, t
     store.save(profile.model_copy(update=whole), old)
     assert run(["diff", str(old), str(budget), "--retention", "0.5"]) == 0
     assert "at retention 0.5: no heads change" in capsys.readouterr().out
+
+
+def test_shares_for_other_sinks_and_window_are_told_where_that_matters(budget, capsys, tmp_path):
+    less = ["--kind", "graded", "--no-controls", "--questions", "1", "--contexts", "1"]
+    near = evaluated(capsys, budget, tmp_path / "near", *less, "--recent-tokens", "128")["warnings"]
+    far = evaluated(capsys, budget, tmp_path / "far", *less, "--recent-tokens", "256")["warnings"]
+    whole = evaluated(capsys, budget, tmp_path / "whole", *less, "--kind", "whole", "--recent-tokens", "256")
+    told = "the shares of graded were made for 16 sinks and a window of 64, on documents of 480 tokens"
+    assert not any("shares" in warning for warning in near)
+    assert [warning.startswith(told) for warning in far].count(True) == 1
+    assert [warning.startswith(told) for warning in whole["warnings"]].count(True) == 1  # of graded, not of whole heads
+
+
+def test_own_scores_of_a_context_that_leaves_no_room_for_its_repeat_are_refused(budget, capsys):
+    ask = ["evaluate", str(POCKET), "--profile", str(budget), *ASK, "--own-scores", "--context-tokens"]
+    told = refused(capsys, *ask, "3900")
+    assert "--own-scores repeats each context after itself, at least 256 tokens at a time" in told
+    assert "of 4,096 positions; ask about shorter contexts" in told
