@@ -116,6 +116,10 @@ class BenchOptions:
         tuple[float, ...],
         typer.Option("--retention", help="A leg with budgets; repeatable; 0.9, 0.7 and 0.5 unless given."),
     ] = ()
+    kinds: Annotated[
+        tuple[str, ...],
+        typer.Option("--kind", help="Heads of legs with budgets: whole, graded; repeatable; whole unless given."),
+    ] = ()
     profile: Annotated[Path | None, typer.Option(help=f"Budget file; {BUDGET_DIR}/<model>.json unless given.")] = None
     documents: Annotated[
         tuple[str, ...],

@@ -14,7 +14,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from kvprofile.bench.scenario import BenchPlan, LegPlan
+from kvprofile.budget.probe import path_of
 from kvprofile.budget.store import file_name
+from kvprofile.budget.trim import GRADED
 from kvprofile.errors import InputError
 from kvprofile.files import parse_json, write_atomically
 from kvprofile.records.record import Leg, Request
@@ -101,6 +103,12 @@ class LegStore:
         if self.plan.profile_sha256 not in (None, hashlib.sha256(content).hexdigest()):
             raise InputError(f"{self.plan.profile} was changed while the benchmark started; run the command again")
         write_atomically(self.profile, content)
+        if any(leg.heads == GRADED for leg in self.plan.legs):
+            source = path_of(Path(self.plan.profile))
+            try:
+                write_atomically(path_of(self.profile), source.read_bytes())
+            except OSError as error:
+                raise InputError(f"cannot read {source}: {error.strerror}; run the command again") from error
 
     def _read(self, path: Path) -> dict[str, Any] | None:
         try:

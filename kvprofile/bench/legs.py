@@ -112,7 +112,7 @@ class LegRun:
     def _budgets(self) -> vllm_server.Budgets | None:
         if self.leg.kind == "remote" or self.leg.retention is None or self.plan.profile is None:
             return None
-        return vllm_server.Budgets(self.parts.profile, self.leg.retention, self._path("stats"))
+        return vllm_server.Budgets(self.parts.profile, self.leg.retention, self._path("stats"), self.leg.heads)
 
     def _path(self, ending: str) -> Path:
         return self.parts.path(self.leg, self.repetition, ending)

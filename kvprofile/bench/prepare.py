@@ -14,8 +14,10 @@ from kvprofile.bench import documents, providers
 from kvprofile.bench.bench_options import BenchOptions
 from kvprofile.bench.scenario import SEED_RETENTIONS, BenchPlan, local_legs, remote_legs
 from kvprofile.bench.verifiers import choose
-from kvprofile.budget import store
+from kvprofile.budget import probe, servable, store
 from kvprofile.budget.model_shape import find_shape
+from kvprofile.budget.profile import Profile
+from kvprofile.budget.trim import GRADED, WHOLE
 from kvprofile.errors import InputError, plain
 from kvprofile.files import bundled_model
 
@@ -57,13 +59,15 @@ def prepare(asked: BenchOptions) -> Prepared:
             reasons.append(f"provider {each.name}: {each.base_url}{key}")
     # local legs, and the budget file that those with a retention are served with
     retentions = asked.retentions or SEED_RETENTIONS
-    local = local_legs(retentions, asked.baseline) if asked.local else ()
+    local = local_legs(retentions, asked.baseline, asked.kinds or (WHOLE,)) if asked.local else ()
     profile = asked.profile
     if profile is None and store.is_file(store.default_path(name)):
         profile = store.default_path(name)
         reasons.append(f"budget file: {profile}")
     if profile is not None and not store.is_file(profile):
         raise InputError(f"no budget file {profile}; run 'kvprofile score {asked.model}' first")
+    if profile is not None and any(leg.heads == GRADED for leg in local):
+        _require_probe(profile)
     # what is asked: documents that the model can read, verifiers that exist
     references, reason = _documents(asked)
     reasons += [reason] if reason else []
@@ -86,6 +90,14 @@ def prepare(asked: BenchOptions) -> Prepared:
         name=f"{name} bench",
     )
     return Prepared(plan, tuple(reasons))
+
+
+def _require_probe(path: Path) -> None:
+    """Raise InputError where a file has no graded budgets, or no probe next to it."""
+    found = servable.read(path)
+    if not isinstance(found, Profile):
+        raise InputError(f"{path} is a runtime file, which holds whole heads; give a budget file, or leave out --kind")
+    probe.read(probe.path_of(path), found)
 
 
 def default_folder(plan: BenchPlan) -> Path:
@@ -157,6 +169,7 @@ def described(plan: BenchPlan, reasons: Sequence[str]) -> dict[str, Any]:
                 "name": leg.name,
                 "kind": leg.kind,
                 "retention": leg.retention,
+                "heads": leg.heads if leg.retention is not None else None,
                 "provider": None if leg.provider is None else leg.provider.name,
             }
             for leg in plan.legs

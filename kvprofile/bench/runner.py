@@ -21,6 +21,7 @@ from kvprofile.budget.dtypes import MODEL_DTYPES
 from kvprofile.budget.model_shape import find_shape
 from kvprofile.budget.profile import FULL_ATTENTION, Profile, mean_budget
 from kvprofile.budget.servable import ServableBudget
+from kvprofile.budget.trim import WHOLE
 from kvprofile.errors import MOST_CHARACTERS, InputError, plain
 from kvprofile.records import provenance, record, run_files
 
@@ -222,14 +223,14 @@ def _budget(plan: BenchPlan, leg: LegPlan, profile: Path) -> ServableBudget | No
     """The budgets that a leg is served with, as the runtime makes them of the profile."""
     if leg.kind == "remote" or leg.retention is None or plan.profile is None:
         return None
-    return budget_at(profile, leg.retention, plan.engine.tensor_parallel_size)
+    return budget_at(profile, leg.retention, plan.engine.tensor_parallel_size, leg.heads)
 
 
-def budget_at(path: Path, retention: float, tensor_parallel_size: int) -> ServableBudget:
-    """The heads that a budget file keeps at a retention, or a runtime file of that retention. Raises InputError."""
+def budget_at(path: Path, retention: float, tensor_parallel_size: int, kind: str = WHOLE) -> ServableBudget:
+    """What heads of a budget file keep at a retention, or of a runtime file of that retention. Raises InputError."""
     found = servable.read(path)
     if isinstance(found, Profile):
-        return servable.of_profile(found, retention, Constraints(tensor_parallel_size=tensor_parallel_size))
+        return servable.of_profile(found, retention, Constraints(tensor_parallel_size=tensor_parallel_size), kind)
     kept = servable.of_runtime_file(found)
     if kept.retention_asked != retention:
         raise InputError(f"{path} is for retention {kept.retention_asked:g}, a leg asks for {retention:g}")

@@ -11,6 +11,8 @@ from kvprofile.bench.bench_options import EngineOptions, LoadPlan
 from kvprofile.bench.documents import BenchDocument
 from kvprofile.bench.providers import Provider
 from kvprofile.budget.allocate import require_retention
+from kvprofile.budget.choice import require_kind
+from kvprofile.budget.trim import WHOLE
 from kvprofile.errors import InputError
 from kvprofile.files import sha256_of
 
@@ -21,11 +23,12 @@ SEED_RETENTIONS = (0.9, 0.7, 0.5)
 
 @dataclass(frozen=True)
 class LegPlan:
-    """One leg: local with a retention (None: without budgets), or at a provider."""
+    """One leg: local with a retention (None: without budgets) of whole or graded ``heads``, or at a provider."""
 
     name: str
     retention: float | None = None
     provider: Provider | None = None
+    heads: str = WHOLE
 
     @property
     def kind(self) -> Literal["local", "remote"]:
@@ -92,7 +95,8 @@ class BenchPlan:
     def leg_key(self, leg: LegPlan, repetition: int) -> str:
         """Hash over what one leg depends on."""
         provider = None if leg.provider is None else leg.provider.model_dump(mode="json", exclude={"prices"})
-        content = json.dumps([self.run_key(), leg.name, leg.retention, provider, repetition], sort_keys=True)
+        graded = [] if leg.heads == WHOLE else [leg.heads]
+        content = json.dumps([self.run_key(), leg.name, leg.retention, provider, repetition, *graded], sort_keys=True)
         return sha256_of(content.encode())
 
     def settings(self) -> dict[str, Any]:
@@ -109,12 +113,18 @@ class BenchPlan:
         }
 
 
-def local_legs(retentions: Sequence[float], baseline: bool = True) -> tuple[LegPlan, ...]:
-    """The baseline and one leg for each retention, named by it."""
+def local_legs(
+    retentions: Sequence[float], baseline: bool = True, kinds: Sequence[str] = (WHOLE,)
+) -> tuple[LegPlan, ...]:
+    """The baseline and one leg for each retention and kind of heads, named '0.5' or 'graded 0.5'."""
     for retention in retentions:
         require_retention(retention)
     legs = [LegPlan(BASELINE)] if baseline else []
-    return (*legs, *(LegPlan(f"{retention:g}", retention) for retention in dict.fromkeys(retentions)))
+    for retention in dict.fromkeys(retentions):
+        for kind in dict.fromkeys(kinds):
+            name = f"{retention:g}" if require_kind(kind) == WHOLE else f"{kind} {retention:g}"
+            legs.append(LegPlan(name, retention, heads=kind))
+    return tuple(legs)
 
 
 def remote_legs(providers: Sequence[Provider]) -> tuple[LegPlan, ...]:

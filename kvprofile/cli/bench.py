@@ -12,6 +12,7 @@ from rich.text import Text
 from kvprofile.bench import prepare
 from kvprofile.bench.bench_options import BenchOptions
 from kvprofile.bench.prepare import Prepared
+from kvprofile.budget.trim import GRADED
 from kvprofile.cli.declared import options_of
 from kvprofile.cli.output import print_json, say, stdout_console
 from kvprofile.records.record import Leg, RunRecord
@@ -73,7 +74,8 @@ def _render_plan(described: dict[str, Any]) -> None:
         if leg["kind"] == "remote":
             line(f"  {leg['name']}: at {leg['provider']}")
         else:
-            budget = "without budgets" if leg["retention"] is None else f"retention {leg['retention']:g}"
+            kind = "graded heads, " if leg["heads"] == GRADED else ""
+            budget = "without budgets" if leg["retention"] is None else f"{kind}retention {leg['retention']:g}"
             line(f"  {leg['name']}: vLLM on this machine, {budget}")
     line("documents", "bold")
     for document in described["documents"]:

@@ -21,6 +21,7 @@ from pathlib import Path
 from kvprofile.bench.bench_options import EngineOptions
 from kvprofile.bench.chat_client import Endpoint
 from kvprofile.bench.engines.base import LegFailedError, Running
+from kvprofile.budget.trim import WHOLE
 from kvprofile.environment import ENABLED, PREFIX
 from kvprofile.errors import plain
 from kvprofile.instrumentation import GPUMemoryManager
@@ -41,11 +42,12 @@ class Budgets:
     profile: Path
     retention: float
     stats: Path
+    kind: str = WHOLE
 
     def environment(self) -> dict[str, str]:
         """The variables that make them apply."""
         found = {"BUDGET": str(self.profile.resolve()), "RETENTION": f"{self.retention:g}"}
-        found["STATS"] = str(self.stats.resolve())
+        found |= {"STATS": str(self.stats.resolve()), "KIND": self.kind}
         return {ENABLED: "1", **{PREFIX + name: value for name, value in found.items()}}
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 
 from kvprofile.bench.leg_store import LegStore
+from kvprofile.bench.scenario import local_legs
+from kvprofile.budget.probe import path_of
 from kvprofile.errors import InputError
 from kvprofile.records.record import Leg, Request
 from tests.helpers.bench_plans import make_plan
+from tests.helpers.models import ROOT
 
 
 def test_parts_keep_finished_legs_only_for_the_same_settings(tmp_path):
@@ -27,3 +30,13 @@ def test_parts_keep_finished_legs_only_for_the_same_settings(tmp_path):
     assert parts.finished(leg, 1) is None
     with pytest.raises(InputError, match="other settings"):
         LegStore(tmp_path / "run", make_plan(seed=3)).open(force=False)
+
+
+def test_graded_legs_keep_their_probe(tmp_path):
+    profile = ROOT / "models" / "kv_budget" / "pocket.json"
+    for kind, kept in (("whole", False), ("graded", True)):
+        plan = make_plan(profile=str(profile), legs=local_legs((0.5,), kinds=(kind,)))
+        parts = LegStore(tmp_path / kind, plan)
+        parts.open(force=False)
+        assert path_of(parts.profile).is_file() == kept
+    assert path_of(parts.profile).read_bytes() == path_of(profile).read_bytes()

@@ -30,3 +30,14 @@ def test_prepare_says_why(monkeypatch):
         prepare.prepare(BenchOptions(model=str(POCKET), preset="x"))
     with pytest.raises(InputError, match="no budget file"):
         prepare.prepare(BenchOptions(model=str(POCKET)))
+
+
+@pytest.mark.usefixtures("workplace")
+def test_graded_legs_need_a_probe(tmp_path):
+    asked = {"model": str(POCKET), "retentions": (0.3,), "kinds": ("graded",), "local": True}
+    found = prepare.prepare(BenchOptions(profile=ROOT / "models/kv_budget/pocket.json", **asked))
+    assert [(leg.name, leg.heads) for leg in found.plan.legs] == [("baseline", "whole"), ("graded 0.3", "graded")]
+    lone = tmp_path / "pocket.json"
+    lone.write_bytes((ROOT / "models/kv_budget/pocket.json").read_bytes())
+    with pytest.raises(InputError, match=r"no probe .* which graded budgets need"):
+        prepare.prepare(BenchOptions(profile=lone, **asked))

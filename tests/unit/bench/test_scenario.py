@@ -9,6 +9,7 @@ import pytest
 from kvprofile.bench import documents
 from kvprofile.bench.bench_options import EngineOptions, LoadPlan
 from kvprofile.bench.scenario import LegPlan, local_legs
+from kvprofile.budget.trim import GRADED, WHOLE
 from kvprofile.errors import InputError
 from kvprofile.records.record import Experiment
 from tests.helpers.bench_plans import make_plan
@@ -33,6 +34,17 @@ def test_keys_say_what_may_continue():
     leg = plan.legs[1]
     assert plan.leg_key(leg, 0) != plan.leg_key(leg, 1)
     assert plan.leg_key(leg, 0) != plan.leg_key(LegPlan("0.9", 0.8), 0)
+
+
+def test_kinds_of_heads_are_legs_of_their_own():
+    legs = local_legs((0.5, 0.3), kinds=(WHOLE, GRADED))
+    assert [(leg.name, leg.heads) for leg in legs] == [
+        ("baseline", WHOLE), ("0.5", WHOLE), ("graded 0.5", GRADED), ("0.3", WHOLE), ("graded 0.3", GRADED),
+    ]  # fmt: skip
+    plan = make_plan(legs=legs)
+    assert len({plan.leg_key(leg, 0) for leg in plan.legs}) == 5
+    with pytest.raises(InputError, match="a budget is whole or graded, not 'half'"):
+        local_legs((0.5,), kinds=("half",))
 
 
 def test_settings_fit_the_record():
