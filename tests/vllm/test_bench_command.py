@@ -85,3 +85,24 @@ def test_budgets_next_to_the_baseline(tmp_path):
     _, err = page.communicate(timeout=300)
     assert page.returncode == 0, err
     assert "0.5" in (tmp_path / "page.html").read_text()
+
+
+@pytest.mark.slow
+def test_graded_heads_next_to_whole_ones(tmp_path):
+    """Legs of both kinds at one retention: each is served with its own, and the page says which."""
+    folder = tmp_path / "run"
+    legs = ["--no-baseline", "--retention", "0.3", "--kind", "whole", "--kind", "graded"]
+    run = command("bench", *OPTIONS, *legs, "--no-attention", "--output", str(folder))
+    _, err = run.communicate(timeout=3000)
+    assert run.returncode == 0, err[-3000:]
+    whole, graded = run_files.load(folder / "record.json").legs
+    assert [(leg.name, leg.status) for leg in (whole, graded)] == [("0.3", "ok"), ("graded 0.3", "ok")]
+    assert {value for row in whole.heads.budgets for value in row} == {0.0, 1.0}
+    assert len({value for row in graded.heads.budgets for value in row} - {0.0, 1.0}) > 1
+    assert graded.retention_realised == pytest.approx(0.3)
+    assert whole.eviction_ratio == pytest.approx(graded.eviction_ratio, abs=0.1)
+    assert all(request.blocks_after_trim < request.blocks_after_prefill for request in graded.requests)
+    page = command("report", str(folder), "--output", str(tmp_path / "page.html"))
+    _, err = page.communicate(timeout=300)
+    assert page.returncode == 0, err
+    assert "graded: " in (tmp_path / "page.html").read_text()
