@@ -52,6 +52,15 @@ def test_hundreds_of_requests_leave_nothing_behind(tmp_path):
     assert counts["blocks reclaimed"] > counts["blocks"]
 
 
+def test_graded_heads_leave_nothing_behind(tmp_path):
+    found = soak(250, tmp_path, retention=0.3, graded=True, pool_blocks=220)
+    counts = found["counts"]
+    print(counts)
+    assert found["problems"] == []
+    assert counts["finished"] > 180
+    assert min(counts["preemptions"], counts["prefix hits"], counts["chunked prefills"], counts["compared"]) > 3
+
+
 @pytest.mark.parametrize(
     ("planted", "words"),
     [("block", "held, "), ("life", "StreamManager._lives"), ("view", "differs from the simulation")],

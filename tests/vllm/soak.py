@@ -80,7 +80,7 @@ def left_behind(scheduler):
     """What is still kept of requests, by holder, when none is left."""
     found = {"scheduler": len(scheduler.requests)}
     for manager in scheduler.kv_cache_manager.coordinator.single_type_managers:
-        for name in ("req_to_blocks", "num_cached_block", "_prefill_end", "_lives"):
+        for name in ("req_to_blocks", "num_cached_block", "_prefill_end", "_lives", "_moves", "_moved", "_holds"):
             kept = len(getattr(manager, name, ()))
             found[f"{type(manager).__name__}.{name}"] = found.get(f"{type(manager).__name__}.{name}", 0) + kept
     return {name: count for name, count in found.items() if count}
@@ -180,34 +180,41 @@ def requests(count, seed):
     return [draw(rng, texts, texts[0]) for _ in range(count)]
 
 
-def budgets(retention, rule, folder):
-    """The bundled checkpoint with the heads that its profile keeps at a retention, and the file that says so."""
+def budgets(retention, rule, folder, graded):
+    """The bundled checkpoint, what its profile keeps at a retention, the file that says so, and what chooses tokens."""
     import torch
     from transformers import AutoModelForCausalLM
 
     from kvprofile.budget import store
-    from kvprofile.budget.choice import choose_whole
+    from kvprofile.budget.choice import choose, choose_whole
+    from kvprofile.budget.probe import load, path_of
     from kvprofile.checkpoint import describe, locate
+    from kvprofile.evaluate.token_choice import ByProbe
     from tests.vllm.engine import Subject, write_budget
 
     geometry = describe(locate(str(POCKET))).geometry
     model = AutoModelForCausalLM.from_pretrained(POCKET, dtype=torch.float32, attn_implementation="sdpa")
-    profile = store.load(ROOT / "models" / "kv_budget" / "pocket.json")
-    heads = choose_whole(profile, retention).heads
+    file = ROOT / "models" / "kv_budget" / "pocket.json"
+    profile = store.load(file)
     subject = Subject(model, POCKET, geometry)
-    return subject, heads, write_budget(folder / "soak.json", subject, heads, rule, name="pocket")
+    if graded:
+        return subject, choose(profile, retention, kind="graded").heads, file, ByProbe(load(path_of(file), profile))
+    heads = choose_whole(profile, retention).heads
+    return subject, heads, write_budget(folder / "soak.json", subject, heads, rule, name="pocket"), None
 
 
 def soak(
-    count, folder, *, seed=0, retention=0.5, sink_tokens=16, recent_tokens=64, pool_blocks=90, stock=False, program=()
-):
+    count, folder, *, seed=0, retention=0.5, sink_tokens=16, recent_tokens=64, pool_blocks=90, stock=False,
+    graded=False, program=(),
+):  # fmt: skip
     """Serve ``count`` requests and compare; ``stock`` leaves the budget out. Gives counts and problems in words."""
     from kvprofile.budget.trim import TrimRule
     from kvprofile.evaluate.simulate import simulating
     from tests.vllm.engine import compare, environment
 
     rule = TrimRule(sink_tokens, recent_tokens, BLOCK_TOKENS)
-    subject, heads, budget = budgets(retention, rule, folder)
+    subject, heads, budget, choice = budgets(retention, rule, folder, graded)
+    wanted = {"KIND": "graded", "RETENTION": retention, "SINK": sink_tokens, "RECENT": recent_tokens} if graded else {}
     heads = [[1.0] * len(row) for row in heads] if stock else heads
     asked = requests(count, seed)
     engine = {
@@ -221,7 +228,7 @@ def soak(
     with log.open("w") as errors:
         child = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=ROOT,
-            env=environment(None if stock else budget),
+            env=environment(None if stock else budget, **{f"LLM_KVZIP_{name}": str(v) for name, v in wanted.items()}),
         )  # fmt: skip
         child.stdin.write(json.dumps(job))
         child.stdin.close()
@@ -231,18 +238,19 @@ def soak(
     if end is None:
         raise SystemExit(f"the engine ended early:\n{log.read_text()[-3000:]}")
     counts, problems = Counter(end["counts"]), end["problems"]
-    with simulating(subject.model, subject.geometry, heads, rule) as simulation:
+    with simulating(subject.model, subject.geometry, heads, rule, choice) as simulation:
         for kind, text in lines:
             if kind == "COMPARE":
                 output = json.loads(text)
                 try:
-                    tokens, ties = compare(simulation, asked[output["number"]]["prompt"], output, end["v2"])
+                    prompt = asked[output["number"]]["prompt"]
+                    tokens, ties = compare(simulation, prompt, output, end["v2"] or graded)
                 except AssertionError as error:
                     problems.append(f"request {output['number']} differs from the simulation: {error}")
                     continue
                 counts.update({"compared": 1, "tokens compared": tokens, "near ties": ties})
     settings = {"requests": count, "retention": None if stock else retention, "sink_tokens": sink_tokens}
-    settings |= {"recent_tokens": recent_tokens, "pool_blocks": pool_blocks, "seed": seed}
+    settings |= {"recent_tokens": recent_tokens, "pool_blocks": pool_blocks, "seed": seed, "graded": graded}
     return {"settings": settings, "counts": counts, "problems": problems,
             "resident_mib": end["resident_mib"]}  # fmt: skip
 
@@ -255,6 +263,7 @@ def main():
     parser.add_argument("--sink-tokens", type=int, default=16)
     parser.add_argument("--recent-tokens", type=int, default=64)
     parser.add_argument("--pool-blocks", type=int, default=90)
+    parser.add_argument("--graded", action="store_true", help="graded heads instead of whole ones")
     parser.add_argument("--stock", action="store_true", help="without budgets, to compare memory")
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "soak")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
@@ -272,6 +281,7 @@ def main():
         recent_tokens=asked.recent_tokens,
         pool_blocks=asked.pool_blocks,
         stock=asked.stock,
+        graded=asked.graded,
     )
     print(json.dumps(found, indent=2))
     sys.exit(bool(found["problems"]))
