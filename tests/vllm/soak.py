@@ -151,7 +151,8 @@ def serve(job):
     quarter = max(1, len(memory) // 4)
     resident = [round(statistics.median(memory[n * quarter : (n + 1) * quarter] or [0])) for n in range(4)]
     counts |= {"steps": steps, "blocks": scheduler.kv_cache_manager.block_pool.num_gpu_blocks}
-    counts["blocks reclaimed"] = reported()
+    found = reported()
+    counts["blocks reclaimed"] = found and found["kv_blocks_reclaimed_total"]
     end = {"counts": counts, "problems": problems, "resident_mib": resident}
     print("END", json.dumps(end | {"v2": engine.vllm_config.use_v2_model_runner}), flush=True)
 
