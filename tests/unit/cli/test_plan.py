@@ -108,6 +108,6 @@ def test_graded_heads_are_counted_where_they_are_asked_for(capsys):
           (("whole", whole), ("graded", graded))}  # fmt: skip
     assert at["graded"]["retention_realised"] == pytest.approx(0.3, abs=1e-5)
     assert at["whole"]["full_heads"] == 7
-    assert "vLLM is given whole heads so far" in json.dumps(graded["decisions"])
+    assert "vLLM serves them with LLM_KVZIP_KIND=graded" in json.dumps(graded["decisions"])
     store.save(make_profile(), Path("whole.json"))
     assert "which need a probe" in refused(capsys, "plan", "whole.json", *options[1:], "--kind", "graded")
