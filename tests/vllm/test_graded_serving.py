@@ -67,7 +67,7 @@ def test_pressure_chunks_and_prefix_hits(subject, tmp_path):
     ("rule", "prefix_caching"),
     [
         pytest.param(RULE, False, id="32"),
-        pytest.param(TrimRule(1, 33, 96), True, id="odd-96"),
+        pytest.param(TrimRule(1, 33, 96), True, id="odd-96", marks=pytest.mark.slow),
         pytest.param(TrimRule(0, 1, 64), True, id="no-sinks-64", marks=pytest.mark.slow),
     ],
 )
