@@ -193,7 +193,9 @@ def test_off_and_retention_one_are_stock(subject, tmp_path):
         "GPUModelRunner._build_attention_metadata",
         "GPUModelRunner._update_states",
         "GPUModelRunner.initialize_kv_cache",
+        "GPUModelRunner.initialize_kv_cache",  # of model runner V2
         "GPUModelRunner.prepare_attn",
+        "GPUModelRunner.update_requests",
         "InputProcessor.process_inputs",
         "MultiProcessCollector.collect",
         "Scheduler.schedule",
