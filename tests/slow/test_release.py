@@ -80,7 +80,7 @@ def test_the_wheel_holds_the_package_and_its_data_and_nothing_else(built):
     needed = [item for item in metadata.get_all("Requires-Dist") if "extra ==" not in item]
     assert {"torch", "transformers"} <= {re.match(r"[\w.-]+", item)[0] for item in needed}
     assert not [item for item in needed if item.startswith(("vllm", "openai", "mkdocs", "pytest"))]
-    assert set(metadata.get_all("Provides-Extra")) == {"bench", "dev", "docs", "documents", "gguf"}
+    assert set(metadata.get_all("Provides-Extra")) == {"bench", "dev", "docs", "documents", "gguf", "ray"}
     assert metadata["Version"] == __version__
 
 
