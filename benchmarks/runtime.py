@@ -255,6 +255,17 @@ def request_bytes(shape: dict[str, int], retention: float, tokens: int, output: 
     return held * 2 * shape["head_size"] * 2
 
 
+def against(found: dict[str, Any], stock: dict[str, Any], bound: float, needed: float) -> dict[str, Any]:
+    """What a leg held, next to the bound on requests in flight, the bytes ``needed`` by each, and stock's peak."""
+    return {
+        **found,
+        "bound": bound,
+        "of_bound": found["in_flight"] / bound,
+        "held_over_formula": found["decode_bytes"] / needed,
+        "prefill_over_stock": found["prefill_bytes"] / stock["prefill_bytes"],
+    }
+
+
 def measure_memory(folder: Path, _rounds: int) -> list[dict[str, Any]]:
     """Requests in flight and bytes held, at several retentions in pools of equal size."""
     shape = SHAPES["memory"]
@@ -274,17 +285,8 @@ def measure_memory(folder: Path, _rounds: int) -> list[dict[str, Any]]:
             found = leg.run(requests=int(expected * 1.15), prompt=REQUEST_TOKENS - output, output=output)
         stock = rows[0] if rows else found
         bound = stock["in_flight"] * saved
-        rows.append(
-            {
-                "retention": share,
-                **found,
-                "bound": bound,
-                "of_bound": found["in_flight"] / bound,
-                "held_over_formula": found["decode_bytes"]
-                / request_bytes(shape, share, REQUEST_TOKENS - output // 2, output // 2),
-                "prefill_over_stock": found["prefill_bytes"] / stock["prefill_bytes"],
-            }
-        )
+        needed = request_bytes(shape, share, REQUEST_TOKENS - output // 2, output // 2)
+        rows.append({"retention": share, **against(found, stock, bound, needed)})
         say(f"memory, {share:.0%} of heads: {found['in_flight']} requests in flight, the bound is {bound:.1f}")
     return rows
 
@@ -321,17 +323,8 @@ def measure_kinds(folder: Path, _rounds: int) -> list[dict[str, Any]]:
             found = leg.run(requests=int(KINDS_REQUESTS * saved * 1.15), prompt=REQUEST_TOKENS - output, output=output)
         stock = rows[0] if rows else found
         bound = stock["in_flight"] * saved
-        rows.append(
-            {
-                "leg": name,
-                **found,
-                "bound": bound,
-                "of_bound": found["in_flight"] / bound,
-                "held_over_formula": found["decode_bytes"]
-                / kinds_bytes(share, REQUEST_TOKENS - output // 2, output // 2),
-                "prefill_over_stock": found["prefill_bytes"] / stock["prefill_bytes"],
-            }
-        )
+        needed = kinds_bytes(share, REQUEST_TOKENS - output // 2, output // 2)
+        rows.append({"leg": name, **against(found, stock, bound, needed)})
         say(f"kinds, {name}: {found['in_flight']} requests in flight, the bound is {bound:.1f}")
     return rows
 

@@ -231,14 +231,15 @@ class StreamManager(FullAttentionManager):  # type: ignore[misc]
 
         Raises ValueError where a window is anchored and vLLM does not say where the prompt ended.
         """
-        if num_prompt_tokens is None and self._trim.anchored:
-            raise ValueError("this vLLM does not say how long a prompt is; set LLM_KVZIP_WINDOW=sliding")
-        if self._graded:  # at the step that moves
-            self._prompt_tokens[request_id] = num_prompt_tokens or 0
-            return
+        if self._graded and num_prompt_tokens is not None:
+            self._prompt_tokens[request_id] = num_prompt_tokens
         prefill_end = self._prefill_end.get(request_id)
         if prefill_end is None or processed_computed_tokens < prefill_end:
             return
+        if num_prompt_tokens is None and self._trim.anchored:
+            raise ValueError("this vLLM does not say how long a prompt is; set LLM_KVZIP_WINDOW=sliding")
+        if self._graded:
+            return  # they go at the step that moves
         life = self._lives.get(request_id)
         if life is not None and self._trim.anchored:
             return  # all that an anchored window gives up went at its first step

@@ -33,6 +33,17 @@ class Transposed(Straight):
             place[:, 12 + slot % 4 * 3 : 15 + slot % 4 * 3] = value[row]
 
 
+class Packed(Straight):
+    """Numbers of a block in pairs of dimensions, so that no step from one to the next is the same everywhere."""
+
+    order = torch.tensor([0, 5, 1, 4, 2, 3]).repeat(4) + torch.arange(4).repeat_interleave(6) * 6
+
+    def do_kv_cache_update(self, _layer, key, value, cache, slots):
+        for row, slot in enumerate(slots.tolist()):
+            block = cache[slot // 4].view(2, 24)
+            block[:, self.order[slot % 4 * 6 : slot % 4 * 6 + 6]] = torch.cat([key[row], value[row]], -1)
+
+
 class Forgetful(Straight):
     def do_kv_cache_update(self, _layer, key, value, cache, slots):
         super().do_kv_cache_update(_layer, key * 0, value, cache, slots)
@@ -48,7 +59,7 @@ def toy_layer(backend):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_layouts_are_found_by_asking(dtype):
-    for backend in (Straight, Transposed):
+    for backend in (Straight, Transposed, Packed):
         cache = torch.zeros(5, 2, 4, 6, dtype=dtype)
         layer = toy_layer(backend)
         found = layout.probe(layer, cache)
@@ -60,6 +71,21 @@ def test_layouts_are_found_by_asking(dtype):
         for start, stop in ((0, 11), (3, 9), (4, 8), (10, 11)):
             assert torch.equal(found.keys(cache, table, start, stop), keys[start:stop].transpose(0, 1))
             assert torch.equal(found.values(cache, table, start, stop), values[start:stop].transpose(0, 1))
+
+
+@pytest.mark.parametrize("backend", [Straight, Transposed, Packed])
+def test_blocks_are_written_as_the_backend_writes_them(backend):
+    """Evenly laid out blocks through views, packed ones through a table of places; other blocks are left alone."""
+    layer, cache = toy_layer(backend), torch.randn(5, 2, 4, 6)
+    found = layout.probe(layer, cache)
+    assert (found.key_strides is None) == (found.value_strides is None) == (backend is Packed)
+    keys, values = torch.randn(2, 2, 8, 3)
+    blocks, expected = torch.tensor([4, 1]), cache.clone()
+    slots = torch.tensor([block * 4 + place for block in (4, 1) for place in range(4)])
+    layer.impl.do_kv_cache_update(layer, keys.transpose(0, 1), values.transpose(0, 1), expected, slots)
+    found.write(cache, blocks, keys, values)
+    assert torch.equal(cache, expected)
+    assert all(map(torch.equal, found.whole_blocks(cache, blocks), (keys, values)))
 
 
 @pytest.mark.parametrize(("backend", "reason"), [(Forgetful, "a place of its own"), (Inside, "inside its kernel")])
