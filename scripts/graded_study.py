@@ -1,10 +1,11 @@
 """The study of graded budgets: `python -m scripts.graded_study [--minutes M]`, after `make real-model`.
 
-The contexts and questions of `scripts/real_study.py`, under whole heads, graded ones at equal bytes, and every control
-that could show that shares or probe know nothing. It writes docs/studies/graded-budgets.md and its data from what has
-been asked so far. Every context is an evaluation of its own under --runs, so a stopped run loses a minute or two; what
-finished ones measured is put into docs/studies/data (`scripts/study_records.py`), and is not asked again. `--share 1/2`
-and `--share 2/2` are two processes that ask about different contexts; `--minutes 0` makes the page from the records.
+The contexts and questions of `scripts/real_study.py`, under whole heads and graded ones at equal bytes and, on a part
+of the contexts, every control that could show that shares or probe know nothing. It writes
+docs/studies/graded-budgets.md and its data from what has been asked so far. Every context is an evaluation of its own
+under --runs, so a stopped run loses a minute or two; what finished ones measured is put into docs/studies/data
+(`scripts/study_records.py`), and is not asked again. `--share 1/2` and `--share 2/2` are two processes that ask about
+different contexts; `--minutes 0` makes the page from the records.
 """
 
 from __future__ import annotations
@@ -23,19 +24,20 @@ import jinja2
 import torch
 
 from kvprofile.budget.probe import path_of
-from kvprofile.budget.trim import GRADED, SPAN_TOKENS
+from kvprofile.budget.trim import GRADED, TrimRule
 from kvprofile.evaluate.evaluation import evaluate_checkpoint
 from kvprofile.evaluate.item_store import rounded
 from kvprofile.evaluate.options import EvaluationOptions
 from kvprofile.evaluate.summary import Results, summarise
 from kvprofile.evaluate.token_choice import OWN_SCORES
-from kvprofile.evaluate.variants import GRADED_CONTROLS, Contender
+from kvprofile.evaluate.variants import GRADED_CONTROLS, RANDOM, Contender
 from kvprofile.files import document, write_atomically
 from kvprofile.questions.tasks import CONTINUED_TOKENS
 from scripts import real_model, real_study, study_records
 from scripts.real_study import (
     BLOCK,
     CONTINUATIONS,
+    FACTS,
     LONG,
     MAIN,
     MODEL,
@@ -60,7 +62,9 @@ class Part:
 
     name: str
     contexts: tuple[tuple[str, int, int, int], ...]
-    controls: bool
+    retentions: tuple[float, ...] = RETENTIONS
+    controls: bool = False
+    own_scores: bool = False
     continued: int = CONTINUED_TOKENS
 
     def pieces(self) -> list[Piece]:
@@ -88,25 +92,35 @@ class Piece:
         like = real_study.Piece(MAIN, self.task, self.length, self.number, self.questions)
         return replace(
             like.options(),
-            retentions=RETENTIONS if self.part.controls else RETENTIONS[:2],
+            retentions=self.part.retentions,
             controls=self.part.controls,
-            own_scores=self.part.controls,
+            own_scores=self.part.own_scores,
             random_seeds=1,
             continued_tokens=self.part.continued,
         )
 
     def folder(self, runs: Path) -> Path:
-        """Where its evaluation is kept; other budgets or another probe, another folder."""
-        facts = [self.questions, self.part.continued, [c.heads(r) for c in contenders() for r in RETENTIONS]]
-        probe = shipped().probe
-        key = hashlib.sha256(json.dumps([facts, probe and probe.sha256, SPAN_TOKENS]).encode()).hexdigest()[:8]
+        """Where its evaluation is kept; other budgets, another probe or other tokens that stay, another folder."""
+        part, probe = self.part, shipped().probe
+        heads = [c.heads(r) for c in contenders() for r in part.retentions]
+        rule = TrimRule(SINKS, WINDOW, BLOCK)
+        shares = [number / 20 for number in range(1, 20)]
+        kept = [(rule.near_blocks(share, self.length), rule.spans(share, self.length)) for share in shares]
+        facts = [self.questions, part.continued, part.controls, part.own_scores, heads, probe and probe.sha256, kept]
+        key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:8]
         return runs / self.part.name / f"{self.task}-{self.length}-{self.number}-{key}"
 
 
-QUESTIONS = Part("graded", MAIN.contexts, controls=True)
-TEXTS = Part("graded-texts", CONTINUATIONS.contexts, controls=False, continued=CONTINUATIONS.continued)
-LONG_TEXTS = Part("graded-long-texts", LONG.contexts, controls=False)
-PARTS = (QUESTIONS, LONG_TEXTS, TEXTS)
+QUESTIONS = Part("graded", MAIN.contexts, own_scores=True)
+CONTROLS = Part(
+    "graded-controls",
+    (*((task, 1500, 5, 8) for task in (*FACTS, "multi_turn", "functions")), *((task, 4000, 1, 12) for task in FACTS)),
+    controls=True,
+)
+"""On contexts that QUESTIONS has too."""
+TEXTS = Part("graded-texts", CONTINUATIONS.contexts, CONTINUATIONS.retentions, continued=CONTINUATIONS.continued)
+LONG_TEXTS = Part("graded-long-texts", LONG.contexts, LONG.retentions)
+PARTS = (QUESTIONS, CONTROLS, LONG_TEXTS, TEXTS)
 
 
 def contenders() -> list[Contender]:
@@ -147,13 +161,13 @@ def finished(part: Part, runs: Path, output: Path) -> Results | None:
     return study_records.collect(records_of(part, output), folders)
 
 
-def comparison(results: Results, part: Part) -> dict[str, Any]:
-    """Every row: what it keeps, and its paired differences to graded heads at the same retention."""
-    rows = []
+def rows(results: Results) -> list[dict[str, Any]]:
+    """Every row: what it keeps, and its paired difference to graded heads at the same retention."""
+    found = []
     for variant in results.variants:
         row = variant.row
         graded = f"{GRADED}@{variant.retention:g}" if variant.retention is not None else None
-        rows.append(
+        found.append(
             {
                 "name": variant.name,
                 "retention": variant.retention,
@@ -164,6 +178,21 @@ def comparison(results: Results, part: Part) -> dict[str, Any]:
                 "kl_less_graded": estimate(results.rise(row, "kl", graded)) if graded else None,
             }
         )
+    return found
+
+
+def asked(results: Results, part: Part) -> dict[str, Any]:
+    """How much was asked, and every row."""
+    return {
+        "questions": len(results.questions),
+        "contexts": len({item.exercise for item in results.questions}),
+        "planned": len(part.pieces()),
+        "rows": rows(results),
+    }
+
+
+def comparison(results: Results, part: Part) -> dict[str, Any]:
+    """Graded heads, whole ones and the ceiling, all together and by length."""
     ratios = {
         f"{retention:g}": estimate(
             results.bootstrap.quotient(
@@ -181,10 +210,7 @@ def comparison(results: Results, part: Part) -> dict[str, Any]:
             shown = {f"{n}@{r:g}": estimate(some.rise(f"{n}@{r:g}", "kl")) for n in names for r in RETENTIONS}
             by_length[str(length)] = {"questions": len(some.questions), "kl": shown}
     return {
-        "questions": len(results.questions),
-        "contexts": len({item.exercise for item in results.questions}),
-        "planned": len(part.pieces()),
-        "rows": rows,
+        **asked(results, part),
         "ratio_to_whole": ratios,
         "graded_at_30_less_whole_at_50": estimate(results.rise(f"{GRADED}@0.3", "kl", f"{WHOLE_LABEL}@0.5")),
         "by_length": by_length,
@@ -205,6 +231,7 @@ def write_page(runs: Path, output: Path, readme: Path) -> None:
     if found is None:
         return
     (output / "data").mkdir(parents=True, exist_ok=True)
+    controls = finished(CONTROLS, runs, output)
     continued = [texts(each, part) for part in (LONG_TEXTS, TEXTS) if (each := finished(part, runs, output))]
     probe = shipped().probe
     data = rounded(
@@ -214,8 +241,8 @@ def write_page(runs: Path, output: Path, readme: Path) -> None:
             "settings": {"sinks": SINKS, "window": WINDOW, "block": BLOCK},
             "probe": probe and probe.model_dump(mode="json"),
             "retentions": list(RETENTIONS),
-            "controls": [*GRADED_CONTROLS, OWN_SCORES],
             "asked": comparison(found, QUESTIONS),
+            "controls": {"names": [RANDOM, *GRADED_CONTROLS], **asked(controls, CONTROLS)} if controls else None,
             "continued": continued,
         }
     )

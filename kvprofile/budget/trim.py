@@ -7,18 +7,23 @@ for the first one after the prompt, so everything that is generated stays; a *sl
 Keys carry their positions already; nothing is renumbered.
 
 Between sinks and window a head keeps the share that its budget says, in whole blocks: all of it (1, a full head), none
-(0, a trimmed one), or so many tokens, the best by the probe. How many is decided once, where the prompt ends. Tokens
-compete within spans of equal length, so what stays of a span depends on nothing that comes after it, and prompts that
-begin alike keep the same of what they share.
+(0, a trimmed one), or so many tokens. How many is decided once, where the prompt ends. Some of them are those next to
+the window; the others are the best by the probe. Those compete within spans of equal length, so what stays of a span
+depends on nothing that comes after it, and prompts that begin alike keep the same of what they share.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass
 
 SPAN_TOKENS = 256
-"""Tokens of a span, rounded down to whole blocks; at least one."""
+"""Tokens of a span, rounded down to whole blocks; more where a head keeps less than a block of so many."""
+
+NEAR_OF_KEPT, NEAR_OF_MIDDLE = 1 / 2, 1 / 8
+"""About how much of what a head keeps lies next to the window: the smaller of these parts of the tokens that it keeps,
+and of all tokens between sinks and window."""
 
 DEFAULT_BLOCK_TOKENS = 16
 """vLLM's block size on GPUs."""
@@ -89,22 +94,32 @@ class TrimRule:
             return middle
         return _rounded(share, middle // self.block_tokens) * self.block_tokens
 
-    @property
-    def span_blocks(self) -> int:
-        """Blocks of a span."""
-        return max(1, SPAN_TOKENS // self.block_tokens)
+    def span_blocks(self, share: float) -> int:
+        """Blocks of a span of a head of a budget."""
+        keeping_one = math.ceil(round(1 / _rate(share), 6)) if share else 1
+        return max(SPAN_TOKENS // self.block_tokens, keeping_one)
+
+    def near_blocks(self, share: float, prompt_tokens: int) -> int:
+        """Blocks next to the window, all of which a head of a budget keeps: those that it keeps of no span."""
+        blocks = self.middle_tokens(prompt_tokens, prompt_tokens) // self.block_tokens
+        kept = _rounded(share, blocks)
+        rate = _rate(share)
+        # with each block more that is near, as many blocks are kept as before or one more
+        return bisect_left(range(kept), kept, key=lambda near: near + _rounded(rate, blocks - near))
 
     def spans(self, share: float, prompt_tokens: int) -> list[tuple[int, int]]:
-        """Blocks of every span between sinks and window of a prompt, and how many of them a head of a budget keeps.
+        """Blocks of every span between the sinks and what is near, and how many of them a head of a budget keeps.
 
         The last span may be shorter. Halves are rounded so that the spans up to any one keep together what their
-        blocks at once would.
+        blocks at once would, whatever comes after them.
         """
         blocks = self.middle_tokens(prompt_tokens, prompt_tokens) // self.block_tokens
+        blocks -= self.near_blocks(share, prompt_tokens)
+        rate, length = _rate(share), self.span_blocks(share)
         found = []
-        for start in range(0, blocks, self.span_blocks):
-            stop = min(start + self.span_blocks, blocks)
-            found.append((stop - start, _rounded(share, stop) - _rounded(share, start)))
+        for start in range(0, blocks, length):
+            stop = min(start + length, blocks)
+            found.append((stop - start, _rounded(rate, stop) - _rounded(rate, start)))
         return found
 
     def held_tokens(self, processed: int, prompt_tokens: int, share: float = 0.0) -> int:
@@ -113,6 +128,14 @@ class TrimRule:
             return processed
         kept = self.kept_tokens(share, prompt_tokens) if share else 0
         return processed - self.middle_tokens(processed, prompt_tokens) + kept
+
+
+def _rate(share: float) -> float:
+    """How much of every span a head keeps whose share of the middle this is; the rest of it is near.
+
+    The same for prompts of any length, so what is near grows with the prompt.
+    """
+    return max((1 - NEAR_OF_KEPT) * share, (share - NEAR_OF_MIDDLE) / (1 - NEAR_OF_MIDDLE))
 
 
 def _rounded(share: float, blocks: int) -> int:

@@ -86,16 +86,16 @@ class Keeping:
             for pair in zip(rows, kept, strict=True)
         ]
         groups = [group for fate in (FULL, TRIMMED) for group in self._whole_heads(whole, fates, fate)]
-        orders: dict[int, torch.Tensor] = {}
+        scores: dict[int, torch.Tensor] = {}
         for number, choice in enumerate(choices):
             if choice is None or SOME not in fates[number]:
                 continue
-            if id(choice) not in orders:  # budgets that choose alike rank the tokens once
-                orders[id(choice)] = self._order(layer, whole, choice)
+            if id(choice) not in scores:  # budgets that choose alike score the tokens once
+                scores[id(choice)] = self._scores(layer, whole, choice)
             pairs = zip(rows[number], fates[number], strict=True)
             shares = [share if fate == SOME else None for share, fate in pairs]
             which = None if len(rows) == 1 else (number,)
-            groups += self._graded_heads(whole, shares, orders[id(choice)], which)
+            groups += self._graded_heads(whole, shares, scores[id(choice)], which)
         return groups
 
     def _whole_heads(self, whole: Span, fates: Sequence[Sequence[str]], fate: str) -> list[HeldHeads]:
@@ -113,16 +113,10 @@ class Keeping:
                 groups.append(HeldHeads(index, queries, *self._rule_of(fate == FULL, held), which))
         return groups
 
-    def _order(self, layer: int, whole: Span, choice: TokenChoice) -> torch.Tensor:
-        """The tokens of the middle [G, M], counted from its first: span by span, the best of each first."""
+    def _scores(self, layer: int, whole: Span, choice: TokenChoice) -> torch.Tensor:
+        """Scores [G, M] of the tokens of the middle."""
         first, stop = self._middle
-        found = choice.scores(CachedTokens(layer, *whole.between(first, stop), first, self.prompt_tokens))
-        size = self.rule.span_blocks * self.rule.block_tokens
-        parts = [
-            found[:, start : start + size].sort(dim=-1, descending=True, stable=True).indices + start
-            for start in range(0, found.shape[1], size)
-        ]
-        return torch.cat(parts, dim=-1)
+        return choice.scores(CachedTokens(layer, *whole.between(first, stop), first, self.prompt_tokens))
 
     @property
     def _middle(self) -> tuple[int, int]:
@@ -131,7 +125,7 @@ class Keeping:
         return first, first + self.rule.middle_tokens(self.length, self.prompt_tokens)
 
     def _graded_heads(
-        self, whole: Span, shares: Sequence[float | None], order: torch.Tensor, which: tuple[int, ...] | None
+        self, whole: Span, shares: Sequence[float | None], scores: torch.Tensor, which: tuple[int, ...] | None
     ) -> list[HeldHeads]:
         """The heads that keep ``shares`` of the middle, None for those that live otherwise."""
         first, stop = self._middle
@@ -139,13 +133,14 @@ class Keeping:
         groups = []
         for share in sorted({share for share in shares if share is not None}):
             index, queries = self._numbers([head for head, mine in enumerate(shares) if mine == share])
-            # of every span as many of its best as it keeps
-            columns, start = [], 0
+            # of every span as many of its best as it keeps, and all that is near
+            mine, chosen, start = scores[index], [], 0
             for size, kept in self.rule.spans(share, self.prompt_tokens):
-                columns.append(torch.arange(start, start + kept * block))
+                best = mine[:, start : start + size * block].sort(dim=-1, descending=True, stable=True).indices
+                chosen.append(first + start + best[:, : kept * block])
                 start += size * block
-            chosen = order[index][:, torch.cat(columns).to(self.device)]
-            places = (first + chosen).sort(-1).values  # in the order of the text
+            near = torch.arange(first + start, stop, device=self.device)
+            places = torch.cat([*chosen, near.expand(len(index), -1)], -1).sort(-1).values  # in the order of the text
             held = [whole.picked(index, places, first, stop)]
             groups.append(HeldHeads(index, queries, self.sight.everything_held, held, None, which))
         return groups

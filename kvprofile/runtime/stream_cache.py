@@ -156,13 +156,13 @@ class StreamManager(FullAttentionManager):  # type: ignore[misc]
 
     def _spans(self, request_id: str) -> list[_Span]:
         """The spans of a prompt's middle, with what other requests have moved of them already."""
-        found = []
+        found, share = [], self.kv_cache_spec.share
         start, blocks = self._trim.sink_blocks, self.req_to_blocks[request_id]
-        for size, kept in self._trim.spans(self.kv_cache_spec.share, self._prompt_tokens[request_id]):
+        for size, kept in self._trim.spans(share, self._prompt_tokens[request_id]):
             own = blocks[start : start + size]
             start += size
             # a prefix decides what stays of a span that ends with it, if no shorter one was cut off there
-            key = own[-1].block_hash if kept and size == self._trim.span_blocks else None
+            key = own[-1].block_hash if kept and size == self._trim.span_blocks(share) else None
             known = self._moved.get(key) if key is not None else None
             found.append(_Span(own, kept, key, None if known is None else known.blocks))
         return found
@@ -185,15 +185,16 @@ class StreamManager(FullAttentionManager):  # type: ignore[misc]
     def _move(self, request_id: str, spans: list[_Span]) -> None:
         """Give the middle of a prompt back, and take blocks for the tokens of it that stay."""
         life = self._lives[request_id] = Life(self._held(request_id))
-        first, middle = self._trim.sink_blocks, sum(len(span.blocks) for span in spans)
+        first, far = self._trim.sink_blocks, sum(len(span.blocks) for span in spans)
+        middle = far + self._trim.near_blocks(self.kv_cache_spec.share, self._prompt_tokens[request_id])
         # what others have moved is held before anything is given back
         shared = [block for span in spans for block in span.shared or ()]
         self.block_pool.touch(shared)
         free = self.block_pool.get_num_free_blocks()
-        self._give_back(request_id, first, first + middle)
+        self._give_back(request_id, first, first + far)
         freed = self.block_pool.get_num_free_blocks() - free
         targets = self.block_pool.get_new_blocks(sum(span.kept for span in spans if span.shared is None))
-        # the row: spans moved by others as they are, the rest new, in the order of the text
+        # the row: spans moved by others as they are, the rest new, in the order of the text, then what is near
         row, left = [], iter(targets)
         for span in spans:
             mine = span.shared if span.shared is not None else [next(left) for _ in range(span.kept)]
@@ -201,12 +202,14 @@ class StreamManager(FullAttentionManager):  # type: ignore[misc]
             if span.key is not None:
                 self._moved.setdefault(span.key, _Moved(mine)).holders.add(request_id)
         self._holds[request_id] = [span.key for span in spans if span.key is not None]
-        self.req_to_blocks[request_id][first : first + len(row)] = row
+        blocks = self.req_to_blocks[request_id]
+        row += blocks[first + far : first + middle]
+        blocks[first : first + middle] = row + [self.block_pool.null_block] * (middle - len(row))
         moved = [span for span in spans if span.shared is None]
         self._moves[request_id] = GroupMove(
             first=first,
             kept=len(row),
-            row=[block.block_id for block in self.req_to_blocks[request_id][first : first + middle]],
+            row=[block.block_id for block in blocks[first : first + middle]],
             sources=[number for span in moved for number in span.numbers],
             targets=[block.block_id for block in targets],
             spans=[(len(span.blocks), span.kept) for span in moved],

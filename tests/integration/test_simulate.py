@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import random
 from dataclasses import astuple
 
@@ -159,7 +161,7 @@ class Weighed(TokenChoice):
         return both @ self.weights(tokens.layer, both.shape[-1])
 
     def naive(self, rule, context_tokens):
-        """The positions that a head keeps: of every 256 tokens of the middle the best ones, whole blocks of them."""
+        """The positions that a head keeps: the last of the middle and, of every span before, the best, by blocks."""
         size = rule.block_tokens
         first = -(-rule.sink_tokens // size) * size
         stop = max(first, (context_tokens + 1 - rule.recent_tokens) // size * size)
@@ -168,10 +170,16 @@ class Weighed(TokenChoice):
             end = max(first, min(stop, context_tokens))
             both = torch.cat([keys, values], -1)
             worth = (both @ self.weights(layer, both.shape[-1]).to(both.dtype)).tolist()
-            found, left, span = [], 0, 256 // size * size
+            rate = max(share / 2, (share - 1 / 8) / (7 / 8))
+            found, left, span = [], 0, max(256 // size, math.ceil(round(1 / rate, 6))) * size
+            blocks = (end - first) // size
+            kept = int(share * blocks + 0.5 + 1e-9)
+            near = next(near for near in itertools.count() if near + int(rate * (blocks - near) + 0.5 + 1e-9) >= kept)
+            found += range(end - near * size, end)
+            end -= near * size
             for start in range(first, end, span):
                 upto = min(start + span, end)
-                due = int(share * ((upto - first) // size) + 0.5 + 1e-9) * size  # of all up to here
+                due = int(rate * ((upto - first) // size) + 0.5 + 1e-9) * size  # of all up to here
                 ranked = sorted(range(start, upto), key=lambda position: -worth[position])
                 found += ranked[: due - left]
                 left = due

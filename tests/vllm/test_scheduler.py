@@ -121,8 +121,9 @@ class Worker:
                 continue
             spans = self.rule.spans(share, self.prompt[name])
             assert found.first == self.rule.sink_blocks
-            assert len(found.row) == sum(blocks for blocks, _ in spans)
-            assert found.kept == sum(kept for _, kept in spans)
+            near = self.rule.near_blocks(share, self.prompt[name])
+            assert len(found.row) == sum(blocks for blocks, _ in spans) + near
+            assert found.kept == sum(kept for _, kept in spans) + near
             assert found.kept * BLOCK == self.rule.kept_tokens(share, self.prompt[name])
             table[found.first : found.first + len(found.row)] = found.row
             positions, start = [], self.rule.sink_end
@@ -131,9 +132,9 @@ class Worker:
                 places = self.stays((group, end, True), blocks * BLOCK, kept * BLOCK)
                 positions += [start + place for place in places]
                 start += blocks * BLOCK
-            self.kept[name][share] = positions
+            self.kept[name][share] = positions + list(range(start, start + near * BLOCK))
             self.moved += len(found.targets)
-            self.shared += found.kept - len(found.targets)
+            self.shared += found.kept - near - len(found.targets)
 
     def stays(self, last, count, kept):
         """Places of a span that stay, by what its last slot holds: the same for all requests that begin so."""

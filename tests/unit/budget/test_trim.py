@@ -56,3 +56,23 @@ def test_an_anchored_window_keeps_the_answer_and_a_sliding_one_moves_on():
 def test_what_means_nothing_is_refused(sizes):
     with pytest.raises(ValueError, match=r"must be >= 0|the window is anchored or sliding, not 'rolling'"):
         TrimRule(*sizes)
+
+
+@given(
+    rules.filter(lambda rule: rule.anchored),
+    st.floats(0.001, 0.999),
+    st.integers(0, 4000),
+    st.integers(1, 4000),
+)
+def test_spans_and_what_is_near_are_what_a_share_keeps(rule, share, prompt_tokens, more):
+    """A longer prompt keeps the same of every whole span that it shares with a shorter one."""
+    spans, near = rule.spans(share, prompt_tokens), rule.near_blocks(share, prompt_tokens)
+    middle = rule.middle_tokens(prompt_tokens, prompt_tokens) // rule.block_tokens
+    kept = rule.kept_tokens(share, prompt_tokens) // rule.block_tokens
+    assert sum(blocks for blocks, _ in spans) + near == middle
+    assert sum(stay for _, stay in spans) + near == kept
+    assert all(0 <= stay <= blocks for blocks, stay in spans)
+    assert near <= min(0.57 * kept, middle / 8) + 1.5
+    longer = rule.spans(share, prompt_tokens + more)
+    whole, also = ([span for span in found if span[0] == rule.span_blocks(share)] for found in (spans, longer))
+    assert all(one == other for one, other in zip(whole, also, strict=False))
