@@ -1,7 +1,8 @@
 """Classes of heads: shares rounded to a few values, so that heads of a class can share one cache group of an engine.
 
 The classes are the ones that move shares least (optimal one-dimensional k-means; Wang and Song, The R Journal 3/2,
-2011), and a class has the mean of its heads, so the bytes held stay what the shares say. Standard library only.
+2011) among those whose sizes fill an engine's cache groups, and a class has the mean of its heads, so the bytes held
+stay what the shares say. Standard library only.
 """
 
 from __future__ import annotations
@@ -15,25 +16,45 @@ from kvprofile.budget.profile import Matrix
 DEFAULT_CLASSES = 4
 """Classes unless told otherwise: docs/studies/graded-budgets.md."""
 
+GROUPS = 16
+"""Cache groups that all heads fill, about: more cost time in every step, fewer leave classes less choice."""
+
 
 def classed(shares: Matrix, count: int = DEFAULT_CLASSES, ranks: int = 1) -> Matrix:
     """Shares [L][G] with at most ``count`` different values and the same mean; null stays null.
 
-    With ``ranks`` that hold G/ranks heads of every layer each, all ranks get equally many heads of a class in every
-    layer: heads of one place in their rank's order share their mean first. Raises ValueError for no class, or ranks
-    that do not divide G.
+    A class has a multiple of :func:`unit` heads. With ``ranks`` that hold G/ranks heads of every layer each, all ranks
+    get equally many heads of a class in every layer: heads of one place in their rank's order share their mean first.
+    Raises ValueError for no class, or ranks that do not divide G.
     """
     if count < 1:
         raise ValueError(f"{count} classes of heads; at least one is needed")
     levelled = _levelled(shares, ranks)
-    values = sorted(value for row in levelled for value in row if value is not None)
+    # heads of one layer and share stand together, one of each rank in turn, so that all ranks have them or none
+    each = len(shares[0]) // ranks
+    places = [
+        (layer, head) for layer, row in enumerate(levelled) for head, value in enumerate(row) if value is not None
+    ]
+    order = sorted((levelled[layer][head] or 0.0, layer, head % each, head) for layer, head in places)
+    values = [value for value, *_ in order]
     if len(set(values)) <= count:
         return levelled
-    class_of: dict[float, float] = {}
-    for start, stop in itertools.pairwise(_borders(values, count)):
+    found = [list(row) for row in levelled]
+    for start, stop in itertools.pairwise(_borders(values, count, unit(len(values), ranks))):
         mean = math.fsum(values[start:stop]) / (stop - start)
-        class_of |= dict.fromkeys(values[start:stop], mean)
-    return [[None if value is None else class_of[value] for value in row] for row in levelled]
+        for _, layer, _, head in order[start:stop]:
+            found[layer][head] = mean
+    return found
+
+
+def unit(heads: int, ranks: int = 1) -> int:
+    """Heads that a class has a multiple of: about a sixteenth of them all, of every rank equally many.
+
+    An engine's cache groups are of one width, so classes whose sizes are multiples of one number fill theirs.
+    """
+    each = heads // ranks
+    divisors = (number for number in range(1, each + 1) if each % number == 0)
+    return ranks * min(divisors, key=lambda number: (abs(number - each / GROUPS), -number))
 
 
 def _levelled(shares: Matrix, ranks: int) -> Matrix:
@@ -59,48 +80,31 @@ def _levelled(shares: Matrix, ranks: int) -> Matrix:
     return found
 
 
-def _borders(values: Sequence[float], count: int) -> list[int]:
-    """Where the classes of sorted values begin, and where the last ends; equal values stay together.
+def _borders(values: Sequence[float], count: int, unit: int) -> list[int]:
+    """Where the classes of sorted values begin, and where the last ends: at multiples of ``unit``.
 
-    Dynamic programming over how many values the first k classes take.
+    Dynamic programming over how many units the first k classes take.
     """
-    points = [(value, len(list(group))) for value, group in itertools.groupby(values)]
-    weight, first, second = [0.0], [0.0], [0.0]  # running sums of 1, x and x^2
-    for value, times in points:
-        weight.append(weight[-1] + times)
-        first.append(first[-1] + times * value)
-        second.append(second[-1] + times * value * value)
+    first, second = ([0.0, *itertools.accumulate(v**power for v in values)] for power in (1, 2))
 
     def cost(start: int, stop: int) -> float:
-        """Squared distance of points [start, stop) to their mean."""
-        total = first[stop] - first[start]
-        return second[stop] - second[start] - total * total / (weight[stop] - weight[start])
+        """Squared distance of units [start, stop) to their mean."""
+        low, high = start * unit, stop * unit
+        total = first[high] - first[low]
+        return second[high] - second[low] - total * total / (high - low)
 
-    size = len(points)
-    best = [0.0, *(cost(0, stop) for stop in range(1, size + 1))]
-    cuts: list[list[int]] = []
+    units = len(values) // unit
+    best = [0.0, *(cost(0, stop) for stop in range(1, units + 1))]
+    cuts = []
     for _ in range(1, count):
-        following, cut = [0.0] * (size + 1), [0] * (size + 1)
-
-        def solve(low: int, high: int, left: int, right: int) -> None:
-            """The best last border of every stop in [low, high], which lies in [left, right]: borders only rise."""
-            if low > high:
-                return
-            stop = (low + high) // 2
-            lowest, where = min(
-                (best[start] + cost(start, stop), start)  # noqa: B023 - used at once
-                for start in range(left, min(stop - 1, right) + 1)
-            )
-            following[stop], cut[stop] = lowest, where  # noqa: B023 - used at once
-            solve(low, stop - 1, left, where)
-            solve(stop + 1, high, where, right)
-
-        solve(1, size, 0, size)
-        best = following
-        cuts.append(cut)
-    borders = [size]
+        # the least cost of the first units with one class more, and where that class begins; one may be empty
+        chosen = [
+            min((best[start] + (cost(start, stop) if start < stop else 0.0), start) for start in range(stop + 1))
+            for stop in range(units + 1)
+        ]
+        best = [cost_of for cost_of, _ in chosen]
+        cuts.append([start for _, start in chosen])
+    borders = [units]
     for cut in reversed(cuts):
         borders.append(cut[borders[-1]])
-    # from points to values, an empty class left out
-    taken = list(itertools.accumulate((times for _, times in points), initial=0))
-    return sorted({taken[border] for border in (*borders, 0)})
+    return sorted({border * unit for border in (*borders, 0)})
