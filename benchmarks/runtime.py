@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kvprofile.budget import servable, store
-from kvprofile.budget.trim import GRADED, WHOLE
+from kvprofile.budget.trim import GRADED, WHOLE, TrimRule
 
 SINKS, WINDOW, BLOCK = 128, 256, 32
 REQUEST_TOKENS, STOCK_REQUESTS = 2048, 64
@@ -299,6 +299,16 @@ def kinds_bytes(share: float, tokens: int, output: int) -> float:
     return heads * (tokens - (1.0 - share) * middle) * 2 * shape["head_size"] * 2
 
 
+def kinds_blocks(shares: list[float], prompt: int, output: int) -> float:
+    """As :func:`kinds_bytes`, in the whole blocks that the trim rule says, over the steps that write ``output``."""
+    shape, rule = SHAPES["kinds"], TrimRule(KINDS_SINKS, KINDS_WINDOW, BLOCK)
+    held = [
+        sum(-(-rule.held_tokens(tokens, prompt, share) // BLOCK) * BLOCK for share in shares)
+        for tokens in range(prompt + 1, prompt + output)
+    ]
+    return statistics.fmean(held) * 2 * shape["head_size"] * 2
+
+
 def measure_kinds(folder: Path, _rounds: int) -> list[dict[str, Any]]:
     """Requests in flight and bytes held by whole and graded heads, in pools of equal size."""
     profile = store.load(KINDS_BUDGET)
@@ -312,8 +322,10 @@ def measure_kinds(folder: Path, _rounds: int) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for kind, retention in KINDS_LEGS:
         share, settings = 1.0, {}
+        heads = [1.0] * (SHAPES["kinds"]["layers"] * SHAPES["kinds"]["kv_heads"])
         if kind is not None:
-            share = servable.of_profile(profile, retention, kind=kind).retention_realised
+            budget = servable.of_profile(profile, retention, kind=kind)
+            share, heads = budget.retention_realised, [value or 0.0 for row in budget.heads for value in row]
             asked = {"BUDGET": KINDS_BUDGET.resolve(), "KIND": kind, "RETENTION": retention, "SINK": KINDS_SINKS}
             settings = {f"LLM_KVZIP_{name}": str(value) for name, value in {**asked, "RECENT": KINDS_WINDOW}.items()}
             settings["LLM_KVZIP_ENABLED"] = "1"
@@ -324,7 +336,9 @@ def measure_kinds(folder: Path, _rounds: int) -> list[dict[str, Any]]:
         stock = rows[0] if rows else found
         bound = stock["in_flight"] * saved
         needed = kinds_bytes(share, REQUEST_TOKENS - output // 2, output // 2)
-        rows.append({"leg": name, **against(found, stock, bound, needed)})
+        in_blocks = kinds_blocks(heads, REQUEST_TOKENS - output, output)
+        told = {"leg": name, "held_over_blocks": found["decode_bytes"] / in_blocks}
+        rows.append({**told, **against(found, stock, bound, needed)})
         say(f"kinds, {name}: {found['in_flight']} requests in flight, the bound is {bound:.1f}")
     return rows
 
@@ -438,10 +452,11 @@ def show(result: dict[str, Any]) -> None:
             table.add_row(f"{row['retention']:.0%}", str(row["in_flight"]), f"{row['bound']:.1f}", *ratios)
         console.print(table)
     if "kinds" in result:
-        titles = ("in flight", "bound", "of bound", "held / formula", "prefill peak / stock", "groups")
+        titles = ("in flight", "bound", "of bound", "held / tokens", "held / blocks", "prefill peak / stock", "groups")
         table = Table("heads", *titles, title=f"{REQUEST_TOKENS:,}-token requests, {KINDS_BUDGET.stem}'s budgets")
         for row in result["kinds"]:
-            ratios = (f"{row[key]:.3f}" for key in ("of_bound", "held_over_formula", "prefill_over_stock"))
+            keys = ("of_bound", "held_over_formula", "held_over_blocks", "prefill_over_stock")
+            ratios = (f"{row[key]:.3f}" for key in keys)
             table.add_row(row["leg"], str(row["in_flight"]), f"{row['bound']:.1f}", *ratios, str(row["groups"]))
         console.print(table)
     if "split" in result:

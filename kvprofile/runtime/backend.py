@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import subclass_attention_backend_with_overrides
@@ -30,20 +31,23 @@ KERNELS_TAKE_STRIDES = frozenset({"CPU_ATTN"})
 """Backends that do not declare LAYOUT but read caches by their strides, as tests on the real engine show."""
 
 
+Numbers = np.ndarray[Any, np.dtype[np.int64]]
+
+
 @dataclass(frozen=True)
 class Rows:
-    """The batch whose metadata is being made: tokens of each row's prompt, on the CPU; padding may lack them.
+    """The batch whose metadata is being made: tokens of each row's prompt; padding may lack them.
 
     ``kept`` says of a graded budget how many blocks a row keeps between sinks and window, by share, once it was moved.
     """
 
-    prompts: torch.Tensor
+    prompts: np.ndarray[Any, Any]
     kept: Sequence[Mapping[float, int] | None] = ()
 
-    def blocks_kept(self, share: float, count: int) -> torch.Tensor:
-        """Blocks that each of ``count`` rows keeps, [count] on the CPU; -1 where nothing was moved."""
+    def blocks_kept(self, share: float, count: int) -> Numbers:
+        """Blocks that each of ``count`` rows keeps, [count]; -1 where nothing was moved."""
         found = [-1 if row is None else row[share] for row in self.kept[:count]]
-        return torch.tensor(found + [-1] * (count - len(found)), dtype=torch.int64)
+        return np.array(found + [-1] * (count - len(found)), dtype=np.int64)
 
 
 _rows: list[Rows] = []
@@ -60,7 +64,7 @@ def noting_rows(stock: Callable[..., Any]) -> Callable[..., Any]:
 
     def _build_attention_metadata(self: Any, *args: Any, **kwargs: Any) -> Any:
         batch = self.input_batch
-        note_rows(Rows(batch.num_prompt_tokens_cpu_tensor, moves.rows_of(self, batch.req_ids)))
+        note_rows(Rows(batch.num_prompt_tokens, moves.rows_of(self, batch.req_ids)))
         return stock(self, *args, **kwargs)
 
     return _build_attention_metadata
@@ -70,7 +74,7 @@ def noting_rows_v2(stock: Callable[..., Any]) -> Callable[..., Any]:
     """``GPUModelRunner.prepare_attn`` of model runner V2, which comes before metadata is made."""
 
     def prepare_attn(self: Any, input_batch: Any, *args: Any, **kwargs: Any) -> Any:
-        prompts = torch.from_numpy(self.req_states.prompt_len.np[input_batch.idx_mapping_np])
+        prompts = self.req_states.prompt_len.np[input_batch.idx_mapping_np]
         note_rows(Rows(prompts, moves.rows_of(self, input_batch.req_ids)))
         return stock(self, input_batch, *args, **kwargs)
 
@@ -147,58 +151,65 @@ class TrimmedView:
     def of(self, metadata: Any) -> Any:
         """``metadata`` (CommonAttentionMetadata) as a trimmed head sees it; longest lengths stay upper bounds."""
         count, table = metadata.num_reqs, metadata.block_table_tensor
-        if self.table.shape[1] != table.shape[1]:
-            self._allocate(table.shape[1])
+        width = table.shape[1]
+        if self.table.shape[1] != width:
+            self._allocate(width)
+        # on the CPU: what each row leaves out, and how much is left of the longest
         skipped = self.skipped_blocks(metadata)
-        skip, border = async_tensor_h2d(torch.stack([skipped, self._borders(count)]), device=self.device)
-        source = (self.columns + skip[:, None] * (self.columns >= border[:, None])).clamp_(max=table.shape[1] - 1)
-        torch.gather(table[:count], 1, source, out=self.table[:count])
-        skipped_tokens = skipped.to(torch.int32) * self.trim.block_tokens
-        lengths = self.lengths[:count]
-        torch.sub(metadata.seq_lens[:count], (skip * self.trim.block_tokens).to(lengths.dtype), out=lengths)
+        skipped_tokens = skipped * self.trim.block_tokens
+        bounds = metadata.seq_lens_cpu_upper_bound[:count].numpy() - skipped_tokens
+        longest = max(1, int(bounds.max(initial=1)))
+        used = min(width, -(-longest // self.trim.block_tokens))
+        # on the device: the columns in use name the blocks that are left
+        numbers = torch.from_numpy(np.stack([skipped, self._borders(count), skipped_tokens]))
+        skip, border, tokens = async_tensor_h2d(numbers, device=self.device)
+        columns = self.columns[:used]
+        source = (columns + skip[:, None] * (columns >= border[:, None])).clamp_(max=width - 1)
+        torch.gather(table[:count], 1, source, out=self.table[:count, :used])
+        torch.sub(metadata.seq_lens[:count], tokens, out=self.lengths[:count])
         return metadata.replace(
             block_table_tensor=self.table[:count],
-            seq_lens=lengths,
-            seq_lens_cpu_upper_bound=metadata.seq_lens_cpu_upper_bound[:count] - skipped_tokens,
+            seq_lens=self.lengths[:count],
+            seq_lens_cpu_upper_bound=torch.from_numpy(bounds.astype(np.int32)),
+            max_seq_len=min(metadata.max_seq_len, longest),
             _num_computed_tokens_cache=None,
         )
 
-    def skipped_blocks(self, metadata: Any) -> torch.Tensor:
-        """Blocks that each row leaves out, [num_reqs], on the CPU."""
+    def skipped_blocks(self, metadata: Any) -> Numbers:
+        """Blocks that each row leaves out, [num_reqs]."""
         count = metadata.num_reqs
-        position = metadata.seq_lens_cpu_upper_bound[:count].to(torch.int64) - 1
+        position = metadata.seq_lens_cpu_upper_bound[:count].numpy().astype(np.int64) - 1
         if self.trim.anchored:
-            prompts = _rows[0].prompts[:count] if _rows else position.new_zeros(count)
-            position[: len(prompts)].clamp_(max=prompts)
-        first_recent = (position + 1 - self.trim.recent_tokens).div(self.trim.block_tokens, rounding_mode="floor")
-        middle = (first_recent - self.trim.sink_blocks).clamp_(min=0)
+            prompts = _rows[0].prompts[:count] if _rows else np.zeros(count, np.int64)
+            np.minimum(position[: len(prompts)], prompts, out=position[: len(prompts)])
+        first_recent = (position + 1 - self.trim.recent_tokens) // self.trim.block_tokens
+        middle = np.maximum(first_recent - self.trim.sink_blocks, 0)
         if self.share is None:
-            skipped: torch.Tensor = middle * self._decodes(metadata)
+            skipped: Numbers = middle * self._decodes(metadata)
         else:
             kept = self._kept(count)
             skipped = (middle - kept) * (kept >= 0)
         return skipped
 
-    def _borders(self, count: int) -> torch.Tensor:
-        """The first block that each of ``count`` rows leaves out, if it leaves out any, on the CPU."""
-        kept: torch.Tensor = self._kept(count).clamp_(min=0)
-        return kept + int(self.trim.sink_blocks)
+    def _borders(self, count: int) -> Numbers:
+        """The first block that each of ``count`` rows leaves out, if it leaves out any."""
+        borders: Numbers = np.maximum(self._kept(count), 0) + int(self.trim.sink_blocks)
+        return borders
 
-    def _kept(self, count: int) -> torch.Tensor:
+    def _kept(self, count: int) -> Numbers:
         """Blocks that each of ``count`` rows keeps between sinks and window, -1 where nothing was moved."""
         if self.share is None or not _rows:
-            return torch.full((count,), -1)
+            return np.full(count, -1, np.int64)
         return _rows[0].blocks_kept(self.share, count)
 
-    def _decodes(self, metadata: Any) -> torch.Tensor:
+    def _decodes(self, metadata: Any) -> np.ndarray[Any, np.dtype[np.bool_]]:
         """Rows of whole heads that are trimmed: they bring one token and are not flagged as prefilling.
 
         Flags may cover fewer rows than a padded batch has; padding brings no token.
         """
         count = metadata.num_reqs
-        starts = metadata.query_start_loc_cpu[: count + 1]
-        decodes: torch.Tensor = (starts[1:] - starts[:-1]) == 1
-        flagged = metadata.is_prefilling[:count]
+        decodes: np.ndarray[Any, np.dtype[np.bool_]] = np.diff(metadata.query_start_loc_cpu[: count + 1].numpy()) == 1
+        flagged = metadata.is_prefilling[:count].numpy()
         decodes[: len(flagged)] &= ~flagged
         decodes[len(flagged) :] = False
         return decodes
