@@ -53,7 +53,7 @@ def test_hundreds_of_requests_leave_nothing_behind(tmp_path):
 
 
 def test_graded_heads_leave_nothing_behind(tmp_path):
-    found = soak(250, tmp_path, retention=0.3, graded=True, pool_blocks=220)
+    found = soak(250, tmp_path, retention=0.3, graded=True, pool_blocks=240)
     counts = found["counts"]
     print(counts)
     assert found["problems"] == []
