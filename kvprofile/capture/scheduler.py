@@ -17,11 +17,12 @@ from kvprofile.capture.marks import Mark
 class CaptureScheduler(Scheduler):  # type: ignore[misc]
     """For ``scheduler_cls``, with ``async_scheduling`` off."""
 
-    def _get_local_prefix_cache_hit(self, request: Any) -> Any:
+    def _get_local_prefix_cache_hit(self, request: Any, *limits: Any) -> Any:
+        """From 0.33 on vLLM passes a limit of its own, which holds too."""
         mark = Mark.of(request.sampling_params)
         if mark is None or mark.context_tokens >= request.num_tokens:
-            return super()._get_local_prefix_cache_hit(request)
-        return super()._get_local_prefix_cache_hit(_Shortened(request, mark.context_tokens + 1))
+            return super()._get_local_prefix_cache_hit(request, *limits)
+        return super()._get_local_prefix_cache_hit(_Shortened(request, mark.context_tokens + 1), *limits)
 
 
 class _Shortened:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from vllm.utils.torch_utils import async_tensor_h2d
-from vllm.v1.attention.backend import subclass_attention_backend_with_overrides
+from vllm.v1.attention.backend import MultipleOf, subclass_attention_backend_with_overrides
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
 from kvprofile.runtime import moves
@@ -79,6 +79,18 @@ def noting_rows_v2(stock: Callable[..., Any]) -> Callable[..., Any]:
         return stock(self, input_batch, *args, **kwargs)
 
     return prepare_attn
+
+
+def blocks_refused(backend: Any, block_tokens: int) -> str | None:
+    """A phrase where a backend's kernels do not read blocks of so many tokens whole, which blocks of LAYOUT need.
+
+    vLLM would cut them into blocks of its kernels, which only layouts allow that kvprofile cannot use.
+    """
+    sizes = backend.get_supported_kernel_block_sizes()
+    if any(block_tokens % size.base == 0 if isinstance(size, MultipleOf) else block_tokens == size for size in sizes):
+        return None
+    listed = " or ".join(f"a multiple of {size.base}" if isinstance(size, MultipleOf) else str(size) for size in sizes)
+    return f"blocks of {block_tokens} tokens in attention backend {backend.get_name()}; set --block-size to {listed}"
 
 
 @cache

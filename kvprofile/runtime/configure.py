@@ -16,6 +16,7 @@ from vllm.platforms import current_platform
 from kvprofile import unsupported
 from kvprofile.environment import PREFIX
 from kvprofile.runtime import metrics, stats
+from kvprofile.runtime.backend import blocks_refused
 from kvprofile.runtime.engine_budget import CONFIG_KEY
 from kvprofile.runtime.find import Served, find
 from kvprofile.runtime.permute import LOAD_FORMATS
@@ -25,6 +26,12 @@ TESTED_PLATFORMS = ("cpu",)
 
 ALIBI_MODELS, SINK_MODELS = ("bloom", "mpt", "baichuan"), ("gpt_oss",)
 """Known by name here, so that the refusal is one line; ``layer`` refuses whatever else has such heads."""
+
+BYPASS_MODELS = ("muse_spark", "muse_spark_text")
+"""Types whose layers may write the cache before attention, which then is given no keys (vLLM 0.33)."""
+
+DEFAULT_GROUPING = "DefaultKVCacheConfigBuilder"
+"""Of vLLM's classes that put layers into cache groups: the one that a platform takes that has none of its own."""
 
 STATE_MODELS = ("granitemoehybrid", "nemotron_h")
 """Types of models with layers that keep a state whose tokens were compared with transformers'."""
@@ -117,6 +124,12 @@ def _unsupported(config: Any) -> list[str]:
         ),
         "overlapped micro-batches, whose rows do not say where their prompts end": config.parallel_config.use_ubatching,
         "bidirectional attention inside images": model.is_mm_prefix_lm,
+        "layers that write their cache before attention": text.model_type in BYPASS_MODELS,
+        f"a model that groups its caches itself ({text.model_type})": getattr(
+            model, "supports_kv_cache_grouping", False
+        ),
+        f"platform {current_platform.device_type}, which groups caches in its own way": _groups_itself(config),
+        **_blocks_refused(config),
         "hierarchical sparse attention": config.attention_config.hisparse_config is not None,
         "scheduler_reserve_full_isl off, which hides where prefill ends": (
             not config.scheduler_config.scheduler_reserve_full_isl
@@ -127,6 +140,24 @@ def _unsupported(config: Any) -> list[str]:
         "an additional_config that is not a dictionary": not isinstance(config.additional_config, dict),
     }
     return unsupported.holding(reasons)
+
+
+def _groups_itself(config: Any) -> bool:
+    """Whether the platform brings its own cache groups, as it may from vLLM 0.33 on."""
+    named = getattr(current_platform, "get_kv_cache_config_builder_cls", None)
+    return named is not None and not named(config).endswith(f".{DEFAULT_GROUPING}")
+
+
+def _blocks_refused(config: Any) -> dict[str, bool]:
+    """What an attention backend that was asked for by name says to the size of blocks; workers ask one that was not."""
+    backend, block_tokens = config.attention_config.backend, config.cache_config.block_size
+    if backend is None or block_tokens is None:
+        return {}
+    try:
+        refused = blocks_refused(backend.get_class(), block_tokens)
+    except ImportError:  # vLLM says so itself
+        return {}
+    return {refused: True} if refused else {}
 
 
 def _untested(config: Any) -> dict[str, str]:

@@ -9,7 +9,6 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
-from vllm.v1.core import kv_cache_utils
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.input_processor import InputProcessor
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner as GPUModelRunnerV2
@@ -18,12 +17,17 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from kvprofile.runtime import backend, configure, grouping, layer, metrics, moves, permute, stream_cache
 from kvprofile.runtime.patching import Patch
 
+try:
+    from vllm.v1.core import kv_cache_planning
+except ImportError:  # before 0.33
+    from vllm.v1.core import kv_cache_utils as kv_cache_planning
+
 PATCHES = (
     Patch(EngineArgs, "create_engine_config", configure.configuring),
     Patch(InputProcessor, "process_inputs", configure.refusing_streams),
     Patch(Attention, "__init__", layer.splitting),
     Patch(BaseModelLoader, "create_model", permute.permuting),
-    Patch(kv_cache_utils, "get_kv_cache_groups", grouping.budgeted),
+    Patch(kv_cache_planning, "get_kv_cache_groups", grouping.budgeted),
     Patch(Scheduler, "schedule", moves.carrying),
     Patch(GPUModelRunner, "initialize_kv_cache", moves.preparing),
     Patch(GPUModelRunnerV2, "initialize_kv_cache", moves.preparing),

@@ -28,6 +28,8 @@ from tests.vllm.engine import (
 )
 
 vllm = pytest.importorskip("vllm")
+from vllm.v1.attention.backend import MultipleOf  # noqa: E402
+
 pytestmark = pytest.mark.vllm
 
 SPARSE = [[0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]]
@@ -262,6 +264,35 @@ def test_blocks_are_poisoned_where_workers_know_the_marks(monkeypatch):
     assert not configure.can_poison(v1)
 
 
+def test_what_groups_caches_itself_is_refused(monkeypatch):
+    """Interfaces of vLLM 0.33, as its documentation describes them."""
+    from kvprofile.runtime import configure
+
+    for name, refused in (("vllm.v1.core.kv_cache_planning.DefaultKVCacheConfigBuilder", False), ("a.Builder", True)):
+        platform = SimpleNamespace(get_kv_cache_config_builder_cls=lambda _, name=name: name)
+        monkeypatch.setattr(configure, "current_platform", platform)
+        assert configure._groups_itself(None) is refused
+    monkeypatch.setattr(configure, "current_platform", SimpleNamespace())
+    assert not configure._groups_itself(None)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "tokens", "listed"),
+    [
+        ([16, 32, 64], 48, "16 or 32 or 64"),
+        ([MultipleOf(16)], 24, "a multiple of 16"),
+        ([16, 32, 64], 32, None),
+        ([MultipleOf(16)], 48, None),
+    ],
+)
+def test_blocks_that_kernels_do_not_read_whole_are_refused(sizes, tokens, listed):
+    from kvprofile.runtime.backend import blocks_refused
+
+    backend = SimpleNamespace(get_supported_kernel_block_sizes=lambda: sizes, get_name=lambda: "ANY")
+    expected = f"blocks of {tokens} tokens in attention backend ANY; set --block-size to {listed}"
+    assert blocks_refused(backend, tokens) == (expected if listed else None)
+
+
 def test_refusals_name_the_reason(subject, tmp_path):
     rule = TrimRule(16, 64, 32)
     good = str(write_budget(tmp_path / "good.json", subject, UNEVEN, rule))
@@ -308,6 +339,12 @@ def test_refusals_name_the_reason(subject, tmp_path):
         (found, plain, {"enable_lora": True}, "LoRA adapters, unless LLM_KVZIP_ALLOW_UNTESTED=lora"),
         (found | {"LLM_KVZIP_ALLOW_UNTESTED": "platform"}, plain, {"enable_lora": True}, "LoRA adapters"),
         (found | {"LLM_KVZIP_ALLOW_UNTESTED": "lora"}, plain, {"enable_lora": True}, None),
+        (
+            found,
+            plain,
+            {"attention_backend": "TRITON_ATTN", "block_size": 24},
+            "blocks of 24 tokens in attention backend TRITON_ATTN; set --block-size to a multiple of 16",
+        ),
         (found, states, {}, "prefix caching of a model with layers that keep a state; add --no-enable-prefix-caching"),
         (found, convolutions, {"enable_prefix_caching": False}, "layers that keep a state in a model of type lfm2"),
         (found, plain, {}, None),
