@@ -16,7 +16,7 @@ from kvprofile.files import BUDGET_DIR
 SHARED = PREFIX + "SHARED"
 """Set by the runtime itself, for its child processes: the file of ``stats``."""
 
-TESTED_VERSIONS = ("0.30.0", "0.31.0", "0.32.0")
+TESTED_VERSIONS = ("0.30.0", "0.31.0", "0.32.0", "0.33.0")
 """vLLM releases, without build tags."""
 
 
