@@ -23,8 +23,7 @@ def interpreter(folder: Path, *requirements: str, dependencies: bool = False) ->
         (site / "rest.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
         command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         command += [] if dependencies else ["--no-deps"]
-        if requirements:
-            subprocess.run([*command, *requirements], check=True)  # noqa: S603
+        subprocess.run([*command, *requirements], check=True)  # noqa: S603
         (folder / "complete").touch()
     return python
 

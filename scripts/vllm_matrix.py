@@ -23,7 +23,8 @@ from kvprofile.runtime.settings import TESTED_VERSIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 RELEASES = ("0.28.0", "0.30.0", "0.31.0", "0.33.0")
-WITHOUT_CPU_BUILD = ("0.33.0",)
+WITHOUT_CPU_BUILD = {"0.33.0": ("orjson",)}
+"""Each with the packages that it needs and 0.32 does not."""
 FOLDER = ROOT / ".vllm-matrix"
 REFUSED = "from kvprofile.runtime import gate; gate.register()"
 
@@ -31,7 +32,7 @@ REFUSED = "from kvprofile.runtime import gate; gate.register()"
 def over_cpu_libraries(release: str) -> Path:
     """Python of an environment with a release's Python code, and the libraries of this environment's build for CPUs."""
     folder = FOLDER / release
-    python = interpreter(folder)
+    python = interpreter(folder, *WITHOUT_CPU_BUILD[release])
     package = next(folder.glob("lib/python*/site-packages")) / "vllm"
     if not (folder / "overlaid").exists():
         wheels = folder / "wheels"
