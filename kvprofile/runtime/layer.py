@@ -26,6 +26,7 @@ from kvprofile import unsupported
 from kvprofile.budget.probe import Probe
 from kvprofile.budget.probe import from_bytes as probe_of
 from kvprofile.budget.trim import GRADED
+from kvprofile.runtime import here
 from kvprofile.runtime.backend import with_layout, with_trimming
 from kvprofile.runtime.engine_budget import EngineBudget, RankHeads
 from kvprofile.runtime.stream_cache import StreamSpec
@@ -139,6 +140,7 @@ def splitting(construct: Callable[..., None]) -> Callable[..., None]:
         budget = EngineBudget.of(config.additional_config)
         if type(self) is not Attention or self.attn_type != AttentionType.DECODER or budget.full == budget.heads:
             return
+        here.require_attested(config.additional_config, self.attn_backend.get_name())
         self.attn_backend = with_layout(self.attn_backend)  # every layer shares the pool, hence its layout
         rank, size = get_tensor_model_parallel_rank(), config.parallel_config.tensor_parallel_size
         index = extract_layer_index(self.layer_name)

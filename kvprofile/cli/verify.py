@@ -1,0 +1,77 @@
+"""``kvprofile verify``: whether vLLM with the plugin serves right on this machine, written down where it does."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from kvprofile.cli.declared import options_of
+from kvprofile.cli.output import print_json, say, stdout_console
+from kvprofile.verify.procedure import Verification, prepare
+from kvprofile.verify.procedure import verify as run
+from kvprofile.verify.verify_options import VerifyOptions
+
+SHOWN = 5
+"""Problems of a check that are printed."""
+
+
+@options_of(VerifyOptions)
+def verify(
+    options: VerifyOptions,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Prove on this machine that vLLM serves budgets right, and attest it next to the budget file."""
+    prepared = prepare(options)
+    plan = prepared.plan
+    say(f"{prepared.description.source.name}: {len(plan.requests)} requests of up to {plan.max_model_len:,} tokens")
+    for budget in prepared.budgets:
+        say(f"  {budget.origin}")
+    found = run(prepared, say)
+    if as_json:
+        print_json(_document(found))
+    else:
+        _render(found)
+    if not found.attested:
+        raise typer.Exit(1)
+
+
+def _document(found: Verification) -> dict[str, Any]:
+    results = [
+        {
+            "kind": each.kind,
+            "origin": each.origin,
+            "good": each.good,
+            "checks": [
+                {"name": check.name, "good": check.good, "detail": check.detail, "problems": list(check.problems)}
+                for check in each.findings
+            ],
+            "seconds_per_token": each.seconds,
+            "key": None if each.key is None else dict(each.key),
+        }
+        for each in found.results
+    ]
+    return {"results": results, "attestation": str(found.path) if found.attested else None, "ok": found.attested}
+
+
+def _render(found: Verification) -> None:
+    console = stdout_console()
+    for result in found.results:
+        table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+        for check in result.findings:
+            words = [check.detail, *check.problems[:SHOWN]]
+            if len(check.problems) > SHOWN:
+                words.append(f"and {len(check.problems) - SHOWN} more")
+            style = "green" if check.good else "red"
+            table.add_row(Text("ok" if check.good else "bad", style), check.name, Text("\n".join(words)))
+        seconds = [f"{1000 * value:.3g} ms {name}" for name, value in result.seconds.items() if value is not None]
+        if seconds:
+            table.add_row(Text("--", "dim"), "time for a token", Text(", ".join(seconds)))
+        console.print(Text(f"{result.kind} heads, {result.origin}"))
+        console.print(table)
+    if found.attested:
+        console.print(Text(f"attested in {found.path}"), soft_wrap=True)
+    else:
+        console.print(Text("not attested: a check failed", "bold"))
