@@ -10,7 +10,7 @@ from rich.text import Text
 
 from kvprofile.cli.declared import options_of
 from kvprofile.cli.output import print_json, say, stdout_console
-from kvprofile.verify.procedure import Verification, prepare
+from kvprofile.verify.procedure import Prepared, Verification, prepare
 from kvprofile.verify.procedure import verify as run
 from kvprofile.verify.verify_options import VerifyOptions
 
@@ -21,11 +21,20 @@ SHOWN = 5
 @options_of(VerifyOptions)
 def verify(
     options: VerifyOptions,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be started, and start nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
     """Prove on this machine that vLLM serves budgets right, and attest it next to the budget file."""
     prepared = prepare(options)
     plan = prepared.plan
+    if dry_run:
+        document = _planned(prepared)
+        if as_json:
+            print_json(document)
+        else:
+            for name, value in document.items():
+                stdout_console().print(Text(f"{name}: {value}"), soft_wrap=True)
+        return
     say(f"{prepared.description.source.name}: {len(plan.requests)} requests of up to {plan.max_model_len:,} tokens")
     for budget in prepared.budgets:
         say(f"  {budget.origin}")
@@ -36,6 +45,21 @@ def verify(
         _render(found)
     if not found.attested:
         raise typer.Exit(1)
+
+
+def _planned(prepared: Prepared) -> dict[str, Any]:
+    plan = prepared.plan
+    return {
+        "budgets": "; ".join(each.origin for each in prepared.budgets),
+        "engines": 1 + (3 if prepared.without_simulation else 2) * len(prepared.budgets),
+        "requests": len(plan.requests),
+        "prompt_tokens": sum(len(request.prompt) for _, request in plan.requests),
+        "output_tokens": sum(request.max_tokens for _, request in plan.requests),
+        "longest_request": plan.max_model_len,
+        "pool_bytes": prepared.arguments["kv_cache_memory_bytes"],
+        "without_simulation": prepared.without_simulation,
+        "attestation": str(prepared.path),
+    }
 
 
 def _document(found: Verification) -> dict[str, Any]:

@@ -52,13 +52,14 @@ CHECKED_IN_WORKERS = ("attention_backend", "block_size")
 NUMBERS = ("head_size", "block_size", "tensor_parallel_size")
 
 CHECKS: dict[str, tuple[str, ...]] = {
-    "stock": ("tokens", "near_ties", "largest", "mean", "most", "most_mean"),
-    "reference": ("against", "tokens", "near_ties", "largest", "mean", "most", "most_mean"),
+    "stock": ("tokens", "near_ties", "largest", "most", "mean", "most_mean", "far", "most_far"),
+    "reference": ("against", "tokens", "near_ties", "largest", "most", "mean", "most_mean", "far", "most_far"),
     "blocks": ("requests", "given_back"),
     "load": ("longest_request", "preemptions", "prefix_hits", "chunks", "poisoned"),
 }
 """What an attestation says of each check: tokens compared and differences of log-probability in nats, with what is
-allowed; blocks that requests gave back; what the engine went through meanwhile."""
+allowed (``most``), and how many tokens lay further apart; blocks that requests gave back; what the engine went through.
+"""
 
 _SOURCES = ("runtime", "budget/trim.py", "budget/probe.py", "capture/layout.py", "unsupported.py")
 
@@ -74,7 +75,9 @@ class Attestation:
     @property
     def sha256(self) -> str:
         """Over key and checks: what notices a slip of an editor, and stops nobody."""
-        return sha256_of(json_bytes(dict(self.key)), json_bytes({name: dict(each) for name, each in self.checks.items()}))
+        return sha256_of(
+            json_bytes(dict(self.key)), json_bytes({name: dict(each) for name, each in self.checks.items()})
+        )
 
 
 def path_of(budget_file: Path) -> Path:
@@ -168,11 +171,9 @@ def _attestation(raw: Any, where: str) -> Attestation:
     if not isinstance(raw, dict) or set(raw) != {"key", "checks", "measured", "sha256"}:
         raise ValueError(f"{where} is not made of key, checks, measured and sha256")
     key, checks, measured = raw["key"], raw["checks"], raw["measured"]
-    if not isinstance(measured, dict):
-        raise ValueError(f"{where}: measured is not an object")
-    if not isinstance(key, dict) or set(key) != set(KEY):
-        missing = ", ".join(sorted(set(KEY) ^ set(key if isinstance(key, dict) else ())))
-        raise ValueError(f"{where}: the key has not the fields of this kvprofile ({missing})")
+    if not isinstance(measured, dict) or not isinstance(key, dict) or set(key) != set(KEY):
+        odd = ", ".join(sorted(set(KEY) ^ set(key))) if isinstance(key, dict) else "it is no object"
+        raise ValueError(f"{where}: the key has not the fields of this kvprofile ({odd})")
     for name, value in key.items():
         if type(value) is not (int if name in NUMBERS else str):
             raise ValueError(f"{where}: {name} is {value!r:.40}")
@@ -197,7 +198,7 @@ def _require_passed(name: str, check: Mapping[str, Any], where: str) -> None:
             raise ValueError(f"{where}: {field} of {name} is {value!r:.40}")
     if check.get("tokens") == 0 or check.get("given_back") == 0 or check.get("requests") == 0:
         raise ValueError(f"{where}: nothing was compared in {name}")
-    for value, most in (("largest", "most"), ("mean", "most_mean")):
+    for value, most in (("far", "most_far"), ("mean", "most_mean")):
         if value in check and check[value] > check[most]:
             raise ValueError(f"{where}: {value} of {name} is {check[value]:g}, more than the {check[most]:g} allowed")
 

@@ -20,6 +20,7 @@ from kvprofile.budget.trim import ANCHORED, GRADED
 from kvprofile.environment import PREFIX
 from kvprofile.errors import InputError
 from kvprofile.files import read_bytes
+from kvprofile.runtime.attestation import is_attestation
 from kvprofile.runtime.engine_budget import EngineBudget
 from kvprofile.runtime.settings import Settings
 
@@ -110,7 +111,8 @@ def _search(folder: Path, served: Served) -> Path:
     wanted = " or ".join(served.names)
     if not store.is_dir(folder):
         raise ValueError(f"no budget for {wanted}: {folder} is not a folder; set {PREFIX}BUDGET or {PREFIX}BUDGET_DIR")
-    matches = [path for path in sorted(folder.glob("*.json")) if served.is_called(model_name(path) or "")]
+    files = [path for path in sorted(folder.glob("*.json")) if not is_attestation(path)]
+    matches = [path for path in files if served.is_called(model_name(path) or "")]
     if not matches:
         raise ValueError(f"no budget for {wanted} in {folder}; set {PREFIX}BUDGET to a file, or score the model")
     if len(matches) > 1:

@@ -21,7 +21,7 @@ from kvprofile.runtime import attestation, metrics
 from kvprofile.runtime.engine_budget import EngineBudget
 
 ATTESTED = "kvprofile_attested"
-"""In ``additional_config``: path, device, and pairs of attention backend and block size, where a platform is attested."""
+"""In ``additional_config`` where a platform is attested: path, device, pairs of attention backend and block size."""
 
 TO_DO = "run 'kvprofile verify MODEL' on this machine"
 
@@ -29,17 +29,12 @@ TO_DO = "run 'kvprofile verify MODEL' on this machine"
 def of_config(config: Any, model: str, budget: EngineBudget) -> dict[str, str | int]:
     """Of a key what is known before any worker starts; ``model`` is the name in the budget file."""
     compilation = config.compilation_config
-    found: dict[str, str | int] = {
+    return {
+        **of_machine(),
         "model": model,
         "budget": metrics.identity(budget),
         "kind": budget.kind,
         "window": budget.window,
-        "runtime": attestation.runtime_sha256(),
-        "vllm": vllm.__version__,
-        "torch": torch.__version__,
-        "platform": current_platform.device_type,
-        "device": device(),
-        "driver": driver(),
         "model_runner": "V2" if config.use_v2_model_runner else "V1",
         "dtype": str(config.model_config.dtype).removeprefix("torch."),
         "kv_cache_dtype": str(config.cache_config.cache_dtype),
@@ -49,7 +44,18 @@ def of_config(config: Any, model: str, budget: EngineBudget) -> dict[str, str | 
         "tensor_parallel_size": int(config.parallel_config.tensor_parallel_size),
         "graphs": f"{_name(compilation.mode)}, {_name(compilation.cudagraph_mode)}",
     }
-    return found
+
+
+def of_machine() -> dict[str, str | int]:
+    """Of a key what is known without an engine."""
+    return {
+        "runtime": attestation.runtime_sha256(),
+        "vllm": vllm.__version__,
+        "torch": torch.__version__,
+        "platform": current_platform.device_type,
+        "device": device(),
+        "driver": driver(),
+    }
 
 
 def of_worker(worker: Any) -> dict[str, str | int]:
@@ -71,7 +77,7 @@ def of_runner(runner: Any) -> dict[str, str | int]:
 
 def device() -> str:
     """The name of this process's device."""
-    index = torch.cuda.current_device() if torch.cuda.is_initialized() else 0
+    index = torch.cuda.current_device() if current_platform.is_cuda_alike() and torch.cuda.is_initialized() else 0  # type: ignore[no-untyped-call]
     return str(current_platform.get_device_name(index))
 
 

@@ -14,6 +14,9 @@ from typing import Any
 STARTED, FINISHED = "started", "finished"
 """How far an engine came, in the file of its result."""
 
+BEST = 5
+"""Tokens whose log-probabilities are asked for at every place: several may be nearly tied."""
+
 
 class Watch:
     """What a scheduler does: for each request the chunks in which it is computed, for each time it is admitted."""
@@ -39,11 +42,11 @@ class Watch:
 
 
 def generate(llm: Any, watch: Watch, batch: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Greedy answers of a batch: tokens, log-probabilities of each and of the two best, and what the scheduler did."""
+    """Greedy answers of a batch: tokens, log-probabilities of each and of the best, and what the scheduler did."""
     from vllm import SamplingParams
 
     options = [
-        SamplingParams(temperature=0, max_tokens=each["max_tokens"], detokenize=False, ignore_eos=True, logprobs=2)
+        SamplingParams(temperature=0, max_tokens=each["max_tokens"], detokenize=False, ignore_eos=True, logprobs=BEST)
         for each in batch
     ]
     found = llm.generate([{"prompt_token_ids": each["prompt"]} for each in batch], options, use_tqdm=False)
@@ -77,7 +80,7 @@ def _facts(llm: Any, model: str) -> dict[str, Any]:
 
     config = llm.llm_engine.vllm_config
     runner = "V2" if config.use_v2_model_runner else "V1"
-    found = {"platform": current_platform.device_type, "model_runner": runner, "key": None}
+    found: dict[str, Any] = {"platform": current_platform.device_type, "model_runner": runner, "key": None}
     found["dtype"] = str(config.model_config.dtype).removeprefix("torch.")
     if CONFIG_KEY in (config.additional_config or {}):
         workers = llm.collective_rpc(here.of_worker)
@@ -108,7 +111,7 @@ def run(job: dict[str, Any], result: Path) -> None:
     llm = LLM(**job["arguments"])
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     watch = Watch(scheduler)
-    found = {"state": STARTED, "facts": _facts(llm, job["model"]), "groups": _groups(scheduler)}
+    found: dict[str, Any] = {"state": STARTED, "facts": _facts(llm, job["model"]), "groups": _groups(scheduler)}
     _write(result, found)
     found["batches"] = {name: generate(llm, watch, batch) for name, batch in job["batches"].items()}
     pool = scheduler.kv_cache_manager.block_pool

@@ -161,7 +161,9 @@ def prepare(options: VerifyOptions) -> Prepared:
     output = options.output or attestation.path_of(path)
     require_writable(output)
     tokenizer = checkpoint.load_tokenizer(description.source, options.trust_remote_code)
-    texts = [token for name in bundled_names() for text in load_corpus(name).texts for token in encode(tokenizer, text.text)]
+    texts = [
+        token for name in bundled_names() for text in load_corpus(name).texts for token in encode(tokenizer, text.text)
+    ]
     heads = budgets[0].heads
     plan = plan_requests(
         texts, heads.sink_tokens, heads.recent_tokens, options.engine.block_size, options.engine.max_model_len,
@@ -296,8 +298,10 @@ def _told(name: str, compared: Compared, what: str) -> Finding:
     found = compared.as_check()
     detail = (
         f"{what}: {found['tokens']} tokens, {found['near_ties']} near ties; largest difference {found['largest']:g} of "
-        f"{found['most']:g}, mean {found['mean']:g} of {found['most_mean']:g}"
+        f"{found['most']:g} nats, mean {found['mean']:g} of {found['most_mean']:g}"
     )
+    if compared.margins.far_share:
+        detail += f", {found['far']} of {found['most_far']} further apart"
     return Finding(name, detail, tuple(compared.problems))
 
 
@@ -307,7 +311,9 @@ def _given_back(returned: Returned) -> Finding:
 
 
 def _went_through(load: Mapping[str, Any]) -> Finding:
-    freed = "freed blocks were filled with NaN" if load["poisoned"] else "freed blocks could not be filled with NaN here"
+    freed = (
+        "freed blocks were filled with NaN" if load["poisoned"] else "freed blocks could not be filled with NaN here"
+    )
     detail = (
         f"{load['preemptions']} preemptions, {load['prefix_hits']} prefix hits, {load['chunks']} prompts in chunks, up "
         f"to {load['longest_request']} tokens; {freed}"

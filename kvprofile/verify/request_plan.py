@@ -20,9 +20,12 @@ LOAD, AGAIN, STEADY = "load", "again", "steady"
 """Batches, in their order: all at once; a prompt that comes back with more; a few alike, whose tokens are timed."""
 
 MIDDLE_SIZED = 8
-_SHARE, _SHARED = 0.4, 0.25
+_SHARE, _SHARED, _WRITTEN = 0.4, 0.25, 0.12
 _POOL = 1.4
-"""Of the longest request: what most prompts have, what some of these share, and what the pool holds."""
+"""Of the longest request: what most prompts have, what some of these share, how much most answers have, and what the
+pool holds. Where the next prompt no longer fits, those before it grow by more than what is left, so that some are
+preempted.
+"""
 
 
 @dataclass(frozen=True)
@@ -59,8 +62,8 @@ def plan_requests(
 ) -> RequestPlan:
     """Requests with words of ``texts`` (ids), for heads that keep so many tokens.
 
-    ``longest`` is the longest request; None takes one with two spans of graded heads to give up. Raises InputError
-    where that is too short for a trim.
+    ``longest`` is the longest request; None takes one so long that most requests give up a span of graded heads. Raises
+    InputError where that is too short for a trim.
     """
     block = block_size or LIKELY_BLOCK_TOKENS
     least = least_length(sink_tokens, recent_tokens, block)
@@ -70,10 +73,11 @@ def plan_requests(
             f"--max-model-len {longest}: heads keep {sink_tokens} sinks and a window of {recent_tokens}, so nothing "
             f"would be trimmed; give at least {least}"
         )
-    whole = longest or -(-(least + 2 * SPAN_TOKENS + written) // 64) * 64
+    trimmed = sink_tokens + recent_tokens + 2 * block
+    whole = longest or -(-round((trimmed + SPAN_TOKENS) / _SHARE) // 64) * 64
+    written = min(max(written, round(_WRITTEN * whole)), whole // 4)
     rng = random.Random(f"verify:{seed}")
-    usual = max(round(_SHARE * whole), sink_tokens + recent_tokens + 2 * block)
-    usual = min(usual, whole - written - 16)
+    usual = min(max(round(_SHARE * whole), trimmed), whole - written - 16)
     shared = _words(texts, round(_SHARED * whole), rng)
 
     def ask(name: str, tokens: int, most: int, begin: tuple[int, ...] = ()) -> Request:
@@ -83,8 +87,10 @@ def plan_requests(
     for number in range(MIDDLE_SIZED):
         tokens = max(1, usual + rng.randrange(-8, 9))
         load.append(ask(f"usual-{number}", tokens, written - 2 * number, shared if number % 3 == 0 else ()))
+        load.append(ask(f"growing-{number}", block // 2 + number, written - number))
     lengths = (1, block - 1, block, block + 1, sink_tokens + recent_tokens)
-    load += [ask(f"short-{tokens}", tokens, 3 + 2 * number) for number, tokens in enumerate(lengths) if tokens]
+    short = sorted({tokens for tokens in lengths if tokens})
+    load += [ask(f"short-{tokens}", tokens, 3 + 2 * number) for number, tokens in enumerate(short)]
     load.append(ask("one-token-answer", usual // 2, 1))
     again = Request("again", load[1].prompt + _words(texts, 5, rng), 12)
     steady = [ask(f"steady-{number}", usual // 2, 32) for number in range(3)]

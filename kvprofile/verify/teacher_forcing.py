@@ -16,7 +16,7 @@ from kvprofile.checkpoint import Description, load_model, place
 from kvprofile.evaluate.simulate import Simulation, simulating
 from kvprofile.evaluate.token_choice import ByProbe
 from kvprofile.verify.child_process import EngineRun
-from kvprofile.verify.comparison import Compared
+from kvprofile.verify.comparison import TO_SIMULATION, Compared
 from kvprofile.verify.request_plan import RequestPlan
 
 
@@ -39,16 +39,18 @@ class SimulatedModel:
         probe: Probe | None,
     ) -> Compared:
         """Every token that an engine served against its log-probability under the budget [L][G]."""
-        found = Compared.of(str(run.facts["dtype"]))
+        found = Compared(TO_SIMULATION.get(str(run.facts["dtype"]), TO_SIMULATION["bfloat16"]))
         choice = ByProbe(probe) if probe is not None else None
         outputs, v2 = run.outputs(), run.facts["model_runner"] == "V2"
-        with simulating(self.model, self.description.geometry, [list(row) for row in heads], rule, choice) as simulation:
+        with simulating(
+            self.model, self.description.geometry, [list(row) for row in heads], rule, choice
+        ) as simulation:
             for batch, request in plan.requests:
                 output = outputs[request.name]
-                for prefilled, first, end in lives_of(request.prompt, output, v2 or choice is not None):
-                    where = f"request {request.name} of batch {batch}"
-                    if not _compare_life(simulation, request.prompt, output, (prefilled, first, end), where, found):
-                        break
+                for life in lives_of(request.prompt, output, v2 or choice is not None):
+                    _compare_life(
+                        simulation, request.prompt, output, life, f"request {request.name} of batch {batch}", found
+                    )
         return found.close()
 
 
@@ -56,8 +58,8 @@ def lives_of(prompt: Sequence[int], output: Mapping[str, Any], at_admission: boo
     """(tokens prefilled, position of its first new token, position after its last) of each life of a request.
 
     Rows are trimmed from where the request was admitted on. On model runner V1 rows of whole heads are, too, where the
-    last written tokens of a resumed request are computed one by one; a life in which a chunk comes after those cannot be
-    simulated and is left out.
+    last written tokens of a resumed request are computed one by one; a life in which a chunk comes after those cannot
+    be simulated and is left out.
     """
     ends = [*(life["tokens"] for life in output["lives"][1:]), len(prompt) + len(output["tokens"])]
     found = []
@@ -81,8 +83,8 @@ def _compare_life(
     life: tuple[int, int, int],
     where: str,
     found: Compared,
-) -> bool:
-    """Take in the tokens of one life; False where the first of them was too far off."""
+) -> None:
+    """Take in the tokens of one life. One that the simulation would not have chosen is a near tie, or too far apart."""
     prefilled, first, end = life
     tokens = [*prompt, *output["tokens"]]
     logits = [simulation.prefill(tokens[:prefilled])[None]]
@@ -95,12 +97,10 @@ def _compare_life(
     likely = rows.gather(1, written[:, None])[:, 0].tolist()
     best = rows.max(-1).values.tolist()
     for offset, (said, top) in enumerate(zip(likely, best, strict=True)):
-        at = first + offset
-        served = output["logprobs"][at - len(prompt)]
-        if not found.note(f"{where}, token {at}", served, said):
-            return False
-        if top - said > found.most:
-            found.problems.append(f"{where}, token {at}: the simulation finds another {top - said:.3g} more likely")
-            return False
-        found.near_ties += top > said
-    return True
+        at = f"{where}, token {first + offset}"
+        if not found.note(at, output["logprobs"][first + offset - len(prompt)], said):
+            continue
+        if top - said > found.margins.most:
+            found.far.append(f"{at}: the simulation finds another {top - said:.3g} nats more likely")
+        else:
+            found.near_ties += top > said

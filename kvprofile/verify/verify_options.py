@@ -42,7 +42,7 @@ class EngineChoice:
     max_model_len: Annotated[
         int | None,
         typer.Option(
-            help="As vLLM's: the longest request that is tried; one that a trim shortens twice over unless given.",
+            help="As vLLM's, and the longest request that is tried; chosen by sinks and window unless given.",
             min=1,
         ),
     ] = None
