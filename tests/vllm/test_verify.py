@@ -55,9 +55,9 @@ def serving(budget, env):
     return environment(budget, LLM_KVZIP_RETENTION="0.5") | {name: env[name] for name in ("PYTHONPATH", "PLANTED")}
 
 
-def configured(cases, env):
+def configured(cases, env, cwd=ROOT):
     run = subprocess.run(
-        [sys.executable, "-c", CONFIGURE, str(POCKET)], input=json.dumps(cases), env=env, capture_output=True,
+        [sys.executable, "-c", CONFIGURE, str(POCKET)], input=json.dumps(cases), env=env, cwd=cwd, capture_output=True,
         text=True, timeout=600, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-3000:]
@@ -128,7 +128,7 @@ def test_it_lifts_the_refusal_of_exactly_what_was_verified(verified):
             file.write("#")
         changed = serving(budget, env)
         changed["PYTHONPATH"] = os.pathsep.join([str(package), changed["PYTHONPATH"]])
-        (outdated,) = configured([({str(path): whole}, {}, {})], changed)
+        (outdated,) = configured([({str(path): whole}, {}, {})], changed, cwd=package)
     finally:
         path.write_text(whole)
     for (*_, expected), found in zip(cases, said, strict=True):
@@ -163,25 +163,21 @@ def test_the_attested_engine_serves_and_a_worker_that_differs_does_not(verified,
 
 def test_the_doctor_says_whether_one_holds(verified, tmp_path):
     budget, env, _ = verified
+    path, none = attestation.path_of(budget), budget_in(tmp_path / "b")
+    settings = [{}, {"LLM_KVZIP_BUDGET": str(none)}, {"LLM_KVZIP_ALLOW_UNTESTED": "platform"}]
     code = (
         "import os, json; from kvprofile.runtime import configure, doctor; configure.TESTED_PLATFORMS = ();"
-        "found = doctor.attested(os.environ); print(json.dumps([found.good, found.detail]))"
+        f"found = [doctor.attested(os.environ | each) for each in {settings!r}];"
+        "print(json.dumps([[each.good, each.detail] for each in found]))"
     )
-
-    def asked(**settings):
-        run = subprocess.run(
-            [sys.executable, "-c", code], env=serving(budget, env) | settings, capture_output=True, text=True,
-            check=True,
-        )  # fmt: skip
-        return json.loads(run.stdout.splitlines()[-1])
-
-    path = attestation.path_of(budget)
-    assert asked() == [True, f"{path} holds on this machine for whole heads, float32, blocks of 32"]
-    none = budget_in(tmp_path / "b")
-    good, detail = asked(LLM_KVZIP_BUDGET=str(none))
-    assert not good
-    assert detail.startswith("platform cpu is not tested, and there is no attestation ")
-    assert asked(LLM_KVZIP_ALLOW_UNTESTED="platform")[0] is None
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=serving(budget, env), capture_output=True, text=True, check=True
+    )
+    holds, missing, allowed = json.loads(run.stdout.splitlines()[-1])
+    assert holds == [True, f"{path} holds on this machine for whole heads, float32, blocks of 32"]
+    assert not missing[0]
+    assert missing[1].startswith("platform cpu is not tested, and there is no attestation ")
+    assert allowed[0] is None
 
 
 @pytest.mark.parametrize(
