@@ -71,14 +71,16 @@ def generate(llm: Any, watch: Watch, batch: list[dict[str, Any]]) -> list[dict[s
     return outputs
 
 
-def _facts(llm: Any, model: str) -> dict[str, Any]:
-    """The key of this engine's attestation where the plugin is in force, else what any engine tells."""
+def _facts(llm: Any, config: Any, model: str) -> dict[str, Any]:
+    """The key of this engine's attestation where the plugin is in force, else what any engine tells.
+
+    Of ``config`` as it was made: workers resolve some of it, which the process that reads attestations never sees.
+    """
     from vllm.platforms import current_platform
 
     from kvprofile.runtime import here
     from kvprofile.runtime.engine_budget import CONFIG_KEY, EngineBudget
 
-    config = llm.llm_engine.vllm_config
     runner = "V2" if config.use_v2_model_runner else "V1"
     found: dict[str, Any] = {"platform": current_platform.device_type, "model_runner": runner, "key": None}
     found["dtype"] = str(config.model_config.dtype).removeprefix("torch.")
@@ -91,27 +93,28 @@ def _facts(llm: Any, model: str) -> dict[str, Any]:
 
 
 def _groups(scheduler: Any) -> list[dict[str, Any]]:
-    """Of each cache group whether it is trimmed, the share of its heads, and its block size."""
+    """Of each cache group whether its heads are trimmed or full, and the share that they keep of a graded budget."""
     return [
         {
-            "trimmed": hasattr(group.kv_cache_spec, "recent_tokens"),
-            "full": type(group.kv_cache_spec).__name__ == "FullAttentionSpec"
-            or hasattr(group.kv_cache_spec, "kv_cache_specs"),
-            "share": getattr(group.kv_cache_spec, "share", None),
-            "block_size": group.kv_cache_spec.block_size,
+            "trimmed": hasattr(manager.kv_cache_spec, "recent_tokens"),
+            "full": type(manager.kv_cache_spec).__name__ == "FullAttentionSpec",
+            "share": getattr(manager.kv_cache_spec, "share", None),
         }
-        for group in scheduler.kv_cache_config.kv_cache_groups
+        for manager in scheduler.kv_cache_manager.coordinator.single_type_managers
     ]
 
 
 def run(job: dict[str, Any], result: Path) -> None:
     """Start the engine, say so, answer every batch, and say what there was."""
     from vllm import LLM
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.usage.usage_lib import UsageContext
 
+    config = EngineArgs(**job["arguments"]).create_engine_config(UsageContext.LLM_CLASS)
     llm = LLM(**job["arguments"])
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     watch = Watch(scheduler)
-    found: dict[str, Any] = {"state": STARTED, "facts": _facts(llm, job["model"]), "groups": _groups(scheduler)}
+    found: dict[str, Any] = {"state": STARTED, "facts": _facts(llm, config, job["model"]), "groups": _groups(scheduler)}
     _write(result, found)
     found["batches"] = {name: generate(llm, watch, batch) for name, batch in job["batches"].items()}
     pool = scheduler.kv_cache_manager.block_pool

@@ -22,7 +22,11 @@ CHILD = "kvprofile.verify.child_engine"
 
 
 class EngineFailedError(Exception):
-    """An engine started, and ended before it had answered: the reason in one line."""
+    """An engine started, and ended before it had answered: the reason in one line, and its key if it had one."""
+
+    def __init__(self, reason: str, key: Mapping[str, str | int] | None) -> None:
+        super().__init__(reason)
+        self.key = key
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ def run_engine(
     if plugin is None and found["facts"]["key"] is not None:
         raise InputError("budgets are in force in the engine that must not have any; unset what sets LLM_KVZIP_ENABLED")
     if found["state"] != FINISHED:
-        raise EngineFailedError(_how(code, log))
+        raise EngineFailedError(_how(code, log), found["facts"]["key"])
     lines = statistics.read_text(encoding="utf-8").splitlines() if statistics.is_file() else []
     return EngineRun(found, tuple(json.loads(line) for line in lines))
 

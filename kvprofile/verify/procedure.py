@@ -7,6 +7,7 @@ so that layers are split as they will be served and nothing may differ; and as i
 from __future__ import annotations
 
 import datetime
+import importlib.util
 import os
 import tempfile
 from collections.abc import Callable, Mapping
@@ -183,6 +184,8 @@ def verify(prepared: Prepared, say: Callable[[str], None]) -> Verification:
     Raises InputError where an engine cannot be started so.
     """
     plan, model = prepared.plan, prepared.budgets[0]
+    if importlib.util.find_spec("vllm") is None:
+        raise InputError("vLLM is not installed here, and verify starts its engines; run it where vLLM serves")
     with tempfile.TemporaryDirectory(prefix="kvprofile-verify-") as place:
         folder, name = Path(place), _model_name(model)
 
@@ -252,6 +255,10 @@ def _engines(
             checks["reference"] = {"against": ALONE, **compared.as_check()}
     except EngineFailedError as error:
         result.findings.append(Finding("engine", "it ended while it answered", (str(error),)))
+        if result.key is None and error.key is not None:  # of the budget with its own window
+            from kvprofile.runtime import metrics  # needs a package that comes with vLLM
+
+            result.key = {**error.key, "budget": metrics.identity(budget.heads)}
     return checks
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from kvprofile.runtime import attestation
+from tests.helpers.attestations import make_attestation
 from tests.helpers.models import POCKET, ROOT
 from tests.vllm import interpreter
 from tests.vllm.engine import Subject, draw, environment, serve
@@ -22,22 +23,27 @@ SEEN = {
     "heads": {"like simulated": "log-probabilities "},
     "output": {"like stock": "request longest of batch load, token 451", "like simulated": "token "},
     "stale": {"like stock": "request longest of batch load, token ", "like simulated": "token "},
+    "crash": {"engine": "RuntimeError: planted"},
     "whole-view": {"like simulated": "request longest of batch load, token 452"},
 }
 
 
 @pytest.mark.parametrize("fault", SEEN)
-def test_a_planted_fault_is_seen_and_named_and_withdraws_what_was_attested(fault, tmp_path):
+def test_a_planted_fault_is_seen_and_named_and_nothing_is_attested(fault, tmp_path):
     budget = budget_in(tmp_path / "budgets")
     path = attestation.path_of(budget)
+    attestation.save(path, [make_attestation()])
     code, found, err = verify(budget, environment_with(tmp_path, fault))
     assert code == 1, err
+    (result,) = found["results"]
+    assert attestation.load(path) == [make_attestation()]
+    assert set(result["key"]) == set(attestation.KEY)
+    assert result["key"]["budget"] == "00cc07b01fee"  # whichever engine told the key, it is that of the budget
     seen = failed(found)
     assert set(seen) == set(SEEN[fault]), seen
     for name, words in SEEN[fault].items():
         assert words in seen[name]
     assert found["attestation"] is None
-    assert not path.exists()
 
 
 def test_both_kinds_and_another_dtype_lie_in_one_file(tmp_path):

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import os
 
-FAULTS = ("early", "heads", "output", "stale", "whole-view")
-
 
 def plugin_path(folder):
     """A folder for PYTHONPATH, with what an installed plugin has there."""
@@ -61,5 +59,15 @@ def _plant(fault):
     elif fault == "whole-view":  # workers see what the scheduler has given back
         skipped = TrimmedView.skipped_blocks
         TrimmedView.skipped_blocks = lambda self, metadata: skipped(self, metadata) * 0
+    elif fault == "crash":  # in the middle of decoding
+        view, calls = TrimmedView.of, []
+
+        def of(self, metadata):
+            calls.append(1)
+            if len(calls) > 200:
+                raise RuntimeError("planted")
+            return view(self, metadata)
+
+        TrimmedView.of = of
     else:
         raise ValueError(fault)
