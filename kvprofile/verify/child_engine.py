@@ -110,7 +110,10 @@ def run(job: dict[str, Any], result: Path) -> None:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.usage.usage_lib import UsageContext
 
-    config = EngineArgs(**job["arguments"]).create_engine_config(UsageContext.LLM_CLASS)
+    try:
+        config = EngineArgs(**job["arguments"]).create_engine_config(UsageContext.LLM_CLASS)
+    except Exception as error:
+        sys.exit(f"{type(error).__name__}: {_reason(error)}")
     llm = LLM(**job["arguments"])
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     watch = Watch(scheduler)
@@ -121,6 +124,13 @@ def run(job: dict[str, Any], result: Path) -> None:
     found |= {"preemptions": watch.preemptions, "blocks": pool.num_gpu_blocks, "free": pool.get_num_free_blocks()}
     _write(result, found | {"state": FINISHED})
     llm.llm_engine.engine_core.shutdown()
+
+
+def _reason(error: Exception) -> str:
+    """The line that says something: validators put theirs after a heading."""
+    listed = getattr(error, "errors", None)
+    told = str(listed()[0]["msg"]).removeprefix("Value error, ") if callable(listed) else str(error)
+    return " ".join(told.split())
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

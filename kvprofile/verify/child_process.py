@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 from collections.abc import Mapping
@@ -66,8 +67,8 @@ def run_engine(
 
     Raises InputError where it does not start, EngineFailedError where it ends before it has answered everything.
     """
-    job, result, log = (folder / f"{name}.{suffix}" for suffix in ("job", "result", "log"))
-    statistics = folder / f"{name}.jsonl"
+    stem = re.sub(r"\W+", "-", name)
+    job, result, log, statistics = (folder / f"{stem}.{suffix}" for suffix in ("job", "result", "log", "jsonl"))
     batches = {batch: [each.__dict__ for each in requests] for batch, requests in plan.batches.items()}
     job.write_text(json.dumps({"model": model, "arguments": dict(arguments), "batches": batches}), encoding="utf-8")
     own = None if plugin is None else {**plugin, f"{PREFIX}STATS": str(statistics)}

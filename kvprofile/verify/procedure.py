@@ -192,7 +192,7 @@ def verify(prepared: Prepared, say: Callable[[str], None]) -> Verification:
         def run(what: str, variables: Mapping[str, str] | None, **changes: Any) -> EngineRun:
             say(f"engine: {what}")
             arguments = {**prepared.arguments, **changes}
-            return run_engine(folder, what.replace(" ", "-"), name, arguments, plan, variables)
+            return run_engine(folder, what, name, arguments, plan, variables)
 
         try:
             stock = run("stock vLLM", None)

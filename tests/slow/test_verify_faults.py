@@ -73,7 +73,7 @@ def test_a_block_size_that_the_workers_find_is_refused_there(tmp_path):
 
 def test_two_ranks_are_compared_with_themselves(tmp_path):
     """There is no simulation of them, and the output says what that is worth."""
-    budget, env = budget_in(tmp_path / "budgets"), environment_with(tmp_path)
+    budget, env = budget_in(tmp_path / "budgets"), environment_with(tmp_path, VLLM_CPU_OMP_THREADS_BIND="nobind")
     code, found, err = verify(budget, env, "--tensor-parallel-size", "2")
     assert code == 0, (failed(found) if found else None, err)
     checks = {check["name"]: check["detail"] for check in found["results"][0]["checks"]}
@@ -83,18 +83,23 @@ def test_two_ranks_are_compared_with_themselves(tmp_path):
     assert made.key["tensor_parallel_size"] == 2
 
 
+INTERPRETED = """
+import os, sys
+exec(open(os.environ["NO_NETWORK"]).read())
+if "kvprofile.verify.child_engine" in sys.orig_argv:
+    path = os.environ["PYTHONPATH"]
+    from tests.vllm import interpreter
+    os.environ["PYTHONPATH"] = path  # tests put others in front, and the process that becomes the engine looks again
+    interpreter.enable()
+"""
+
+
 @pytest.mark.skipif(not interpreter.is_here(), reason=interpreter.MISSING)
 def test_model_runner_v2_in_the_interpreter(tmp_path):
     """The engines are started by what tests put in front of their path; the command does not know."""
     place = tmp_path / "interpreted"
     place.mkdir()
-    (place / "sitecustomize.py").write_text(
-        "import sys\n"
-        "exec(open(__import__('os').environ['NO_NETWORK']).read())\n"
-        "if 'kvprofile.verify.child_engine' in sys.orig_argv:\n"
-        "    from tests.vllm import interpreter\n"
-        "    interpreter.enable()\n"
-    )
+    (place / "sitecustomize.py").write_text(INTERPRETED)
     budget, env = budget_in(tmp_path / "budgets"), environment_with(tmp_path)
     env["PYTHONPATH"] = os.pathsep.join([str(place), env["PYTHONPATH"]])
     env["NO_NETWORK"] = str(ROOT / "tests" / "no_network" / "sitecustomize.py")

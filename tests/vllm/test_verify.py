@@ -207,5 +207,5 @@ def test_what_vllm_refuses_is_one_line(tmp_path):
     budget, env = budget_in(tmp_path / "budgets"), environment_with(tmp_path)
     code, found, err = verify(budget, env, "--vllm-arg", "load_format=no-such-format")
     assert (code, found) == (2, None)
-    assert "vLLM does not start (stock-vLLM): " in err.splitlines()[-1]
+    assert "vLLM does not start (stock vLLM): " in err.splitlines()[-1]
     assert not attestation.path_of(budget).exists()
