@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from kvprofile.budget.probe import Probe
-from kvprofile.budget.trim import TrimRule
+from kvprofile.budget.trim import GRADED, WHOLE, TrimRule
 from kvprofile.checkpoint import Description, load_model, place
 from kvprofile.evaluate.simulate import Simulation, simulating
 from kvprofile.evaluate.token_choice import ByProbe
@@ -39,7 +39,7 @@ class SimulatedModel:
         probe: Probe | None,
     ) -> Compared:
         """Every token that an engine served against its log-probability under the budget [L][G]."""
-        found = Compared(TO_SIMULATION.get(str(run.facts["dtype"]), TO_SIMULATION["bfloat16"]))
+        found = Compared(TO_SIMULATION[GRADED if probe is not None else WHOLE][str(run.facts["dtype"])])
         choice = ByProbe(probe) if probe is not None else None
         outputs, v2 = run.outputs(), run.facts["model_runner"] == "V2"
         with simulating(

@@ -8,7 +8,9 @@ from dataclasses import replace
 
 import pytest
 
-from kvprofile.runtime import attestation
+from kvprofile.runtime import attestation, metrics
+from kvprofile.runtime.find import Served, find
+from kvprofile.runtime.settings import from_environment
 from tests.helpers.attestations import make_attestation
 from tests.helpers.models import POCKET, ROOT
 from tests.vllm import interpreter
@@ -28,20 +30,31 @@ SEEN = {
 }
 
 
-@pytest.mark.parametrize("fault", SEEN)
+MOVES = "moves"
+"""Of graded heads alone."""
+
+
+@pytest.mark.parametrize("fault", [*SEEN, MOVES])
 def test_a_planted_fault_is_seen_and_named_and_nothing_is_attested(fault, tmp_path):
     budget = budget_in(tmp_path / "budgets")
     path = attestation.path_of(budget)
     attestation.save(path, [make_attestation()])
-    code, found, err = verify(budget, environment_with(tmp_path, fault))
+    code, found, err = verify(
+        budget, environment_with(tmp_path, fault), *(["--kind", "graded"] if fault == MOVES else [])
+    )
     assert code == 1, err
     (result,) = found["results"]
     assert attestation.load(path) == [make_attestation()]
     assert set(result["key"]) == set(attestation.KEY)
-    assert result["key"]["budget"] == "00cc07b01fee"  # whichever engine told the key, it is that of the budget
+    assert result["key"]["kind"] == ("graded" if fault == MOVES else "whole")
+    if fault == "crash":  # the engine that told it had another window, and the key is of the budget all the same
+        asked = from_environment({"LLM_KVZIP_BUDGET": str(budget), "LLM_KVZIP_RETENTION": "0.5"})
+        own, _ = find(asked, Served(("pocket",), 6, 8, 4, 32, 1))
+        assert result["key"]["budget"] == metrics.identity(own)
     seen = failed(found)
-    assert set(seen) == set(SEEN[fault]), seen
-    for name, words in SEEN[fault].items():
+    expected = SEEN.get(fault, {"like simulated": "token "})
+    assert set(seen) == set(expected), seen
+    for name, words in expected.items():
         assert words in seen[name]
     assert found["attestation"] is None
 

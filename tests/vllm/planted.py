@@ -59,6 +59,10 @@ def _plant(fault):
     elif fault == "whole-view":  # workers see what the scheduler has given back
         skipped = TrimmedView.skipped_blocks
         TrimmedView.skipped_blocks = lambda self, metadata: skipped(self, metadata) * 0
+    elif fault == "moves":  # tokens that stay are not moved to where they are read
+        from kvprofile.runtime import moves
+
+        moves.Moved._move = lambda *_: None
     elif fault == "crash":  # in the middle of decoding
         view, calls = TrimmedView.of, []
 

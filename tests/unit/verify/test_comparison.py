@@ -12,6 +12,7 @@ from kvprofile.verify.child_process import EngineRun
 from kvprofile.verify.comparison import BETWEEN_ENGINES, TO_SIMULATION, Compared
 from kvprofile.verify.request_plan import Request, RequestPlan
 from kvprofile.verify.teacher_forcing import lives_of
+from tests.helpers.models import ROOT
 
 PROMPT = tuple(range(200))
 PLAN = RequestPlan({"load": (Request("one", PROMPT, 4),)}, 300, 400, 100)
@@ -54,7 +55,7 @@ def test_a_near_tie_ends_the_comparison_and_anything_further_is_named():
 
 @pytest.mark.parametrize("odd", [math.nan, -math.inf])
 def test_what_is_no_number_is_a_problem_in_every_dtype(odd):
-    for margins in (*BETWEEN_ENGINES.values(), *TO_SIMULATION.values()):
+    for margins in (*BETWEEN_ENGINES.values(), *TO_SIMULATION["whole"].values(), *TO_SIMULATION["graded"].values()):
         found = Compared(margins)
         for _ in range(1000):
             found.note("there", -1.0, -1.0)
@@ -63,17 +64,17 @@ def test_what_is_no_number_is_a_problem_in_every_dtype(odd):
 
 
 def test_coarse_dtypes_may_have_a_few_tokens_further_apart_and_not_more():
-    found = Compared(TO_SIMULATION["bfloat16"])
+    found = Compared(TO_SIMULATION["whole"]["bfloat16"])
     for number in range(1000):
         found.note(f"{number}", -1.0, -1.0 if number % 200 else -2.0)
     assert found.close().problems == []
     found.note("more", -1.0, -2.0)
     assert "more: log-probabilities" in found.close().problems[-1]
-    mean = Compared(TO_SIMULATION["bfloat16"])
+    mean = Compared(TO_SIMULATION["whole"]["bfloat16"])
     for _ in range(100):
         mean.note("x", -1.0, -1.1)
     assert mean.close().problems == ["log-probabilities are 0.1 apart in the mean"]
-    assert Compared(TO_SIMULATION["float32"]).close().problems == ["nothing could be compared"]
+    assert Compared(TO_SIMULATION["whole"]["float32"]).close().problems == ["nothing could be compared"]
 
 
 def test_tokens_after_a_preemption_are_left_out_where_only_first_lives_count():
@@ -114,3 +115,15 @@ def test_lives_begin_where_rows_are_trimmed():
     assert lives_of(PROMPT, twice, at_admission=False) == [(200, 200, 203), (201, 203, 204)]
     odd = {"tokens": 203, "hit": 0, "chunks": [[0, 200], [200, 1], [201, 2], [203, 1]]}
     assert lives_of(PROMPT, output(lives=[plain["lives"][0], odd]), at_admission=False) == [(200, 200, 203)]
+
+
+def test_the_manual_states_the_margins():
+    page = (ROOT / "docs" / "howto" / "verify.md").read_text(encoding="utf-8")
+    for dtype, between in BETWEEN_ENGINES.items():
+        (row,) = [line for line in page.splitlines() if line.startswith(f"| {dtype} |")]
+        cells = [cell.strip() for cell in row.strip("|").split("|")][1:]
+        for cell, margins in zip(
+            cells, (between, TO_SIMULATION["whole"][dtype], TO_SIMULATION["graded"][dtype]), strict=True
+        ):
+            share = f" but for {100 * margins.far_share:g} %" if margins.far_share else ""
+            assert cell.replace(" of the tokens", "") == f"{margins.most:g}{share}, mean {margins.most_mean:g}"
