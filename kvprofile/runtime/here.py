@@ -129,5 +129,14 @@ def require_attested(additional_config: Mapping[str, Any], backend: str, block_s
         raise ValueError(f"kvprofile does not serve here: {found['path']} does not hold: {', '.join(differs)}; {TO_DO}")
 
 
+def require_attested_caches(runner: Any) -> None:
+    """As ``require_attested``, once a model runner has its caches, for their block size too."""
+    additional = runner.vllm_config.additional_config
+    if ATTESTED in (additional or ()):
+        found = of_runner(runner)
+        if found["attention_backend"]:  # a stage of a pipeline may have no layer with budgets
+            require_attested(additional, str(found["attention_backend"]), int(found["block_size"]))
+
+
 def _name(value: Any) -> str:
     return str(getattr(value, "name", value))

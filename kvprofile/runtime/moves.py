@@ -184,11 +184,7 @@ def preparing(stock: Callable[..., Any]) -> Callable[..., Any]:
 
     def initialize_kv_cache(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = stock(self, *args, **kwargs)
-        found = here.of_runner(self)
-        if found["attention_backend"]:
-            here.require_attested(
-                self.vllm_config.additional_config, str(found["attention_backend"]), int(found["block_size"])
-            )
+        here.require_attested_caches(self)
         moved_of(self).ask_layouts(self)
         return result
 
