@@ -77,7 +77,8 @@ def _document(found: Verification) -> dict[str, Any]:
         }
         for each in found.results
     ]
-    return {"results": results, "attestation": str(found.path) if found.attested else None, "ok": found.attested}
+    path = str(found.path) if any(each.good for each in found.results) else None
+    return {"results": results, "attestation": path, "ok": found.attested}
 
 
 def _render(found: Verification) -> None:
@@ -95,7 +96,7 @@ def _render(found: Verification) -> None:
             table.add_row(Text("--", "dim"), "time for a token", Text(", ".join(seconds)))
         console.print(Text(f"{result.kind} heads, {result.origin}"))
         console.print(table)
-    if found.attested:
-        console.print(Text(f"attested in {found.path}"), soft_wrap=True)
-    else:
-        console.print(Text("not attested: a check failed", "bold"))
+    for good, told in ((True, f"attested in {found.path}"), (False, "not attested")):
+        kinds = [each.kind for each in found.results if each.good is good]
+        if kinds:
+            console.print(Text(f"{told}: {' and '.join(kinds)} heads", "bold"), soft_wrap=True)
