@@ -93,7 +93,8 @@ def _render(found: Verification) -> None:
             table.add_row(Text("ok" if check.good else "bad", style), check.name, Text("\n".join(words)))
         seconds = [f"{1000 * value:.3g} ms {name}" for name, value in result.seconds.items() if value is not None]
         if seconds:
-            table.add_row(Text("--", "dim"), "time for a token", Text(", ".join(seconds)))
+            more = " (which fills freed blocks)" if result.poisoned else ""
+            table.add_row(Text("--", "dim"), "time for a token", Text(", ".join(seconds) + more))
         console.print(Text(f"{result.kind} heads, {result.origin}"))
         console.print(table)
     for good, told in ((True, f"attested in {found.path}"), (False, "not attested")):

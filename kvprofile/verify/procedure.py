@@ -64,13 +64,17 @@ class Finding:
 
 @dataclass
 class KindResult:
-    """What was found of one kind of budget. ``seconds`` for each token of an answer, stock's and the plugin's."""
+    """What was found of one kind of budget. ``seconds`` for each token of an answer, stock's and the plugin's.
+
+    The plugin's hold the filling of freed blocks where they were ``poisoned``.
+    """
 
     kind: str
     origin: str
     findings: list[Finding] = field(default_factory=list)
     seconds: dict[str, float | None] = field(default_factory=dict)
     key: Mapping[str, str | int] | None = None
+    poisoned: bool = False
 
     @property
     def good(self) -> bool:
@@ -203,7 +207,7 @@ def verify(prepared: Prepared, say: Callable[[str], None]) -> Verification:
         served: dict[str, EngineRun] = {}
         checks: dict[str, dict[str, Any]] = {}
         for budget in prepared.budgets:
-            result = KindResult(budget.kind, budget.origin)
+            result = KindResult(budget.kind, budget.origin, poisoned=poisoned)
             results.append(result)
             checks[budget.kind] = _engines(prepared, budget, stock, poisoned, run, result, served)
         _simulate(prepared, served, results, checks, say)
