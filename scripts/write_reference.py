@@ -24,7 +24,7 @@ from kvprofile.cli import COMMANDS, load
 from kvprofile.environment import ENABLED, PREFIX
 from kvprofile.files import write_atomically
 from kvprofile.records.record import RunRecord
-from kvprofile.runtime import metrics, settings, stats
+from kvprofile.runtime import attestation, metrics, settings, stats
 from kvprofile.runtime.engine_budget import EngineBudget
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "reference"
@@ -113,6 +113,19 @@ def files() -> str:
         f"`kvprofile export --format vllm` writes it: `format` is `{runtime_file.FORMAT}`, `version` is "
         f"{runtime_file.VERSION}.\n",
         *_fields(runtime_file.RuntimeFile),
+        "## Attestations\n",
+        f"`kvprofile verify` writes `<budget file>{attestation.SUFFIX}`: `format` is `{attestation.FORMAT}`, `version` "
+        f"is {attestation.VERSION}, and `attestations` is a list. Each has a `key`, its `checks`, what was `measured` "
+        "(the date, and seconds for a token of stock vLLM and with the plugin), and the `sha256` of key and checks.\n",
+        "### Key\n",
+        _table(("field", "meaning"), [(f"`{name}`", words) for name, words in attestation.KEY.items()]),
+        "### Checks\n",
+        "`stock` and `reference` compare log-probabilities, in nats: `most` is how far those of a token may lie apart, "
+        "`far` counts tokens that lay further apart, of at most `most_far`.\n",
+        _table(
+            ("check", "fields"),
+            [(f"`{name}`", ", ".join(f"`{each}`" for each in fields)) for name, fields in attestation.CHECKS.items()],
+        ),
     ]
     return _page(parts)
 

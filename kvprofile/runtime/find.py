@@ -20,6 +20,7 @@ from kvprofile.budget.trim import ANCHORED, GRADED
 from kvprofile.environment import PREFIX
 from kvprofile.errors import InputError
 from kvprofile.files import read_bytes
+from kvprofile.runtime.attestation import is_attestation
 from kvprofile.runtime.engine_budget import EngineBudget
 from kvprofile.runtime.settings import Settings
 
@@ -41,13 +42,18 @@ class Served:
         return any(own == name or (store.is_dir(Path(own)) and Path(own).resolve().name == last) for own in self.names)
 
 
+def file_of(settings: Settings, served: Served) -> Path:
+    """The budget file to serve with. Raises ValueError where none is named and the folder has not just one."""
+    return settings.budget if settings.budget is not None else _search(settings.budget_dir, served)
+
+
 def find(settings: Settings, served: Served) -> tuple[EngineBudget, str]:
     """The budget to serve with, and a phrase on where it comes from.
 
     Raises ValueError or kvprofile's InputError, one line each, where there is no file for the model, more than one, or
     one of another model.
     """
-    path = settings.budget if settings.budget is not None else _search(settings.budget_dir, served)
+    path = file_of(settings, served)
     found = servable.read(path)
     kept = _kept(path, found, settings, served)
     _require_same_model(path, kept.model, served)
@@ -105,7 +111,8 @@ def _search(folder: Path, served: Served) -> Path:
     wanted = " or ".join(served.names)
     if not store.is_dir(folder):
         raise ValueError(f"no budget for {wanted}: {folder} is not a folder; set {PREFIX}BUDGET or {PREFIX}BUDGET_DIR")
-    matches = [path for path in sorted(folder.glob("*.json")) if served.is_called(_model_name(path) or "")]
+    files = [path for path in sorted(folder.glob("*.json")) if not is_attestation(path)]
+    matches = [path for path in files if served.is_called(model_name(path) or "")]
     if not matches:
         raise ValueError(f"no budget for {wanted} in {folder}; set {PREFIX}BUDGET to a file, or score the model")
     if len(matches) > 1:
@@ -114,7 +121,7 @@ def _search(folder: Path, served: Served) -> Path:
     return matches[0]
 
 
-def _model_name(path: Path) -> str | None:
+def model_name(path: Path) -> str | None:
     """The model that a file names; None for anything that is not a budget."""
     try:
         return str(json.loads(read_bytes(path))["model"]["name"])

@@ -26,6 +26,7 @@ from kvprofile import unsupported
 from kvprofile.budget.probe import Probe
 from kvprofile.budget.probe import from_bytes as probe_of
 from kvprofile.budget.trim import GRADED
+from kvprofile.runtime import here
 from kvprofile.runtime.backend import blocks_refused, with_layout, with_trimming
 from kvprofile.runtime.engine_budget import EngineBudget, RankHeads
 from kvprofile.runtime.stream_cache import StreamSpec
@@ -139,6 +140,7 @@ def splitting(construct: Callable[..., None]) -> Callable[..., None]:
         budget = EngineBudget.of(config.additional_config)
         if type(self) is not Attention or self.attn_type != AttentionType.DECODER or budget.full == budget.heads:
             return
+        here.require_attested(config.additional_config, self.attn_backend.get_name())
         refused = blocks_refused(self.attn_backend, config.cache_config.block_size)
         if refused:
             raise ValueError(f"kvprofile does not serve with {refused}")

@@ -23,6 +23,7 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from kvprofile.capture import layout
+from kvprofile.runtime import here
 from kvprofile.runtime.settings import SHARED
 from kvprofile.runtime.stats import counters
 
@@ -176,10 +177,14 @@ def _span_by_span(scores: torch.Tensor, spans: Sequence[tuple[int, int]], block_
 
 
 def preparing(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """``initialize_kv_cache`` of either model runner that gets ready to move tokens, or fails at start."""
+    """``initialize_kv_cache`` of either model runner that gets ready to move tokens, or fails at start.
+
+    It fails too where blocks are not as long as attested.
+    """
 
     def initialize_kv_cache(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = stock(self, *args, **kwargs)
+        here.require_attested_caches(self)
         moved_of(self).ask_layouts(self)
         return result
 

@@ -36,6 +36,7 @@ COMMANDS = [
     ["import", "made.vllm", "--format", "vllm", "--output", "back.json"],
     ["report", ROOT / "tests" / "data" / "run-record-v1.json", "--output", "made.html"],
     ["bench", "--model", POCKET, "--profile", BUDGET, "--preset", "seed", "--dry-run"],
+    ["verify", POCKET, "--profile", BUDGET, "--output", "made.verified.json", "--dry-run"],
     ["doctor"],
 ]
 RUN = """

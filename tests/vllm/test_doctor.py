@@ -56,6 +56,6 @@ def test_every_check_reports(distributions, environ, monkeypatch):
     """Where vLLM is missing, is a release that was not tested (pytest's number), or is the one here."""
     monkeypatch.setattr(doctor, "DISTRIBUTIONS", distributions)
     found = list(doctor.checks(environ))
-    assert [check.name for check in found] == ["plugin", "vLLM", "patches", "environment"]
+    assert [check.name for check in found] == ["plugin", "vLLM", "patches", "environment", "attestation"]
     assert all(check.detail for check in found)
     assert found[3].good is (None if not environ else environ == ON)

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from kvprofile.cli import run
+from kvprofile.runtime import attestation
+from tests.helpers.attestations import make_attestation
 from tests.helpers.commands import CONFIG, refused, save, shown
 
 pytestmark = pytest.mark.usefixtures("workplace")
@@ -105,3 +107,13 @@ def test_validate_says_where_it_looked(capsys):
     assert "nothing.json: cannot read" in (run(["validate", "nothing.json"]), capsys.readouterr().out)[1]
     Path("empty").mkdir()
     assert "no budget files in empty" in refused(capsys, "validate", "empty")
+
+
+def test_validate_reads_attestations(capsys):
+    path = attestation.path_of(save("budgets/a.json"))
+    attestation.save(path, [make_attestation()])
+    assert "ok   budgets/a.verified.json  attestations\n" in shown(capsys, "validate", "budgets")
+    path.write_text(path.read_text().replace('"a device"', '"another"'))
+    assert run(["validate", "budgets"]) == 2
+    out = capsys.readouterr().out
+    assert "bad  budgets/a.verified.json: attestation 1 was changed after it was written" in out

@@ -69,6 +69,18 @@ ARROWS = {
         "sizes",
         "statistics",
     },
+    "verify": {
+        "bench",
+        "budget",
+        "checkpoint",
+        "corpus",
+        "environment",
+        "errors",
+        "evaluate",
+        "files",
+        "runtime",
+        "scoring",
+    },
     "cli": {
         "bench",
         "budget",
@@ -84,6 +96,7 @@ ARROWS = {
         "runtime",
         "scoring",
         "sizes",
+        "verify",
     },
     "__main__": {"cli"},
 }

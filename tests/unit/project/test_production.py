@@ -10,6 +10,7 @@ import yaml
 from kvprofile.budget.capacity import parse_gpu_memory, plan
 from kvprofile.budget.fleet import fleet
 from kvprofile.budget.model_shape import shape_of_config
+from kvprofile.cli import load
 from kvprofile.environment import ENABLED, PREFIX
 from kvprofile.runtime import settings
 from tests.helpers import fleet_on_paper, grafana
@@ -56,6 +57,24 @@ def test_the_manifest_checks_before_and_while_it_serves():
     assert found["Service"]["spec"]["selector"] == found["Deployment"]["spec"]["selector"]["matchLabels"] == labels
 
 
+def test_the_job_verifies_what_the_servers_serve():
+    job = yaml.safe_load(BLOCKS["verify-job"])
+    pod = job["spec"]["template"]["spec"]
+    (verify,) = pod["containers"]
+    (vllm,) = manifest()["Deployment"]["spec"]["template"]["spec"]["containers"]
+    program, name, model, *words = verify["command"]
+    assert (program, name, model) == ("kvprofile", "verify", vllm["command"][2])
+    options = {option for each in load("verify").params for option in each.opts}
+    assert {word for word in words if word.startswith("--")} <= options
+    assert verify["image"] == vllm["image"]
+    assert verify["resources"] == vllm["resources"]
+    assert all(each in vllm["env"] for each in verify["env"])
+    output = words[words.index("--output") + 1]
+    assert output.rpartition("/")[2] in manifest()["ConfigMap"]["data"]
+    names = {volume["name"] for volume in pod["volumes"]}
+    assert {mount["name"] for mount in verify["volumeMounts"]} == names
+
+
 def test_the_stack_s_values_say_the_same():
     values = yaml.safe_load(BLOCKS["production-stack"])
     (model,) = values["servingEngineSpec"]["modelSpec"]
@@ -97,6 +116,6 @@ def test_the_counts_on_paper_are_ours(tmp_path):
     assert [words for words in told if words not in PAGE] == []
 
 
-@pytest.mark.parametrize("name", ["kubernetes", "production-stack", "alerts"])
+@pytest.mark.parametrize("name", ["kubernetes", "verify-job", "production-stack", "alerts"])
 def test_every_block_is_there(name):
     assert name in BLOCKS
