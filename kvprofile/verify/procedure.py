@@ -317,7 +317,7 @@ def _told(name: str, compared: Compared, what: str) -> Finding:
 
 
 def _given_back(returned: Returned) -> Finding:
-    detail = f"{returned.given_back} of {returned.requests} requests, each as the rule says; the pool is whole again"
+    detail = f"{returned.given_back} by {returned.requests} requests, each as the rule says; the pool is whole again"
     return Finding("blocks given back", detail, tuple(returned.problems))
 
 
