@@ -56,10 +56,10 @@ study-graded: real-model
 test-fast: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit
 
-# Unit and integration tests use one core each, so two processes share them; engines and browsers run alone.
+# Every test uses about one core, so two processes share them.
 test: install-vllm browser
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests/unit tests/integration
-	$(BIN)/python -m pytest tests/vllm tests/browser
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/vllm tests/browser
 
 test-slow: install-vllm
 	$(MAKE) --no-print-directory real-model || echo "no real model, and none can be made here: its smoke test will be skipped"

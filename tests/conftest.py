@@ -7,6 +7,7 @@ import shutil
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # two processes share the cores: threads that wait for each other would spin
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # or engines of both take the same core
 
 import pytest
 from hypothesis import settings
