@@ -87,7 +87,8 @@ def blocks_refused(backend: Any, block_tokens: int) -> str | None:
     vLLM would cut them into blocks of its kernels, which only layouts allow that kvprofile cannot use.
     """
     sizes = backend.get_supported_kernel_block_sizes()
-    if any(block_tokens % size.base == 0 if isinstance(size, MultipleOf) else block_tokens == size for size in sizes):
+    fits = (block_tokens % size.base == 0 if isinstance(size, MultipleOf) else block_tokens == size for size in sizes)
+    if not sizes or any(fits):  # none named: all fit
         return None
     listed = " or ".join(f"a multiple of {size.base}" if isinstance(size, MultipleOf) else str(size) for size in sizes)
     return f"blocks of {block_tokens} tokens in attention backend {backend.get_name()}; set --block-size to {listed}"
@@ -183,7 +184,8 @@ class TrimmedView:
             block_table_tensor=self.table[:count],
             seq_lens=self.lengths[:count],
             seq_lens_cpu_upper_bound=torch.from_numpy(bounds.astype(np.int32)),
-            max_seq_len=min(metadata.max_seq_len, longest),
+            # while graphs are captured nothing is trimmed, and the bound is the model's, not that of the lengths given
+            max_seq_len=min(metadata.max_seq_len, longest) if skipped.any() else metadata.max_seq_len,
             _num_computed_tokens_cache=None,
         )
 

@@ -286,6 +286,7 @@ def test_what_groups_caches_itself_is_refused(monkeypatch):
         ([MultipleOf(16)], 24, "a multiple of 16"),
         ([16, 32, 64], 32, None),
         ([MultipleOf(16)], 48, None),
+        ([], 48, None),
     ],
 )
 def test_blocks_that_kernels_do_not_read_whole_are_refused(sizes, tokens, listed):

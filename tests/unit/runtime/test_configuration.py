@@ -97,7 +97,9 @@ def test_releases_that_were_not_tested_are_refused_by_name():
     require_tested("0.32.0+cpu", settings())
     for allowed in ("1", "release", "lora, release"):
         require_tested("0.28.0", settings(ALLOW_UNTESTED=allowed))
-    words = r"tested with vLLM 0\.30\.0, 0\.31\.0, 0\.32\.0, 0\.33\.0, this is 0\.28\.0; LLM_KVZIP_ALLOW_UNTESTED=release"
+    words = (
+        r"tested with vLLM 0\.30\.0, 0\.31\.0, 0\.32\.0, 0\.33\.0, this is 0\.28\.0; LLM_KVZIP_ALLOW_UNTESTED=release"
+    )
     for others in ("", "0", "platform,lora"):
         with pytest.raises(ValueError, match=words):
             require_tested("0.28.0", settings(ALLOW_UNTESTED=others))
