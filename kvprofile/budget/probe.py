@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 FEATURES = "key pair norms, value, norms, position"
 """A rotary embedding turns pairs of a key's dimensions and leaves their lengths alone, so they need no turning back."""
 
+TIE = 2.0**-10
+"""Scores that are closer than about this are equal: a word that comes twice has one score, but for rounding."""
+
 FLOOR = 1e-4
 """Added to scores before their logarithm: what is attended less than this is equally worthless."""
 
@@ -136,7 +139,7 @@ class Probe:
             stop = start + part.shape[-1]
             total += (part @ weights[:, start:stop, None])[..., 0]
             start = stop
-        return total
+        return (total / TIE).round() * TIE
 
     def to_bytes(self) -> bytes:
         """The file's bytes."""

@@ -97,3 +97,17 @@ def test_sums_are_read_back_and_an_interruption_breaks_them():
 def test_nothing_cannot_be_solved():
     with pytest.raises(ValueError, match="no token was added"):
         ProbeFit(GEOMETRY).solve()
+
+
+def test_a_word_that_comes_twice_has_one_score_wherever_it_stands():
+    """Products of other shapes round otherwise, and the runtime and the simulation must keep the same of two tokens."""
+    generator = torch.Generator().manual_seed(0)
+    keys, values = (torch.randn(2, 700, 64, generator=generator) for _ in range(2))
+    keys[:, 350:], values[:, 350:] = keys[:, :350].clone(), values[:, :350].clone()
+    weights = torch.randn(1, 2, 32 + 64 + 7, generator=generator)
+    found = probe.Probe((0,), weights)
+    whole = found.scores(0, keys, values)
+    parts = torch.cat([found.scores(0, keys[:, at : at + 23], values[:, at : at + 23]) for at in range(0, 700, 23)], 1)
+    assert (whole == parts).float().mean() > 0.999
+    assert (whole[:, :350] == whole[:, 350:]).float().mean() > 0.999
+    assert len(whole.unique()) > 650
