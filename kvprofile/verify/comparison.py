@@ -185,8 +185,8 @@ def held_blocks(rule: TrimRule, groups: Iterable[Mapping[str, Any]], processed: 
     total = 0
     for group in groups:
         if group["trimmed"]:
-            kept = sum(count for _, count in rule.spans(group["share"], prompt_tokens)) if group["share"] else 0
-            total += whole - middle + kept
+            kept = rule.kept_tokens(group["share"], prompt_tokens) if group["share"] else 0
+            total += whole - middle + kept // rule.block_tokens
         elif group["full"]:
             total += whole
     return total
