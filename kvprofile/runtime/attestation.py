@@ -136,7 +136,7 @@ def holding(path: Path, here: Mapping[str, str | int]) -> list[Attestation]:
     Raises InputError, one line, where there are none: it says which fields of the nearest one differ.
     """
     if not path.is_file():
-        raise InputError(f"there is no attestation {path}")
+        raise InputError(f"the attestation {path} does not exist")
     attested = load(path)
     found = [each for each in attested if not differences(each.key, here)]
     if not found:
@@ -172,7 +172,7 @@ def _attestation(raw: Any, where: str) -> Attestation:
         raise ValueError(f"{where} is not made of key, checks, measured and sha256")
     key, checks, measured = raw["key"], raw["checks"], raw["measured"]
     if not isinstance(measured, dict) or not isinstance(key, dict) or set(key) != set(KEY):
-        odd = ", ".join(sorted(set(KEY) ^ set(key))) if isinstance(key, dict) else "it is no object"
+        odd = ", ".join(sorted(set(KEY) ^ set(key))) if isinstance(key, dict) else "it is not an object"
         raise ValueError(f"{where}: the key has not the fields of this kvprofile ({odd})")
     for name, value in key.items():
         if type(value) is not (int if name in NUMBERS else str):

@@ -7,7 +7,6 @@ this way: docs/decisions/2026-11-24-scoring-in-vllm.md.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 import time
@@ -25,6 +24,7 @@ from kvprofile.checkpoint import Description
 from kvprofile.environment import ENABLED
 from kvprofile.errors import InputError, first_line
 from kvprofile.progress import Progress
+from kvprofile.scoring import vllm_argument
 from kvprofile.scoring.chunk_store import ChunkStore
 from kvprofile.scoring.plan import ScoringPlan
 from kvprofile.scoring.prompts import Chunk
@@ -138,7 +138,7 @@ def place_in_vllm(
         raise InputError(
             f"--pipeline-parallel-size {pipeline_parallel_size}: the model has {description.geometry.layers} layers"
         )
-    asked = dict(_argument(text) for text in others)
+    asked = dict(vllm_argument.parse(text, _OURS, "block_size=64") for text in others)
     ranks = min(tensor_parallel_size, description.geometry.kv_heads)
     cache_bytes = description.geometry.values_per_token * (positions + _ROOM_TOKENS) * MODEL_DTYPES[chosen] // ranks
     arguments: dict[str, Any] = {
@@ -238,20 +238,6 @@ def _worker_ended(llm: Any, error: Exception) -> bool:
     while not executor.is_failed and time.monotonic() < deadline:
         time.sleep(0.05)
     return bool(executor.is_failed)
-
-
-def _argument(text: str) -> tuple[str, Any]:
-    """NAME=VALUE, the value as JSON where it is JSON."""
-    name, equals, value = text.partition("=")
-    name = name.strip().removeprefix("--").replace("-", "_")
-    if not equals or not name.isidentifier():
-        raise InputError(f"--vllm-arg {text!r}: give NAME=VALUE, like block_size=64")
-    if name in _OURS:
-        raise InputError(f"--vllm-arg {name}: kvprofile sets it itself")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value
 
 
 def _tested(version: str) -> bool:

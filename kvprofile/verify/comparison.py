@@ -50,8 +50,7 @@ TO_SIMULATION = {
 }
 """By kind and dtype. Other kernels, and other places where a model is rounded.
 
-Of graded heads rounding also decides which of two tokens stays that score alike: in the first layer every word that
-comes twice.
+Of graded heads rounding may also decide which of two tokens stays that score almost alike.
 """
 
 

@@ -130,7 +130,7 @@ class Prepared:
 
     @property
     def without_simulation(self) -> str | None:
-        """Why there is no simulation to compare with; None where there is."""
+        """Why a simulation cannot be compared with; None where it can."""
         if self.options.engine.tensor_parallel_size > 1:
             return "tensor-parallel engines"
         if self.description.quantisation is not None:

@@ -6,14 +6,13 @@ variables where no option says otherwise, so a serving environment verifies what
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from kvprofile.errors import InputError
+from kvprofile.scoring import vllm_argument
 
 OURS = frozenset(
     {
@@ -69,7 +68,7 @@ class EngineChoice:
             value = getattr(self, name)
             if value is not None:
                 found[name] = value
-        return found | dict(_argument(text) for text in self.vllm_arg)
+        return found | dict(vllm_argument.parse(text, OURS, "load_format=safetensors") for text in self.vllm_arg)
 
 
 @dataclass(frozen=True)
@@ -98,17 +97,3 @@ class VerifyOptions:
     output: Annotated[
         Path | None, typer.Option(help="File of the attestation; next to the budget file unless given.")
     ] = None
-
-
-def _argument(text: str) -> tuple[str, Any]:
-    """NAME=VALUE, the value as JSON where it is JSON."""
-    name, equals, value = text.partition("=")
-    name = name.strip().removeprefix("--").replace("-", "_")
-    if not equals or not name.isidentifier():
-        raise InputError(f"--vllm-arg {text!r}: give NAME=VALUE, like load_format=safetensors")
-    if name in OURS:
-        raise InputError(f"--vllm-arg {name}: kvprofile sets it itself")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value

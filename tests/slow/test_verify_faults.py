@@ -85,7 +85,7 @@ def test_a_block_size_that_the_workers_find_is_refused_there(tmp_path):
 
 
 def test_two_ranks_are_compared_with_themselves(tmp_path):
-    """There is no simulation of them, and the output says what that is worth."""
+    """They are not simulated, and the output says what that is worth."""
     budget, env = budget_in(tmp_path / "budgets"), environment_with(tmp_path, VLLM_CPU_OMP_THREADS_BIND="nobind")
     code, found, err = verify(budget, env, "--tensor-parallel-size", "2")
     assert code == 0, (failed(found) if found else None, err)

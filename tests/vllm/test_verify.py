@@ -139,7 +139,8 @@ def test_it_lifts_the_refusal_of_exactly_what_was_verified(verified):
         assert expected in found[1]
         assert found[1].endswith(todo) or "LoRA" in expected
         assert "\n" not in found[1]
-    assert missing[1] == f"kvprofile does not serve with platform cpu (tested: ): there is no attestation {path}{todo}"
+    without = f"the attestation {path} does not exist"
+    assert missing[1] == f"kvprofile does not serve with platform cpu (tested: ): {without}{todo}"
     assert "does not hold here: runtime is " in outdated[1]
 
 
@@ -176,7 +177,8 @@ def test_the_doctor_says_whether_one_holds(verified, tmp_path):
     holds, missing, allowed = json.loads(run.stdout.splitlines()[-1])
     assert holds == [True, f"{path} holds on this machine for whole heads, float32, blocks of 32"]
     assert not missing[0]
-    assert missing[1].startswith("platform cpu is not tested, and there is no attestation ")
+    assert missing[1].startswith("platform cpu is not tested, and the attestation ")
+    assert missing[1].split(";")[0].endswith(" does not exist")
     assert allowed[0] is None
 
 

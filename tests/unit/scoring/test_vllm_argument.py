@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from kvprofile.errors import InputError
-from kvprofile.scoring.vllm_engine import _argument
+from kvprofile.scoring import vllm_argument
+from kvprofile.scoring.vllm_engine import _OURS
 
 
 @pytest.mark.parametrize(
@@ -19,7 +20,7 @@ from kvprofile.scoring.vllm_engine import _argument
     ],
 )
 def test_arguments_of_vllm_are_read_as_json_or_text(text, expected):
-    assert _argument(text) == expected
+    assert vllm_argument.parse(text, _OURS, "a=1") == expected
 
 
 @pytest.mark.parametrize(
@@ -28,4 +29,4 @@ def test_arguments_of_vllm_are_read_as_json_or_text(text, expected):
 )
 def test_arguments_that_are_refused(text, words):
     with pytest.raises(InputError, match=words):
-        _argument(text)
+        vllm_argument.parse(text, _OURS, "a=1")
