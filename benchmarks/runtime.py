@@ -229,21 +229,29 @@ def write_checkpoint(folder: Path, shape: dict[str, int]) -> Path:
 
 def write_budget(folder: Path, shape: dict[str, int], retention: float, recent_tokens: int) -> Path:
     """A runtime file with a share of the heads full, drawn at random over all layers."""
+    from kvprofile.budget.profile import ModelIdentity
     from kvprofile.budget.runtime_file import RuntimeFile, RuntimeModel, RuntimeProvenance
     from kvprofile.checkpoint import Source, describe
 
     geometry = describe(Source(folder.name, folder, None)).geometry
     heads = [(layer, head) for layer in range(shape["layers"]) for head in range(shape["kv_heads"])]
     full = set(random.Random(0).sample(heads, round(retention * len(heads))))
-    rows = tuple(tuple(h for h in range(shape["kv_heads"]) if (layer, h) in full) for layer in range(shape["layers"]))
-    model = RuntimeModel(
-        folder.name, None, "LlamaForCausalLM", geometry.layers, geometry.attention_heads, geometry.kv_heads,
-        geometry.head_size, tuple(geometry.layer_types), geometry.sha256(), None, None,
+    rows = [[h for h in range(shape["kv_heads"]) if (layer, h) in full] for layer in range(shape["layers"])]
+    model = ModelIdentity(
+        name=folder.name, revision=None, architecture="LlamaForCausalLM", geometry=geometry,
+        geometry_sha256=geometry.sha256(), tokenizer_sha256=None, weights_sha256=None,
     )  # fmt: skip
-    realised = len(full) / len(heads)
-    provenance = RuntimeProvenance("random", "none", "none", "none", None, retention, realised, None, 0, 1, ())
+    provenance = RuntimeProvenance(
+        kvprofile_version="random", profile_sha256="none", method="none", statistic="none", imported_from=None,
+        retention_asked=retention, retention_realised=len(full) / len(heads), reason=None, floor=0,
+        tensor_parallel_size=1, pipeline_stages=[],
+    )  # fmt: skip
+    made = RuntimeFile(
+        model=RuntimeModel.of(model), full_heads=rows, kv_head_order=None, sink_tokens=SINKS,
+        recent_tokens=recent_tokens, provenance=provenance,
+    )  # fmt: skip
     path = folder / f"{retention}-{recent_tokens}.json"
-    path.write_bytes(RuntimeFile(model, rows, None, SINKS, recent_tokens, provenance).to_bytes())
+    path.write_bytes(made.to_bytes())
     return path
 
 

@@ -5,22 +5,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
+
+from kvprofile.budget.dtypes import FLOAT8_NAMES
 
 PLAIN_CACHES = ("auto", "float16", "bfloat16", "float32")
 """Values of vLLM's ``kv_cache_dtype`` with which keys and values are stored as they are."""
 
+SERVED_CACHES = (*PLAIN_CACHES, *FLOAT8_NAMES)
+"""Values of it that heads with budgets have been served with."""
 
-def of_config(config: Any) -> dict[str, bool]:
-    """By phrase, whether it holds of a ``VllmConfig``."""
+
+def of_config(config: Any, caches: Collection[str]) -> dict[str, bool]:
+    """By phrase, whether it holds of a ``VllmConfig``; ``caches`` are the dtypes of caches that are handled."""
     model, parallel, cache = config.model_config, config.parallel_config, config.cache_config
     return {
         "multi-head latent attention (MLA)": model.use_mla,
         "a model that is not a decoder": model.runner_type != "generate" or model.is_encoder_decoder,
         "a model without attention": model.is_attention_free,
         "reference sliding-window attention": model.rswa_window is not None,
-        f"the quantised KV cache {cache.cache_dtype}": cache.cache_dtype not in PLAIN_CACHES,
+        f"the quantised KV cache {cache.cache_dtype}": cache.cache_dtype not in caches,
         "speculative decoding": config.speculative_config is not None,
         "a KV connector": config.kv_transfer_config is not None,
         "context parallelism": parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,

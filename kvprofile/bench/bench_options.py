@@ -120,6 +120,13 @@ class BenchOptions:
         tuple[str, ...],
         typer.Option("--kind", help="Heads of legs with budgets: whole, graded; repeatable; whole unless given."),
     ] = ()
+    kv_cache_dtypes: Annotated[
+        tuple[str, ...],
+        typer.Option(
+            "--kv-cache-dtype",
+            help="Dtype of the cache, as vLLM's: auto, fp8; repeatable, with local legs for each; auto unless given.",
+        ),
+    ] = ()
     profile: Annotated[Path | None, typer.Option(help=f"Budget file; {BUDGET_DIR}/<model>.json unless given.")] = None
     documents: Annotated[
         tuple[str, ...],

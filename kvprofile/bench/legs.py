@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from kvprofile.bench import timings
 from kvprofile.bench.attention_pass import RESULT
+from kvprofile.bench.bench_options import EngineOptions
 from kvprofile.bench.chat_client import Answer
 from kvprofile.bench.documents import BenchDocument
 from kvprofile.bench.engines import openai_compatible, vllm_server
@@ -24,6 +25,7 @@ from kvprofile.bench.engines.base import LegFailedError, Running
 from kvprofile.bench.leg_store import LegStore
 from kvprofile.bench.load_generator import Prompt, Sender, fill, prompts, sampling_of
 from kvprofile.bench.scenario import BenchPlan, LegPlan
+from kvprofile.budget.dtypes import PLAIN
 from kvprofile.instrumentation import GPUMemoryManager, Look, RequestLog
 from kvprofile.records import record
 
@@ -91,7 +93,7 @@ class LegRun:
         with vllm_server.serving(
             self.plan.model,
             self.plan.model_name,
-            self.plan.engine,
+            self._options(),
             self._path("log"),
             budgets=self._budgets(),
             secret_names=self.secret_names,
@@ -108,6 +110,13 @@ class LegRun:
                 warnings=("a rehearsal: this provider ran on this machine",),
                 ended=running.ended,
             )
+
+    def _options(self) -> EngineOptions:
+        """The plan's, and the leg's own dtype of the cache."""
+        options = self.plan.engine
+        if self.leg.cache == PLAIN:
+            return options
+        return replace(options, extra=(*options.extra, "--kv-cache-dtype", self.leg.cache))
 
     def _budgets(self) -> vllm_server.Budgets | None:
         if self.leg.kind == "remote" or self.leg.retention is None or self.plan.profile is None:
@@ -266,6 +275,7 @@ class LegRun:
         options = self.plan.engine
         engine: dict[str, Any] = {"model": self.plan.model, "served_model_name": self.plan.model_name}
         engine |= {"dtype": options.dtype, "tensor_parallel_size": options.tensor_parallel_size}
+        engine["kv_cache_dtype"] = self.leg.cache
         optional = {
             "max_model_len": options.max_model_len,
             "block_size": options.block_tokens,

@@ -15,6 +15,7 @@ from kvprofile.bench.bench_options import BenchOptions
 from kvprofile.bench.scenario import SEED_RETENTIONS, BenchPlan, local_legs, remote_legs
 from kvprofile.bench.verifiers import choose
 from kvprofile.budget import probe, servable, store
+from kvprofile.budget.dtypes import PLAIN
 from kvprofile.budget.model_shape import find_shape
 from kvprofile.budget.profile import Profile
 from kvprofile.budget.trim import GRADED, WHOLE
@@ -59,7 +60,8 @@ def prepare(asked: BenchOptions) -> Prepared:
             reasons.append(f"provider {each.name}: {each.base_url}{key}")
     # local legs, and the budget file that those with a retention are served with
     retentions = asked.retentions or SEED_RETENTIONS
-    local = local_legs(retentions, asked.baseline, asked.kinds or (WHOLE,)) if asked.local else ()
+    kinds, caches = asked.kinds or (WHOLE,), asked.kv_cache_dtypes or (PLAIN,)
+    local = local_legs(retentions, asked.baseline, kinds, caches) if asked.local else ()
     profile = asked.profile
     if profile is None and store.is_file(store.default_path(name)):
         profile = store.default_path(name)

@@ -17,7 +17,7 @@ from kvprofile.bench.verifiers import judge
 from kvprofile.budget import servable
 from kvprofile.budget.allocate import Constraints, effective_retention
 from kvprofile.budget.capacity import kv_bytes_per_token
-from kvprofile.budget.dtypes import MODEL_DTYPES
+from kvprofile.budget.dtypes import FLOAT8_NAMES, MODEL_DTYPES
 from kvprofile.budget.model_shape import find_shape
 from kvprofile.budget.profile import FULL_ATTENTION, Profile, mean_budget
 from kvprofile.budget.servable import ServableBudget
@@ -50,7 +50,6 @@ def run(plan: BenchPlan, folder: Path, say: Say, force: bool = False) -> record.
 
 def _run(plan: BenchPlan, parts: LegStore, say: Say) -> record.RunRecord:
     started = provenance.now()
-    token_bytes = _token_bytes(plan)
     legs: dict[tuple[str, int], record.Leg] = {}
     schedule = plan.schedule
     for leg, repetition in schedule:  # first all that is known, so that a record never loses what another run measured
@@ -71,7 +70,7 @@ def _run(plan: BenchPlan, parts: LegStore, say: Say) -> record.RunRecord:
         left = len(parts.interrupted(leg, repetition))
         say(f"{title}: starting" + (f" again, {left} requests were measured before it was stopped" if left else ""))
         try:
-            legs[leg.name, repetition] = _measured(plan, leg, repetition, parts, token_bytes, say, title)
+            legs[leg.name, repetition] = _measured(plan, leg, repetition, parts, say, title)
         finally:
             found = parts.finished(leg, repetition)
             if found is not None:
@@ -81,10 +80,8 @@ def _run(plan: BenchPlan, parts: LegStore, say: Say) -> record.RunRecord:
     return _write(plan, parts, legs, started)
 
 
-def _measured(
-    plan: BenchPlan, leg: LegPlan, repetition: int, parts: LegStore, token_bytes: int | None, say: Say, title: str
-) -> record.Leg:
-    running = LegRun(plan, leg, repetition, parts, token_bytes, say)
+def _measured(plan: BenchPlan, leg: LegPlan, repetition: int, parts: LegStore, say: Say, title: str) -> record.Leg:
+    running = LegRun(plan, leg, repetition, parts, _token_bytes(plan, leg), say)
     began, reason = provenance.now(), None
     try:
         running.run()
@@ -131,6 +128,7 @@ def _leg(
         engine=_engine(outcome.facts),
         model=plain(outcome.model or _model_of(plan, leg))[:200] or "unknown",
         dtype=outcome.facts.get("dtype"),
+        kv_cache_dtype=leg.cache if local else None,
         device=outcome.facts.get("device"),
         pool_bytes=outcome.pool_bytes,
         block_tokens=outcome.block_tokens,
@@ -251,7 +249,7 @@ def _heads(plan: BenchPlan, budget: ServableBudget | None) -> record.Heads | Non
 
 
 def with_bounds(legs: Sequence[record.Leg]) -> list[record.Leg]:
-    """The legs with budgets, each with what they could gain at most over the baseline of the same repetition."""
+    """Legs whose cache is smaller, each with what it could gain at most over the baseline of the same repetition."""
     # tokens per second of the baseline, by repetition
     throughput = {
         leg.repetition: leg.metrics.output_throughput for leg in legs if leg.name == BASELINE and leg.status == "ok"
@@ -261,13 +259,17 @@ def with_bounds(legs: Sequence[record.Leg]) -> list[record.Leg]:
 
 def _bounded(leg: record.Leg, baseline: float | None) -> record.Leg:
     heads, lengths = leg.heads, [row.input_tokens for row in leg.requests if row.input_tokens]
-    if heads is None or leg.retention_realised is None or not lengths:
+    smaller = heads is not None or leg.kv_cache_dtype in FLOAT8_NAMES
+    if not smaller or leg.retention_realised is None or not lengths:
         return leg
     # the bound for the mean request half-way through its output, from the retention in force, not the one asked for
     written = statistics.fmean(row.output_tokens or 0 for row in leg.requests if row.input_tokens) / 2
     context = round(statistics.fmean(lengths) + written)
-    sinks, recent = heads.sink_tokens or 0, heads.recent_tokens or 0
-    speedup = max(1.0, 1.0 / effective_retention(leg.retention_realised, sinks, recent, context, written))
+    sinks, recent = (heads.sink_tokens or 0, heads.recent_tokens or 0) if heads is not None else (0, 0)
+    share = effective_retention(leg.retention_realised, sinks, recent, context, written)
+    if leg.kv_cache_dtype in FLOAT8_NAMES:
+        share /= MODEL_DTYPES.get(leg.dtype or "", 2)
+    speedup = max(1.0, 1.0 / share)
     # what the leg gained, over the baseline that ran next to it
     ours = leg.metrics.output_throughput
     reached = ours / baseline if baseline and ours is not None else None
@@ -276,7 +278,7 @@ def _bounded(leg: record.Leg, baseline: float | None) -> record.Leg:
         reached=reached,
         fraction=None if reached is None else reached / speedup,
         context_tokens=context,
-        how=HOW,
+        how=f"{HOW}; numbers of 8 bits count as such" if leg.kv_cache_dtype in FLOAT8_NAMES else HOW,
     )
     return leg.model_copy(update={"bound": bound})
 
@@ -307,7 +309,7 @@ def _summary(leg: record.Leg) -> str:
     return f"{metrics.completed} answers in {metrics.duration or 0:.1f} s{speed}"
 
 
-def _token_bytes(plan: BenchPlan) -> int | None:
+def _token_bytes(plan: BenchPlan, leg: LegPlan) -> int | None:
     """Cache bytes of a token on one rank without budgets, by the model's shape; None with sliding layers."""
     try:
         shape = find_shape(plan.model)
@@ -317,4 +319,5 @@ def _token_bytes(plan: BenchPlan) -> int | None:
     if dtype not in MODEL_DTYPES or any(kind != FULL_ATTENTION for kind in geometry.layer_types):
         return None
     heads = -(-geometry.kv_heads // plan.engine.tensor_parallel_size)
-    return kv_bytes_per_token(shape.layers, MODEL_DTYPES[dtype]) // geometry.kv_heads * heads
+    value_bytes = 1 if leg.cache in FLOAT8_NAMES else MODEL_DTYPES[dtype]
+    return kv_bytes_per_token(shape.layers, value_bytes) // geometry.kv_heads * heads

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from kvprofile.bench.bench_options import EngineOptions, LoadPlan
@@ -12,6 +12,7 @@ from kvprofile.bench.documents import BenchDocument
 from kvprofile.bench.providers import Provider
 from kvprofile.budget.allocate import require_retention
 from kvprofile.budget.choice import require_kind
+from kvprofile.budget.dtypes import PLAIN
 from kvprofile.budget.trim import WHOLE
 from kvprofile.errors import InputError
 from kvprofile.files import sha256_of
@@ -23,12 +24,16 @@ SEED_RETENTIONS = (0.9, 0.7, 0.5)
 
 @dataclass(frozen=True)
 class LegPlan:
-    """One leg: local with a retention (None: without budgets) of whole or graded ``heads``, or at a provider."""
+    """One leg: local with a retention (None: without budgets) of whole or graded ``heads``, or at a provider.
+
+    ``cache`` is vLLM's ``kv_cache_dtype``.
+    """
 
     name: str
     retention: float | None = None
     provider: Provider | None = None
     heads: str = WHOLE
+    cache: str = PLAIN
 
     @property
     def kind(self) -> Literal["local", "remote"]:
@@ -95,8 +100,8 @@ class BenchPlan:
     def leg_key(self, leg: LegPlan, repetition: int) -> str:
         """Hash over what one leg depends on."""
         provider = None if leg.provider is None else leg.provider.model_dump(mode="json", exclude={"prices"})
-        graded = [] if leg.heads == WHOLE else [leg.heads]
-        content = json.dumps([self.run_key(), leg.name, leg.retention, provider, repetition, *graded], sort_keys=True)
+        other = [value for value, usual in ((leg.heads, WHOLE), (leg.cache, PLAIN)) if value != usual]
+        content = json.dumps([self.run_key(), leg.name, leg.retention, provider, repetition, *other], sort_keys=True)
         return sha256_of(content.encode())
 
     def settings(self) -> dict[str, Any]:
@@ -114,9 +119,15 @@ class BenchPlan:
 
 
 def local_legs(
-    retentions: Sequence[float], baseline: bool = True, kinds: Sequence[str] = (WHOLE,)
+    retentions: Sequence[float],
+    baseline: bool = True,
+    kinds: Sequence[str] = (WHOLE,),
+    caches: Sequence[str] = (PLAIN,),
 ) -> tuple[LegPlan, ...]:
-    """The baseline and one leg for each retention and kind of heads, named '0.5' or 'graded 0.5'."""
+    """The baseline and one leg for each retention and kind of heads, named '0.5' or 'graded 0.5'.
+
+    There are as many again for each other dtype of the cache, named 'baseline fp8' or '0.5 fp8'.
+    """
     for retention in retentions:
         require_retention(retention)
     legs = [LegPlan(BASELINE)] if baseline else []
@@ -124,7 +135,11 @@ def local_legs(
         for kind in dict.fromkeys(kinds):
             name = f"{retention:g}" if require_kind(kind) == WHOLE else f"{kind} {retention:g}"
             legs.append(LegPlan(name, retention, heads=kind))
-    return tuple(legs)
+    return tuple(
+        leg if cache == PLAIN else replace(leg, name=f"{leg.name} {cache}", cache=cache)
+        for cache in dict.fromkeys(caches)
+        for leg in legs
+    )
 
 
 def remote_legs(providers: Sequence[Provider]) -> tuple[LegPlan, ...]:

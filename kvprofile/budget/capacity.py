@@ -338,6 +338,6 @@ def _warnings(shape: ModelShape, context_tokens: int, tensor_parallel_size: int,
     if shape.max_positions is not None and context_tokens > shape.max_positions:
         reason = f"longer than the {shape.max_positions} positions in the config"
         found.append(Decision("context", str(context_tokens), reason))
-    if dtype in ("fp8", "nvfp4"):
-        found.append(Decision(f"{dtype} cache", "refused", "kvprofile's runtime trims 16- and 32-bit caches only"))
+    if dtype == "nvfp4":
+        found.append(Decision(f"{dtype} cache", "refused", "kvprofile's runtime trims 8-, 16- and 32-bit caches only"))
     return found

@@ -14,3 +14,9 @@ CACHE_DTYPE_NAMES = {
     "fp8_e4m3": "fp8", "fp8_e5m2": "fp8",
 }  # fmt: skip
 """Other names of cache dtypes."""
+
+FLOAT8_NAMES = ("fp8", "fp8_e4m3", "fp8_e5m2")
+"""vLLM's ``kv_cache_dtype`` of caches that store one 8-bit float for each number."""
+
+PLAIN = "auto"
+"""vLLM's ``kv_cache_dtype`` of a cache that stores numbers as the model makes them."""

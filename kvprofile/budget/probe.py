@@ -92,11 +92,12 @@ def features(keys: torch.Tensor, values: torch.Tensor, first: int, prompt_tokens
 
 
 def _contents(keys: torch.Tensor, values: torch.Tensor) -> list[torch.Tensor]:
-    """The features [G, m, ..] that do not look at the place, part by part, in their order."""
-    keys, values = keys.float(), values.float()
-    half = keys.shape[-1] // 2
-    pairs = (keys[..., :half].square() + keys[..., half : 2 * half].square()).sqrt()
-    return [pairs, values, *(tensor.square().sum(-1, keepdim=True).sqrt() for tensor in (keys, values))]
+    """The features [.., ..] of keys [.., D] and values [.., V] that do not look at the place, in their order."""
+    squares, values = keys.float().square(), values.float()
+    half = squares.shape[-1] // 2
+    pairs = squares[..., :half] + squares[..., half : 2 * half]
+    norms = [each.sum(-1, keepdim=True).sqrt_() for each in (squares, values.square())]
+    return [pairs.sqrt_(), values, *norms]
 
 
 def sums(
@@ -127,19 +128,26 @@ class Probe:
     weights: torch.Tensor
 
     def scores(self, layer: int, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """Scores [G, m] of a layer's tokens, keys [G, m, D] and values [G, m, V], by which those of a span compete.
+        """Scores [G, ..] of a layer's tokens, keys [G, .., D] and values [G, .., V], by which those of a span compete.
 
         The place in the prompt, which a fit looks at too, is left out: it tells what a repeat of the text needs from
-        what a reader needs, and knows how long the prompt is.
+        what a reader needs, and knows how long the prompt is. Keys may lie in memory in any order of their dimensions.
         """
+        import torch
+
         weights = self.weights[self.layers.index(layer)].to(keys.device)
-        total = weights.new_zeros(keys.shape[:2])
-        start = 0
-        for part in _contents(keys, values):  # features side by side would take as long to copy
-            stop = start + part.shape[-1]
-            total += (part @ weights[:, start:stop, None])[..., 0]
-            start = stop
-        return (total / TIE).round() * TIE
+        weights = weights.view(len(weights), *[1] * (keys.ndim - 2), -1)
+        half, size = keys.shape[-1] // 2, values.shape[-1]
+        # the features, none of them held longer than it is needed
+        squares = keys.to(torch.float32, copy=True).square_()
+        norms = squares.sum(-1).sqrt_()
+        pairs = (squares[..., :half] + squares[..., half : 2 * half]).sqrt_()
+        total = pairs.mul_(weights[..., :half]).sum(-1)
+        total.addcmul_(norms, weights[..., half + size])
+        values = values.to(torch.float32, copy=True)
+        total += (values * weights[..., half : half + size]).sum(-1)
+        total.addcmul_(values.square_().sum(-1).sqrt_(), weights[..., half + size + 1])
+        return total.div_(TIE).round_().mul_(TIE)
 
     def to_bytes(self) -> bytes:
         """The file's bytes."""

@@ -10,18 +10,36 @@ from typing import Any
 
 import torch
 
-_BASE = 256
+from kvprofile.budget.float8 import Float8, of_cache
+
+_BASE, _FLOAT8_BASE = 256, 8
 """Numbers are written digit by digit; all dtypes of caches hold whole numbers up to here exactly."""
+
+_ABOVE = 1 + 2**-6
+"""What digits are multiplied with for 8-bit floats, so that none falls below its number where that is rounded down."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Places of a head's keys and values in its part of a block, [block_tokens * D] each."""
+    """Places of a head's keys and values in its part of a block, [block_tokens * D] each.
+
+    What stands there is given and taken as it is stored; where that is ``float8``, ``numbers`` reads it.
+    """
 
     block_tokens: int
     head_size: int
     key_places: torch.Tensor
     value_places: torch.Tensor
+    float8: Float8 | None = None
+    scales: tuple[float, float] = (1.0, 1.0)
+    """Of stored keys and values."""
+
+    def numbers(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values as numbers, from what is stored of them."""
+        if self.float8 is None:
+            return keys, values
+        keys, values = (self.float8.read(each, scale) for each, scale in zip((keys, values), self.scales, strict=True))
+        return keys, values
 
     def keys(self, cache: torch.Tensor, table: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """Keys [G, stop - start, D] of a request's positions; ``table`` [blocks] are the request's blocks."""
@@ -32,10 +50,18 @@ class Layout:
         return self._gather(cache, table, start, stop, self.value_places)
 
     def whole_blocks(self, cache: torch.Tensor, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [G, b * block_tokens, D] of ``blocks`` [b], whatever requests they belong to."""
-        content = cache[blocks].flatten(2)
-        keys, values = (self._tokens(content, places) for places in (self.key_places, self.value_places))
-        return keys, values
+        """Keys and values [G, b, block_tokens, D] of ``blocks`` [b], whatever requests they belong to.
+
+        They lie in memory as in the cache.
+        """
+        content = cache.index_select(0, blocks).flatten(2)
+        found = []
+        for places in (self.key_places, self.value_places):
+            view = self._view(content, places)
+            if view is None:
+                view = content.index_select(2, places).view(*content.shape[:2], self.block_tokens, self.head_size)
+            found.append(view.transpose(0, 1))
+        return found[0], found[1]
 
     def write(self, cache: torch.Tensor, blocks: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Fill ``blocks`` [b] with keys and values [G, b * block_tokens, D], token by token."""
@@ -48,13 +74,13 @@ class Layout:
                 view.copy_(tokens)
             else:
                 content[:, :, places] = tokens.flatten(2)
-        cache[blocks] = content.view(count, *cache.shape[1:])
+        cache.index_copy_(0, blocks, content.view(count, *cache.shape[1:]))
 
     def _gather(
         self, cache: torch.Tensor, table: torch.Tensor, start: int, stop: int, places: torch.Tensor
     ) -> torch.Tensor:
         first, last = start // self.block_tokens, -(-stop // self.block_tokens)
-        found = self._tokens(cache[table[first:last].to(torch.int64)].flatten(2), places)
+        found = self._tokens(cache.index_select(0, table[first:last].to(torch.int64)).flatten(2), places)
         return found[:, start - first * self.block_tokens : stop - first * self.block_tokens]
 
     def _tokens(self, content: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
@@ -99,8 +125,8 @@ class Layout:
         return (first, token, dimension) if torch.equal(table, even) else None
 
 
-def probe(layer: Any, cache: torch.Tensor) -> Layout:
-    """The layout of an attention layer's cache [blocks, G, block_tokens, 2 * D].
+def probe(layer: Any, cache: torch.Tensor, dtype: torch.dtype) -> Layout:
+    """The layout of an attention layer's cache [blocks, G, block_tokens, 2 * D]; ``dtype`` is the model's.
 
     Raises ValueError where the backend writes caches in a way that cannot be followed.
     """
@@ -111,22 +137,28 @@ def probe(layer: Any, cache: torch.Tensor) -> Layout:
         raise ValueError(f"attention backend {name} keeps caches of shape {tuple(cache.shape)}")
     _, heads, block_tokens, _ = cache.shape
     count = block_tokens * layer.head_size
+    float8 = of_cache(layer.kv_cache_dtype)
+    base, scales, above = _BASE, (1.0, 1.0), 1.0
+    if float8 is not None:
+        base, scales, above = _FLOAT8_BASE, (layer._k_scale_float, layer._v_scale_float), _ABOVE
     # number i < count belongs to a key, token i // D, dimension i % D; i + count to the value of the same place
     numbers = torch.arange(2 * count, device=cache.device)
     scratch = torch.empty_strided((1, *cache.shape[1:]), cache.stride(), dtype=cache.dtype, device=cache.device)
     slots = torch.arange(block_tokens, device=cache.device)
     found = torch.zeros(heads, 2 * count, dtype=torch.int64, device=cache.device)
     weight = 1
-    # the backend writes the numbers into a scratch block, one base-256 digit at a time; read back, the digits add up
-    # to which number stands in which place: found [G, 2 * count]
+    # the backend writes the numbers into a scratch block, one digit at a time; read back, the digits add up to which
+    # number stands in which place: found [G, 2 * count]
     while weight < 2 * count:
-        digits = (numbers // weight % _BASE).to(cache.dtype).view(2, block_tokens, 1, layer.head_size)
+        digits = (numbers // weight % base).to(dtype).view(2, block_tokens, 1, layer.head_size)
         key, value = digits.expand(2, block_tokens, heads, layer.head_size).contiguous()
-        layer.impl.do_kv_cache_update(layer, key, value, scratch, slots)
-        found += scratch[0].flatten(1).to(torch.int64) * weight
-        weight *= _BASE
+        layer.impl.do_kv_cache_update(layer, key * (scales[0] * above), value * (scales[1] * above), scratch, slots)
+        content = scratch[0].flatten(1)
+        read = content if float8 is None else float8.read(content)
+        found += read.to(torch.int64) * weight
+        weight *= base
     # the inverse: where each number stands, the same for every head
     places = found[0].argsort()
     if not torch.equal(found[0][places], numbers) or not (found == found[0]).all():
         raise ValueError(f"attention backend {name} does not keep each number of a block in a place of its own")
-    return Layout(block_tokens, layer.head_size, places[:count], places[count:])
+    return Layout(block_tokens, layer.head_size, places[:count], places[count:], float8, scales)

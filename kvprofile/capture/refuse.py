@@ -20,7 +20,7 @@ def problems(config: Any) -> list[str]:
     return unsupported.holding(
         {
             f"an engine started without worker_extension_cls={WORKER!r}": parallel.worker_extension_cls != WORKER,
-            **unsupported.of_config(config),
+            **unsupported.of_config(config, unsupported.PLAIN_CACHES),
             "layers that keep a state (linear attention, Mamba, convolutions)": model.is_hybrid,
             "a model of several modalities": model.is_multimodal_model,
             "data parallelism": parallel.data_parallel_size > 1,

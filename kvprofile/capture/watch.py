@@ -63,7 +63,7 @@ class Watch:
         if "execute_model" in vars(self.worker):
             raise ValueError("something else has replaced this worker's execute_model")
         for index, layer in self.layers.items():
-            self._layouts[index] = layout.probe(layer, layer.kv_cache)
+            self._layouts[index] = layout.probe(layer, layer.kv_cache, layer.kv_cache.dtype)
         _make_stage_buffers(self.worker.model_runner)
         for index, layer in self.layers.items():
             layer.impl.forward = self._watching(index, layer.impl.forward)

@@ -12,6 +12,7 @@ from rich.text import Text
 from kvprofile import checkpoint
 from kvprofile.budget import store
 from kvprofile.budget.choice import require_kind
+from kvprofile.budget.dtypes import PLAIN
 from kvprofile.budget.profile import PRESETS
 from kvprofile.budget.trim import DEFAULT_WINDOW, GRADED, WHOLE
 from kvprofile.cli import quality_table
@@ -93,6 +94,13 @@ def evaluate(
             help="Measure controls too: random, inverted, uniform and no full heads, or other tokens and counts.",
         ),
     ] = True,
+    kv_cache_dtype: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Dtype of the cache, as vLLM's: auto, fp8 (which is fp8_e4m3) or fp8_e5m2; repeatable; auto unless "
+            "given. All are compared with the full cache in auto."
+        ),
+    ] = None,
     own_scores: Annotated[
         bool,
         typer.Option(
@@ -144,6 +152,7 @@ def evaluate(
         own_scores=own_scores,
         continued_tokens=continued_tokens,
         columns=Columns() if columns is None else Columns.parse(columns),
+        kv_cache_dtypes=tuple(kv_cache_dtype or (PLAIN,)),
     )
     if own_scores and kind and GRADED not in kind:
         raise InputError("--own-scores is a ceiling for graded heads; add --kind graded, or leave it out")

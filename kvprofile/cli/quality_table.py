@@ -36,10 +36,14 @@ _EXACT_LEGEND = ("accuracy: answers that greedy decoding writes as the reference
 _LOSS_LEGEND = "loss: rise over the reference, nats per token. flips: answers lost/gained."
 
 
+_FLOAT8_LEGEND = "fp8: the cache in 8-bit floats, half the bytes of 16-bit ones, without scales."
+
+
 def legend(summary: Mapping[str, Any]) -> tuple[str, ...]:
     """What stands in the first table."""
     kinds = {row["kind"] for row in summary["rows"]}
-    return (*LEGEND, *_GRADED_LEGEND) if kinds & {"any tokens", "equal", "own scores"} else LEGEND
+    graded = _GRADED_LEGEND if kinds & {"any tokens", "equal", "own scores"} else ()
+    return (*LEGEND, *graded, *([_FLOAT8_LEGEND] if "rounded" in kinds else []))
 
 
 def heading(summary: Mapping[str, Any]) -> Iterator[str]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvprofile import __version__
 from kvprofile.budget import store
+from kvprofile.budget.dtypes import PLAIN
 from kvprofile.budget.probe import Probe
 from kvprofile.budget.probe import load as load_probe
 from kvprofile.budget.profile import mean_budget
@@ -83,6 +84,7 @@ class EvaluationPlan:
         budgets = len({variant.budget for variant in self.variants})
         graded = {variant.budget: mean_budget(variant.heads) for variant in self.variants if variant.tokens}
         copies = min(MOST_HELD, math.fsum(graded.values()))
+        copies += 2.0 * any(variant.cache != PLAIN for variant in self.variants)  # a context in a cache of its own
         rule = self.rule
         return max(
             math.ceil((2 + copies + self.options.own_scores) * len(asked.context_ids))
@@ -122,6 +124,7 @@ def plan(
         random_seeds=options.random_seeds,
         seed=options.seed,
         own_scores=options.own_scores,
+        caches=options.kv_cache_dtypes,
     )
     if any(variant.tokens for variant in variants) and not rule.anchored:
         raise InputError("graded budgets need a window that stays: leave out --window sliding, or ask for --kind whole")
@@ -227,10 +230,11 @@ def _measure(
     budgets = {variant.budget: variant for variant in planned.variants}
     order = {budget: number for number, budget in enumerate(budgets)}
     model = load_model(planned.description, placement)
-    progress.start(sum(len(asked.context_ids) + len(budgets) * asked.read_tokens for asked in left))
+    caches = len({variant.cache for variant in planned.variants})
+    progress.start(sum(caches * len(asked.context_ids) + len(budgets) * asked.read_tokens for asked in left))
     with simulating(model, planned.description.geometry, planned.variants[0].heads, planned.rule) as simulation:
         choose = _choices(planned, model)
-        chosen = [(variant.heads, choose(variant)) for variant in budgets.values()]
+        chosen = [(variant.heads, choose(variant), variant.cache) for variant in budgets.values()]
         measurer = Measurer(
             simulation,
             planned.tokenizer,

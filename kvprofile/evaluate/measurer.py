@@ -18,6 +18,8 @@ from typing import TypeAlias, TypeVar
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from kvprofile.budget.dtypes import PLAIN
+from kvprofile.budget.float8 import of_cache
 from kvprofile.budget.profile import Matrix, mean_budget
 from kvprofile.errors import InputError
 from kvprofile.evaluate.branch import Branch
@@ -29,6 +31,9 @@ from kvprofile.questions.judge import is_right, score
 
 SLICE_LOGITS = 32 * 2**20
 """Logits, over all rows and positions, that are held at a time (128 MiB in float32)."""
+
+SIXTEEN_BITS = 2
+"""Bytes of a number that caches of 8-bit floats are compared with: what they would replace."""
 
 MOST_HELD = 6.0
 """Contexts' worth of keys and values that graded budgets may hold at a time, besides the context itself."""
@@ -100,8 +105,8 @@ class _Reading:
         return len(right) if all(right) else right.index(False)
 
 
-Budget: TypeAlias = tuple[Matrix, TokenChoice | None]
-"""Shares [L][G] of heads, and how those that keep a part choose their tokens."""
+Budget: TypeAlias = tuple[Matrix, TokenChoice | None, str]
+"""Shares [L][G] of heads, how those that keep a part choose their tokens, and the dtype of the cache."""
 
 _Read: TypeAlias = tuple[int, int, _Reading, _Reading]
 """(number of the budget, row of the branch, its reading of an answer, the full cache's reading of it)."""
@@ -111,19 +116,22 @@ _Read: TypeAlias = tuple[int, int, _Reading, _Reading]
 class _Together:
     """Rows read side by side under some budgets: row ``r`` of budget ``b`` is row ``b * len(rows) + r`` of the branch.
 
-    ``readings`` [budget][row][reference]; the first budget is the full cache.
+    ``readings`` [budget][row][reference]; the first budget is the full cache. It has a branch of its own where it is
+    read ``apart``; then the next budget's rows are the first of the branch.
     """
 
     rows: Sequence[AskedRow]
     budgets: Sequence[int]
     readings: list[list[list[_Reading]]]
+    apart: bool = False
 
     def each(self) -> Iterator[_Read]:
         """What was read, one by one."""
         for place, budget in enumerate(self.budgets):
             for row, readings in enumerate(self.readings[place]):
                 for number, reading in enumerate(readings):
-                    yield budget, place * len(self.rows) + row, reading, self.readings[0][row][number]
+                    first = (place - self.apart) * len(self.rows)
+                    yield budget, first + row, reading, self.readings[0][row][number]
 
 
 class Measurer:
@@ -139,30 +147,52 @@ class Measurer:
     def measure(self, asked: Asked, budgets: Sequence[Budget]) -> list[list[QuestionOutcome]]:
         """[budget][question]; the first budget is the full cache. Raises InputError where a probability is NaN.
 
-        ``advance`` is told the tokens read, but not those generated, nor those that a choice of tokens reads.
+        Budgets of a cache of 8-bit floats are measured after the others: what they hold was read in such a cache, while
+        the full cache that they are compared with is read beside them as it is. ``advance`` is told the tokens read,
+        but not those generated, nor those that a choice of tokens reads.
         """
-        simulation = self.simulation
-        for choice in {id(choice): choice for _, choice in budgets if choice and choice.reads_context}.values():
+        for choice in {id(choice): choice for _, choice, _ in budgets if choice and choice.reads_context}.values():
             choice.read(asked.context_ids)
-        simulation.prefill(asked.context_ids)
-        self.advance(len(asked.context_ids))
         found: list[dict[int, QuestionOutcome]] = [{} for _ in budgets]
+        for cache in dict.fromkeys(cache for *_, cache in budgets):
+            numbers = [number for number, budget in enumerate(budgets) if budget[2] == cache]
+            simulation = self.simulation if cache == PLAIN else self.simulation.beside(of_cache(cache))
+            simulation.prefill(asked.context_ids)
+            self.advance(len(asked.context_ids))
+            self._measure_cache(asked, budgets, numbers, simulation, found)
+            if simulation is not self.simulation:
+                simulation.forget()
+        self.simulation.forget()
+        return [[outcomes[number] for number in sorted(outcomes)] for outcomes in found]
+
+    def _measure_cache(
+        self, asked: Asked, budgets: Sequence[Budget], numbers: Sequence[int], simulation: Simulation,
+        found: list[dict[int, QuestionOutcome]],
+    ) -> None:  # fmt: skip
+        """Measure the budgets of these numbers, whose context ``simulation`` holds, into ``found``."""
+        plain = self.simulation
+        apart = simulation is not plain
+        if apart:
+            plain.trim_each([budgets[0][0]])
+            numbers = [0, *numbers]
         rows = sorted(asked.rows, key=lambda row: -len(row.ids))  # rows of like length need little padding
-        for part, chosen in enumerate(_with_first([_held(budget) for budget in budgets], max(2, self.batch))):
-            heads, choices = zip(*(budgets[number] for number in chosen), strict=True)
+        held = [_held(budgets[number]) for number in numbers]
+        for part, some in enumerate(_with_first(held, max(2, self.batch))):
+            chosen = [numbers[each] for each in some]
+            mine = chosen[apart:]
+            heads, choices, _ = zip(*(budgets[number] for number in mine), strict=True)
             simulation.trim_each(heads, choices=choices)
-            shares = {each: simulation.nbytes(n) / simulation.nbytes(0) for n, each in enumerate(chosen)}
+            bytes_of_full = plain.nbytes(0) * (SIXTEEN_BITS if apart else 1)
+            shares = {each: simulation.nbytes(n) / bytes_of_full for n, each in enumerate(mine)}
             for together in _batches(rows, max(1, self.batch // len(chosen))):
-                branch, read = self._read(together, chosen, whole=self.generate and asked.exercise.answered)
+                branch, read = self._read(asked, together, chosen, simulation)
                 each = list(read.each())
-                if not part:  # the full cache counts once
+                if not part and not apart:  # the full cache counts once
                     self._judge(asked, branch, [one for one in each if one[0] == 0], shares, found)
                 known = {number for number, outcome in found[0].items() if outcome.accuracy > 0}
                 others = [one for one in each if one[0] != 0]
                 self._judge(asked, branch, others, shares, found, known)
-                self.advance((len(chosen) - bool(part)) * sum(len(row.ids) for row in together))
-        simulation.forget()
-        return [[outcomes[number] for number in sorted(outcomes)] for outcomes in found]
+                self.advance((len(chosen) - (part > 0 or apart)) * sum(len(row.ids) for row in together))
 
     def _judge(
         self, asked: Asked, branch: Branch, read: Sequence[_Read], shares: Mapping[int, float],
@@ -176,13 +206,22 @@ class Measurer:
             number = reading.reference.question
             found[budget][number] = self._outcome(asked, reading, full, shares[budget], written.get((row, number)))
 
-    def _read(self, rows: Sequence[AskedRow], budgets: Sequence[int], whole: bool) -> tuple[Branch, _Together]:
-        """Teacher forcing: questions and their reference answers, under the budgets that the simulation holds."""
-        read = _Together(
-            rows, budgets, [[[_Reading(each) for each in row.references] for row in rows] for _ in budgets]
-        )
-        branch = self.simulation.start(len(rows), whole)
-        for start, logits in self._slices(branch, list(rows), len(budgets)):
+    def _read(
+        self, asked: Asked, rows: Sequence[AskedRow], budgets: Sequence[int], simulation: Simulation
+    ) -> tuple[Branch, _Together]:
+        """Teacher forcing: questions and their reference answers, under the budgets that ``simulation`` holds.
+
+        The first of ``budgets`` is the full cache, which the plain simulation holds. Gives the branch of the others.
+        """
+        apart = simulation is not self.simulation
+        empty = [[[_Reading(each) for each in row.references] for row in rows] for _ in budgets]
+        read = _Together(rows, budgets, empty, apart)
+        branch = simulation.start(len(rows), self.generate and asked.exercise.answered)
+        slices = self._slices(branch, list(rows), len(budgets) - apart)
+        if apart:
+            full_rows = self._slices(self.simulation.start(len(rows)), list(rows), 1, len(budgets))
+            slices = ((start, [*full, *logits]) for (start, full), (_, logits) in zip(full_rows, slices, strict=True))
+        for start, logits in slices:
             for row, readings in enumerate(read.readings[0]):
                 for number, reading in enumerate(readings):
                     first = reading.reference.start - 1 - start  # logits at one position predict the next token
@@ -195,16 +234,19 @@ class Measurer:
                             full = log_probs if full is None else full
         return branch, read
 
-    def _slices(self, branch: Branch, rows: list[AskedRow], budgets: int) -> Iterator[tuple[int, list[torch.Tensor]]]:
+    def _slices(
+        self, branch: Branch, rows: list[AskedRow], budgets: int, together: int | None = None
+    ) -> Iterator[tuple[int, list[torch.Tensor]]]:
         """Read rows a slice at a time: (first index, logits [k, V] of each row), k of 0 after a row's end.
 
-        What stands before all answers is read at once, and nothing is given for it.
+        What stands before all answers is read at once, and nothing is given for it. ``together`` budgets are read
+        slice by slice, those of another branch among them; those of this one unless given.
         """
         start = min(row.references[0].start for row in rows) - 1
         if start:
             branch.read([row.ids[:start] for row in rows] * budgets, logits=False)
         vocabulary = self.simulation.model.get_output_embeddings().weight.shape[0]
-        step = max(1, SLICE_LOGITS // (vocabulary * branch.count))
+        step = max(1, SLICE_LOGITS // (vocabulary * len(rows) * (together or budgets)))
         for first in range(start, max(len(row.ids) for row in rows), step):
             yield first, branch.read([row.ids[first : first + step] for row in rows] * budgets)
 
@@ -283,7 +325,7 @@ def _spans(reading: _Reading, full: _Reading) -> Iterator[AnswerSpan]:
 
 def _held(budget: Budget) -> float:
     """Contexts' worth of keys and values that a budget holds alone: whole heads share theirs with other budgets."""
-    heads, choice = budget
+    heads, choice, _ = budget
     return 0.0 if choice is None else mean_budget(heads)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, PreTrainedModel
 
+from kvprofile.budget.float8 import Float8
 from kvprofile.budget.profile import Geometry, Matrix
 from kvprofile.budget.trim import TrimRule
 from kvprofile.checkpoint.rehearsal import cache_argument
@@ -45,7 +46,8 @@ class Simulation:
 
     ``heads`` is a budget [L][G]: 1.0 keeps the whole context, 0.0 sinks and window, a share between them so much of
     what is between sinks and window, the tokens that ``choice`` scores highest; None a layer without a budget: one that
-    slides anyway, or has no cache.
+    slides anyway, or has no cache. Where ``float8`` is given, keys and values are rounded to it before anything reads
+    them, as where a cache of such numbers is served.
     """
 
     def __init__(
@@ -55,8 +57,9 @@ class Simulation:
         heads: Matrix,
         rule: TrimRule,
         choice: TokenChoice | None = None,
+        float8: Float8 | None = None,
     ) -> None:
-        self.model, self.geometry, self.rule = model, geometry, rule
+        self.model, self.geometry, self.rule, self.float8 = model, geometry, rule, float8
         self.window = getattr(model.config, "sliding_window", None)
         self.device = model.get_input_embeddings().weight.device
         self.plain_attention = AttentionInterface()["sdpa"]
@@ -154,6 +157,13 @@ class Simulation:
             else:
                 self.layers.append(keeping.heads(layer, joined(spans), rows, choices))
 
+    def beside(self, float8: Float8 | None) -> Simulation:
+        """Another simulation of the same model, which holds a context of its own in a cache of another kind.
+
+        The two take turns at reading, as long as the block of :func:`simulating` lasts.
+        """
+        return Simulation(self.model, self.geometry, self.heads, self.rule, self.choice, float8)
+
     def forget(self) -> None:
         """Free everything: the context, and what is left of it."""
         self.prefilled, self.layers, self.branch = [], [], None
@@ -192,6 +202,7 @@ class Simulation:
         self.positions = positions.to(self.device)
         self.lowest, self.stop = int(positions.min()), int(positions.max()) + 1
         self.cache.past_tokens = self.lowest
+        _current[:] = [self]
         result = self.model(
             input_ids=ids.to(self.device),
             position_ids=self.positions,
@@ -206,6 +217,8 @@ class Simulation:
     ) -> torch.Tensor:
         """Attention of one layer: query [B, H, n, D], new key and value [B, G, n, D] -> [B, H, n, D]."""
         layer = int(module.layer_idx)  # type: ignore[arg-type]
+        if self.float8 is not None:
+            key, value = self.float8.rounded(key), self.float8.rounded(value)
         # prefill: every head sees everything, and what it held is kept for the trim
         if self.branch is None:
             spans = self.prefilled[layer]
@@ -303,7 +316,12 @@ class _Options:
 
 @contextmanager
 def simulating(
-    model: PreTrainedModel, geometry: Geometry, heads: Matrix, rule: TrimRule, choice: TokenChoice | None = None
+    model: PreTrainedModel,
+    geometry: Geometry,
+    heads: Matrix,
+    rule: TrimRule,
+    choice: TokenChoice | None = None,
+    float8: Float8 | None = None,
 ) -> Iterator[Simulation]:
     """Route a model's attention through a simulation, and put everything back afterwards.
 
@@ -311,7 +329,7 @@ def simulating(
     """
     if _current:
         raise RuntimeError("a model is being simulated already in this process")
-    simulation = Simulation(model, geometry, heads, rule, choice)
+    simulation = Simulation(model, geometry, heads, rule, choice, float8)
     _current.append(simulation)
     try:
         with routed(model, NAME, _attention):

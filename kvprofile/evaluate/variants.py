@@ -23,6 +23,7 @@ from kvprofile.budget.choice import (
     require_scores,
     tie_breaks,
 )
+from kvprofile.budget.dtypes import PLAIN
 from kvprofile.budget.probe import path_of as probe_path
 from kvprofile.budget.profile import Geometry, Matrix, Profile
 from kvprofile.budget.trim import GRADED, WHOLE
@@ -31,6 +32,9 @@ from kvprofile.evaluate.token_choice import ANY_TOKENS, KEY_NORMS, OWN_SCORES, P
 
 FULL, STREAMING, RANDOM, INVERTED, UNIFORM, PROFILE = "full", "streaming", "random", "inverted", "uniform", "profile"
 SHUFFLED, EQUAL = "shuffled", "equal"
+ROUNDED = "rounded"
+"""The full cache, in numbers of 8 bits."""
+
 CONTROLS = (RANDOM, INVERTED, UNIFORM, STREAMING)
 """Of whole heads."""
 
@@ -67,7 +71,8 @@ class Contender:
 class Variant:
     """A budget to measure. ``name`` is a contender's label or the kind of a control; ``seed`` only of random ones.
 
-    ``tokens`` says how graded heads choose theirs (``token_choice.CHOICES``), ``probe`` whose probe, by its label.
+    ``tokens`` says how graded heads choose theirs (``token_choice.CHOICES``), ``probe`` whose probe, by its label;
+    ``cache`` is the dtype of the cache.
     """
 
     name: str
@@ -77,6 +82,7 @@ class Variant:
     seed: int | None = None
     tokens: str | None = None
     probe: str | None = None
+    cache: str = PLAIN
 
     @property
     def row(self) -> str:
@@ -95,9 +101,9 @@ class Variant:
 
     @property
     def budget(self) -> tuple[object, ...]:
-        """What decides which tokens are kept, in a form that can be compared and hashed."""
+        """What decides which tokens are kept, and how, in a form that can be compared and hashed."""
         seed = self.seed if self.tokens == ANY_TOKENS else None
-        return (self.tokens, self.probe, seed, *(tuple(row) for row in self.heads))
+        return (self.cache, self.tokens, self.probe, seed, *(tuple(row) for row in self.heads))
 
 
 def contenders(
@@ -130,8 +136,11 @@ def build(
     random_seeds: int = 3,
     seed: int = 0,
     own_scores: bool = False,
+    caches: Sequence[str] = (PLAIN,),
 ) -> list[Variant]:
     """All variants, the full cache first. Controls are made from the first contender of each kind.
+
+    For each other dtype of ``caches`` the full cache and the contenders are there once more.
 
     With ``own_scores`` there is a ceiling for graded heads too: the tokens that KVzip's scores of the very context
     choose. Raises InputError for a profile of another geometry, or without what its kind of budget needs.
@@ -155,10 +164,17 @@ def build(
             for layer in range(geometry.layers)
         ]
 
+    others = [cache for cache in dict.fromkeys(caches) if cache != PLAIN]
     found = [Variant(FULL, FULL, None, keep(places))]
+    found += [Variant(f"{FULL} {cache}", ROUNDED, None, keep(places), cache=cache) for cache in others]
     for retention in sorted({round(each, 6) for each in retentions}, reverse=True):
         found += [
             Variant(each.label, PROFILE, retention, each.heads(retention), None, *_tokens_of(each))
+            for each in under_test
+        ]
+        found += [
+            Variant(f"{each.label} {cache}", PROFILE, retention, each.heads(retention), None, *_tokens_of(each), cache)
+            for cache in others
             for each in under_test
         ]
         if controls and whole is not None:

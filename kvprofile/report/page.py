@@ -244,6 +244,7 @@ def _leg_facts(leg: Leg) -> Iterator[tuple[str, str]]:
     yield "engine", leg.engine or ""
     yield "model", leg.model
     yield "dtype", leg.dtype or ""
+    yield "cache dtype", leg.kv_cache_dtype or ""
     yield "device", leg.device or ""
     yield "pool", "" if leg.pool_bytes is None else _bytes(leg.pool_bytes)
     yield "block", "" if leg.block_tokens is None else f"{leg.block_tokens} tokens"

@@ -14,6 +14,7 @@ import vllm
 from vllm.platforms import current_platform
 
 from kvprofile import unsupported
+from kvprofile.budget.dtypes import FLOAT8_NAMES
 from kvprofile.environment import PREFIX
 from kvprofile.runtime import here, metrics, stats
 from kvprofile.runtime.backend import blocks_refused
@@ -120,7 +121,13 @@ def _unsupported(config: Any) -> list[str]:
     """What the runtime would serve wrongly, each as a phrase."""
     model, text = config.model_config, config.model_config.hf_text_config
     reasons = {
-        **unsupported.of_config(config),
+        **unsupported.of_config(config, unsupported.SERVED_CACHES),
+        "layers whose cache is not quantised like the others' (kv_cache_dtype_skip_layers)": bool(
+            config.cache_config.kv_cache_dtype_skip_layers
+        ),
+        "8-bit floats of a kind of their own (fnuz)": (
+            config.cache_config.cache_dtype in FLOAT8_NAMES and current_platform.is_fp8_fnuz()
+        ),
         "ALiBi": text.model_type in ALIBI_MODELS or getattr(text, "alibi", False),
         "learned attention sinks": text.model_type in SINK_MODELS,
         "layers that share caches": bool(getattr(text, "num_kv_shared_layers", 0)),

@@ -35,6 +35,13 @@ _FULL_ATTENTION_ONLY = ("sliding_window", "attention_chunk_size", "non_causal")
 """Fields of FullAttentionSpec that a StreamSpec lacks; none is set where layers are split."""
 
 
+_GIVEN_SCALES = ("q_scale", "k_scale", "v_scale", "prob_scale")
+"""What vLLM loads of a checkpoint whose cache is quantised, and keeps as buffers with an underscore in front."""
+
+_SCALES_ON_HOST = ("_q_scale_float", "_k_scale_float", "_v_scale_float", "_prob_scale_float")
+_TENSORS_ON_HOST = ("_k_scale_cpu", "_v_scale_cpu")
+
+
 class FullPart(Attention):  # type: ignore[misc]
     """The heads of a layer that keep the whole context."""
 
@@ -121,6 +128,18 @@ class SplitAttention(Attention):  # type: ignore[misc]
             output = output.index_select(1, self.query_places)
         return output.view(output_shape or (tokens, -1))
 
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Besides what vLLM does: its parts store their caches with the scales that were loaded for the layer."""
+        super().process_weights_after_loading(act_dtype)
+        for part in (getattr(self, each.part) for each in self.parts):
+            for name in _GIVEN_SCALES:
+                getattr(part, f"_{name}").copy_(getattr(self, f"_{name}"))
+            for name in _SCALES_ON_HOST:
+                setattr(part, name, getattr(self, name))
+            for name in _TENSORS_ON_HOST:
+                if hasattr(self, name):
+                    getattr(part, name).copy_(getattr(self, name))
+
     def expect_in_order(self) -> None:
         """From now on heads come part by part: nothing is gathered."""
         self.order = None
@@ -169,7 +188,11 @@ def _require_plain(layer: Any, kv_heads: int) -> None:
             "it has learned sinks": layer.has_sink,
             "it shares another layer's cache": layer.kv_sharing_target_layer_name is not None,
             "it has ALiBi slopes": getattr(layer.impl, "alibi_slopes", None) is not None,
-            "it quantises its cache": layer.kv_cache_dtype not in unsupported.PLAIN_CACHES,
+            f"its cache is stored as {layer.kv_cache_dtype}": layer.kv_cache_dtype not in unsupported.SERVED_CACHES,
+            "its cache has a scale for every head": any(
+                getattr(layer, name).numel() > 1 for name in _GIVEN_SCALES if hasattr(layer, name)
+            ),
+            "scales of its cache are found while it serves": getattr(layer, "calculate_kv_scales", False),
         }
     )
     if found:

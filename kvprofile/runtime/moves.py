@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ import torch
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.utils.torch_utils import async_tensor_h2d
 
+from kvprofile.budget.probe import TIE
 from kvprofile.capture import layout
 from kvprofile.runtime import here
 from kvprofile.runtime.settings import SHARED
@@ -101,11 +102,12 @@ class Moved:
 
         Raises ValueError where that cannot be found out.
         """
-        layers = runner.vllm_config.compilation_config.static_forward_context
+        config = runner.vllm_config
+        layers, dtype = config.compilation_config.static_forward_context, config.model_config.dtype
         for group in runner.kv_cache_config.kv_cache_groups:
             for name in group.layer_names:
                 if getattr(layers[name], "share", None):
-                    self._layouts[name] = layout.probe(layers[name], layers[name].kv_cache)
+                    self._layouts[name] = layout.probe(layers[name], layers[name].kv_cache, dtype)
 
     def make(self, runner: Any, moves: Iterable[Move], replace: Replace) -> None:
         """Make moves in the caches of a model runner, and let its rows name other blocks."""
@@ -132,48 +134,55 @@ class Moved:
         if not move.targets:
             return
         device = next(iter(layers.values())).kv_cache.device
-        blocks = async_tensor_h2d([*move.sources, *move.targets], device=device, dtype=torch.int64)
-        sources, targets = blocks[: len(move.sources)], blocks[len(move.sources) :]
-        chosen: torch.Tensor | None = None
+        block_tokens = self._layouts[next(iter(layers))].block_tokens
+        places = _places(move.spans, block_tokens)
+        numbers = async_tensor_h2d([*move.sources, *move.targets, *places], device=device, dtype=torch.int64)
+        sources, targets, chosen = numbers.split([len(move.sources), len(move.targets), len(places)])
         for name, layer in layers.items():
             where = self._layouts[name]
-            if chosen is None:  # the same places of the best in every layer of the group
-                chosen = async_tensor_h2d(_best(move.spans, where.block_tokens), device=device, dtype=torch.int64)
             keys, values = where.whole_blocks(layer.kv_cache, sources)
-            heads, tokens = keys.shape[:2]
-            slices = [slice(start, start + SLICE_TOKENS) for start in range(0, tokens, SLICE_TOKENS)]
-            scores = torch.cat([layer.probe.scores(0, keys[:, each], values[:, each]) for each in slices], dim=1)
-            order = _span_by_span(scores, move.spans, where.block_tokens)
-            kept = order.index_select(1, chosen).sort(dim=-1).values  # as in the text
-            rows = (kept + torch.arange(heads, device=device)[:, None] * tokens).flatten()
-            keys, values = (tensor.flatten(0, 1).index_select(0, rows) for tensor in (keys, values))
-            where.write(layer.kv_cache, targets, keys, values)
+            scores = torch.cat([layer.probe.scores(0, *each) for each in _slices(where, keys, values)], dim=1)
+            best = _best(scores.flatten(1), move.spans, block_tokens)
+            kept = best.index_select(1, chosen).sort(dim=-1).values  # as in the text
+            heads = torch.arange(len(kept), device=device)[:, None]
+            here = heads, kept // block_tokens, kept % block_tokens
+            where.write(layer.kv_cache, targets, keys[here], values[here])
 
 
-def _best(spans: Sequence[tuple[int, int]], block_tokens: int) -> list[int]:
-    """Places of the tokens that stay, where those of each span stand best first."""
-    found: list[int] = []
-    start = 0
-    for blocks, kept in spans:
-        found += range(start, start + kept * block_tokens)
-        start += blocks * block_tokens
-    return found
+def _slices(
+    where: layout.Layout, keys: torch.Tensor, values: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Keys and values [G, .., block_tokens, D] as numbers, some blocks at a time."""
+    step = max(1, SLICE_TOKENS // where.block_tokens)
+    for start in range(0, keys.shape[1], step):
+        yield where.numbers(keys[:, start : start + step], values[:, start : start + step])
 
 
-def _span_by_span(scores: torch.Tensor, spans: Sequence[tuple[int, int]], block_tokens: int) -> torch.Tensor:
-    """Tokens [G, m] of spans one after the other, those of each span best first, by their scores [G, m]."""
+def _places(spans: Sequence[tuple[int, int]], block_tokens: int) -> list[int]:
+    """Where in what ``_best`` gives the tokens stand that stay."""
+    most = max(kept for _, kept in spans)
+    return [
+        (number * most + block) * block_tokens + token
+        for number, (_, kept) in enumerate(spans)
+        for block in range(kept)
+        for token in range(block_tokens)
+    ]
+
+
+def _best(scores: torch.Tensor, spans: Sequence[tuple[int, int]], block_tokens: int) -> torch.Tensor:
+    """The best tokens [G, spans * most] by scores [G, m], as many of every span as stay of any, best first.
+
+    Of two that score alike the earlier one comes first. All spans are equally long but for the last.
+    """
     heads, tokens = scores.shape
-    longest = max(blocks for blocks, _ in spans) * block_tokens
-    short = spans[-1][0] * block_tokens
-    whole = tokens - short if short < longest else tokens
-    parts = []
-    if whole:  # all spans of one length at once
-        order = scores[:, :whole].view(heads, -1, longest).sort(dim=-1, descending=True, stable=True).indices
-        starts = torch.arange(0, whole, longest, device=scores.device)
-        parts.append((order + starts[:, None]).flatten(1))
-    if whole < tokens:
-        parts.append(scores[:, whole:].sort(dim=-1, descending=True, stable=True).indices + whole)
-    return torch.cat(parts, dim=1)
+    longest, most = (max(column) * block_tokens for column in zip(*spans, strict=True))
+    # one number for score and place, so that no two are alike; what would fill up the last span is below all others
+    worth = (scores / TIE).to(torch.int64) * longest
+    worth = torch.nn.functional.pad(worth, (0, len(spans) * longest - tokens), value=torch.iinfo(torch.int64).min // 2)
+    worth = worth.view(heads, len(spans), longest) - torch.arange(longest, device=scores.device)
+    found = worth.topk(min(most, longest), dim=-1).indices
+    starts = torch.arange(0, len(spans) * longest, longest, device=scores.device)
+    return (found + starts[:, None]).flatten(1)
 
 
 def preparing(stock: Callable[..., Any]) -> Callable[..., Any]:

@@ -18,6 +18,9 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from kvprofile.runtime.patching import Patch
 from kvprofile.runtime.stream_cache import StreamManager
 
+FLOAT8_NAN = 0x7F
+"""The byte that is not a number in either kind of 8-bit floats."""
+
 
 def _noting_freed(stock: Callable[..., None]) -> Callable[..., None]:
     def _give_back(self: Any, request_id: str, *args: Any, **kwargs: Any) -> None:
@@ -40,10 +43,11 @@ def _filling(stock: Callable[..., None]) -> Callable[..., None]:
         layers = self.compilation_config.static_forward_context
         names = [name for group in self.kv_cache_config.kv_cache_groups for name in group.layer_names]
         freed, new = [~block for block in block_ids if block < 0], [block for block in block_ids if block >= 0]
-        for blocks, value in ((freed, float("nan")), (new, 0.0)):  # in this order: a freed block may be new again
+        for blocks, poisoned in ((freed, True), (new, False)):  # in this order: a freed block may be new again
             for name in names:
                 held = layers[name].kv_cache  # of a layer that keeps a state a tuple of them
                 for each in held if isinstance(held, tuple) else (held,):
+                    value = 0 if not poisoned else float("nan") if each.is_floating_point() else FLOAT8_NAN
                     each.index_fill_(0, torch.tensor(blocks, dtype=torch.int64), value)
 
     return _zero_block_ids

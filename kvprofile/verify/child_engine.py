@@ -84,6 +84,7 @@ def _facts(llm: Any, config: Any, model: str) -> dict[str, Any]:
     runner = "V2" if config.use_v2_model_runner else "V1"
     found: dict[str, Any] = {"platform": current_platform.device_type, "model_runner": runner, "key": None}
     found["dtype"] = str(config.model_config.dtype).removeprefix("torch.")
+    found["kv_cache_dtype"] = str(config.cache_config.cache_dtype)
     if CONFIG_KEY in (config.additional_config or {}):
         workers = llm.collective_rpc(here.of_worker)
         if any(worker != workers[0] for worker in workers):

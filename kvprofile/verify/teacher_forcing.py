@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from kvprofile.budget.float8 import of_cache
 from kvprofile.budget.probe import Probe
 from kvprofile.budget.trim import GRADED, WHOLE, TrimRule
 from kvprofile.checkpoint import Description, load_model, place
@@ -43,7 +44,12 @@ class SimulatedModel:
         choice = ByProbe(probe) if probe is not None else None
         outputs, v2 = run.outputs(), run.facts["model_runner"] == "V2"
         with simulating(
-            self.model, self.description.geometry, [list(row) for row in heads], rule, choice
+            self.model,
+            self.description.geometry,
+            [list(row) for row in heads],
+            rule,
+            choice,
+            of_cache(str(run.facts["kv_cache_dtype"]), str(run.facts["platform"])),
         ) as simulation:
             for batch, request in plan.requests:
                 output = outputs[request.name]

@@ -23,11 +23,11 @@ def visible(query, key, sinks, recent, block, anchor=None):
 
 
 @torch.no_grad()
-def logits(model, ids, context_tokens, heads, sinks, recent, block, window, choose=None):
+def logits(model, ids, context_tokens, heads, sinks, recent, block, window, choose=None, store=None):
     """Logits [len(ids), V] where the rows after the context obey the budget ``heads`` [L][G].
 
     ``choose`` gives the positions that a head keeps which keeps a part of the middle: of (layer, head, share, the
-    context's keys and values [context_tokens, D]).
+    context's keys and values [context_tokens, D]). ``store`` gives what becomes of keys and values in a cache.
     """
     anchor = context_tokens if window == "anchored" else None
     model = copy.deepcopy(model)
@@ -41,6 +41,8 @@ def logits(model, ids, context_tokens, heads, sinks, recent, block, window, choo
     def attend(module, query, key, value, _mask=None, scaling=None, softcap=None, sliding_window=None, s_aux=None, **_):
         group = query.shape[1] // key.shape[1]
         budget = heads[module.layer_idx]
+        if store is not None:
+            key, value = store(key), store(value)
         kept = {}
         for head, share in enumerate(budget):
             if share not in (0.0, 1.0, None):

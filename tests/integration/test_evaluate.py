@@ -64,6 +64,27 @@ def plan(folder, profile, options=OPTIONS):
     return evaluation.plan(description, load_tokenizer(description.source), [Contender("kvzip", profile)], options)
 
 
+@pytest.mark.usefixtures("profile_file")
+def test_caches_of_8_bit_floats_stand_beside_the_others(capsys, tiny_checkpoint):
+    """The other rows do not change, and rows of such caches are compared with the full cache as it is."""
+    plain = evaluated(capsys, tiny_checkpoint, *FAST, "--output", "plain")
+    both = evaluated(
+        capsys, tiny_checkpoint, *FAST, "--output", "both", "--kv-cache-dtype", "auto", "--kv-cache-dtype", "fp8",
+        "--kv-cache-dtype", "fp8_e5m2",
+    )  # fmt: skip
+    rows = {(row["name"], row["retention"]): row for row in both["rows"]}
+    for row in plain["rows"]:
+        assert rows.pop((row["name"], row["retention"])) == row
+    names = [f"{name} {cache}" for cache in ("fp8", "fp8_e5m2") for name in ("full", "kvzip")]
+    assert sorted({name for name, _ in rows}) == sorted(names)
+    assert rows["full fp8", None]["retention_realised"] == 0.5
+    assert 0 < rows["full fp8", None]["kl"]["value"] < rows["full fp8_e5m2", None]["kl"]["value"]
+    whole = next(row for row in plain["rows"] if row["name"] == "kvzip")
+    half = rows["kvzip fp8", 0.5]
+    assert half["retention_realised"] == pytest.approx(whole["retention_realised"] / 2, abs=1e-6)
+    assert half["kl"]["value"] != whole["kl"]["value"]
+
+
 def placement():
     return choose_placement(
         dtype="float32", device="cpu", own_dtype="float32", parameters=1, cache_values=1, free_cuda_bytes=[],
@@ -87,7 +108,7 @@ def measured(request, tiny_checkpoint):
     planned = plan(tiny_checkpoint, tiny_profile())
     model = load_model(planned.description, placement())
     heads = [variant.heads for variant in planned.variants]
-    budgets = [(each, None) for each in heads]
+    budgets = [(each, None, "auto") for each in heads]
     read = []
     with (
         mock.patch("kvprofile.evaluate.measurer.SPARE_TOKENS", SPARE),

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from kvprofile.budget.float8 import Float8
 from kvprofile.budget.profile import FULL_ATTENTION
 from kvprofile.budget.trim import ANCHORED, SLIDING, WINDOWS, TrimRule
 from kvprofile.checkpoint import Source, describe
@@ -219,6 +220,40 @@ def test_graded_heads_equal_the_naive_masked_implementation(subject, seed):
         naive = choices[budget].naive(rule, len(context))
         expected = masked.logits(model, context + rows[row], len(context), budgets[budget], *astuple(rule), naive)
         near(torch.cat([part[index] for part in parts]), expected[len(context) :], model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("seed", range(4))
+def test_caches_of_8_bit_floats_equal_the_naive_implementation(llama, dtype, seed):
+    """Up to a few keys that are half-way between two numbers, which another order of summation rounds otherwise."""
+    model, geometry = llama
+    rng = random.Random(f"float8:{seed}")
+    rule = TrimRule(5, 24, 4, ANCHORED)
+    heads = draw_shares(rng, geometry)
+    context, rest = draw_ids(rng, 133), draw_ids(rng, 30)
+    known = torch.arange(256, dtype=torch.uint8).view(dtype).double()
+    known = known[known.isfinite()].unique()
+
+    toward_zero = seed % 2 > 0
+
+    def store(numbers):
+        far = (numbers[..., None] - known).abs()
+        if toward_zero:
+            far = far.masked_fill(known.abs() > numbers[..., None].abs(), torch.inf)
+        return known[far.argmin(-1)]
+
+    with simulating(model, geometry, heads, rule, Weighed(seed), Float8(dtype, toward_zero)) as simulation:
+        last = simulation.prefill(context)
+        simulation.trim()
+        branch = simulation.start()
+        found = torch.stack([last, *(logits for step in (rest[:9], rest[9:]) for logits in branch.read([step])[0])])
+    naive = Weighed(seed).naive(rule, len(context))
+    both = [
+        masked.logits(model, context + rest, len(context), heads, *astuple(rule), naive, each)[len(context) - 1 :]
+        for each in (store, None)
+    ]
+    rounded, plain = ((found - each).abs().max() for each in both)
+    assert rounded < 0.1 * plain
 
 
 def test_bytes_of_graded_heads_are_what_the_rule_says(llama):

@@ -27,7 +27,7 @@ def test_the_full_cache_is_the_plain_model(smol, smol_tokenizer, description, ta
     full, none = ([[value] * geometry.kv_heads] * geometry.layers for value in (1.0, 0.0))
     with simulating(smol, geometry, full, RULE) as simulation:
         measurer = Measurer(simulation, smol_tokenizer, words, 64, lambda _tokens: None, generate=False)
-        with_all, with_none = measurer.measure(asked, [full, none])
+        with_all, with_none = measurer.measure(asked, [(full, None, "auto"), (none, None, "auto")])
     for row in asked.rows:
         with torch.inference_mode():
             plain = smol(torch.tensor([[*asked.context_ids, *row.ids]])).logits[0].log_softmax(-1)

@@ -22,6 +22,8 @@ from tests.helpers.models import ROOT, random_model
 NEAR_TIE = 1e-3
 """Logits closer than this may be ranked either way by another order of summation."""
 
+NEAR_TIE_FLOAT8 = 0.05
+"""One key that is rounded otherwise moves logits that far; without any rounding they are 0.2 apart and more."""
 
 UNEVEN = [[1.0, 0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0], [0.0, 1.0, 1.0, 0.0]]
 """Heads apart and side by side, a layer without full heads, one with nothing else."""
@@ -193,7 +195,7 @@ def expected_lives(prompt, output, v2):
     return lives
 
 
-def compare(simulation, prompt, output, v2):
+def compare(simulation, prompt, output, v2, near_tie=NEAR_TIE):
     """Assert that an engine's tokens are the simulation's, life by life. Gives (tokens, near ties)."""
     tokens = [*prompt, *output["tokens"]]
     count = ties = 0
@@ -206,21 +208,23 @@ def compare(simulation, prompt, output, v2):
         for position in range(first, end):
             row = logits[position - prefill_end]
             gap = float(row.max() - row[tokens[position]])
-            assert gap < NEAR_TIE, f"token {position} of a prompt of {len(prompt)}: {gap:.4f} below the best"
+            assert gap < near_tie, f"token {position} of a prompt of {len(prompt)}: {gap:.4f} below the best"
             ties += gap > 0
             count += 1
     return count, ties
 
 
-def compare_all(subject, heads, rule, batches, result, choice=None):
+def compare_all(subject, heads, rule, batches, result, choice=None, float8=None):
     """Assert that every output of every batch is the simulation's. Gives (tokens, near ties).
 
-    Rows of graded heads, which have a ``choice`` of tokens, are trimmed after prefill on either model runner.
+    Rows of graded heads, which have a ``choice`` of tokens, are trimmed after prefill on either model runner. With a
+    cache of ``float8`` ties are wider: another order of summation may now and then round a key to its neighbour.
     """
     count = ties = 0
-    with simulating(subject.model, subject.geometry, heads, rule, choice) as simulation:
+    near_tie = NEAR_TIE if float8 is None else NEAR_TIE_FLOAT8
+    with simulating(subject.model, subject.geometry, heads, rule, choice, float8) as simulation:
         for batch, found in zip(batches, result["batches"], strict=True):
             for (prompt, _), output in zip(batch, found["outputs"], strict=True):
-                more, tied = compare(simulation, prompt, output, result["v2"] or choice is not None)
+                more, tied = compare(simulation, prompt, output, result["v2"] or choice is not None, near_tie)
                 count, ties = count + more, ties + tied
     return count, ties

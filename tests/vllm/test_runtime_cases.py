@@ -13,6 +13,7 @@ import random
 import pytest
 
 from kvprofile.budget import trim
+from kvprofile.budget.float8 import of_cache
 from kvprofile.budget.trim import ANCHORED, WINDOWS, TrimRule
 from kvprofile.evaluate.token_choice import ByProbe
 from kvprofile.runtime.packing import Piece, pack
@@ -50,7 +51,7 @@ def groups_of(heads, rule):
     return len(pack(pieces).groups)
 
 
-def draw_engine(seed, folder, requests, graded=False):
+def draw_engine(seed, folder, requests, graded=False, cache="auto"):
     """A job and what its outputs are compared with."""
     rng = random.Random(f"cases:{seed}{':graded' if graded else ''}")
     family = FAMILIES[seed % len(FAMILIES)]
@@ -85,13 +86,14 @@ def draw_engine(seed, folder, requests, graded=False):
         max_num_batched_tokens=rng.choice((33, 64, 150, 600)),
         max_num_seqs=rng.choice((6, 12)),
         enable_prefix_caching=seed % 3 > 0,
+        kv_cache_dtype=cache,
     )
     return made, (subject, heads, rule, batches), choice
 
 
-def run(seeds, folder, requests, graded=False, **settings):
+def run(seeds, folder, requests, graded=False, cache="auto", **settings):
     """All engines in one process. Gives counts of what happened."""
-    drawn = [draw_engine(seed, folder, requests, graded) for seed in seeds]
+    drawn = [draw_engine(seed, folder, requests, graded, cache) for seed in seeds]
     env = environment(folder / f"{seeds[0]}.json", LLM_KVZIP_POISON="1", **settings)
     results, log = serve_all([made for made, *_ in drawn], env)
     seen = {"cases": 0, "tokens": 0, "near ties": 0, "preemptions": 0, "prefix hits": 0, "chunked": 0}
@@ -99,7 +101,7 @@ def run(seeds, folder, requests, graded=False, **settings):
         outputs = [output for batch in found["batches"] for output in batch["outputs"]]
         assert all(math.isfinite(value) for output in outputs for value in output["logprobs"])
         assert found["free_blocks"] == found["blocks"] - 1  # all but the null block
-        tokens, ties = compare_all(*expected, found, choice)
+        tokens, ties = compare_all(*expected, found, choice, of_cache(cache, "cpu"))
         seen["cases"] += len(outputs)
         seen["tokens"] += tokens
         seen["near ties"] += ties
@@ -128,6 +130,24 @@ def test_random_cases_of_graded_heads(tmp_path, short_spans):
     seen, _ = run((1,), tmp_path, requests=36, graded=True, **short_spans)
     assert seen["cases"] == 36
     assert min(seen["preemptions"], seen["prefix hits"], seen["chunked"]) > 3
+
+
+@pytest.mark.parametrize(("cache", "graded"), [("fp8_e4m3", False), ("fp8", True)])
+def test_random_cases_in_caches_of_8_bit_floats(tmp_path, short_spans, cache, graded):
+    seen, _ = run((1,), tmp_path, requests=36, graded=graded, cache=cache, **short_spans)
+    assert seen["cases"] == 36
+    assert seen["near ties"] < 0.02 * seen["tokens"]
+    assert min(seen["preemptions"], seen["prefix hits"], seen["chunked"]) > 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cache", ["fp8_e4m3", "fp8_e5m2"])
+@pytest.mark.parametrize("graded", [False, True])
+def test_hundreds_of_cases_more_in_caches_of_8_bit_floats(tmp_path, short_spans, cache, graded):
+    seen, _ = run(range(2, 8), tmp_path, requests=36, graded=graded, cache=cache, **short_spans)
+    assert seen["cases"] >= 200
+    assert seen["near ties"] < 0.02 * seen["tokens"]
+    assert min(seen["preemptions"], seen["prefix hits"], seen["chunked"]) > 20
 
 
 @pytest.mark.slow

@@ -47,6 +47,17 @@ def test_kinds_of_heads_are_legs_of_their_own():
         local_legs((0.5,), kinds=("half",))
 
 
+def test_dtypes_of_the_cache_are_legs_of_their_own():
+    legs = local_legs((0.5,), kinds=(GRADED,), caches=("auto", "fp8"))
+    assert [(leg.name, leg.retention, leg.heads, leg.cache) for leg in legs] == [
+        ("baseline", None, WHOLE, "auto"), ("graded 0.5", 0.5, GRADED, "auto"),
+        ("baseline fp8", None, WHOLE, "fp8"), ("graded 0.5 fp8", 0.5, GRADED, "fp8"),
+    ]  # fmt: skip
+    plan = make_plan(legs=legs)
+    same = LegPlan("graded 0.5 fp8", 0.5, heads=GRADED)
+    assert len({plan.leg_key(leg, 0) for leg in (*plan.legs, same)}) == 5
+
+
 def test_settings_fit_the_record():
     settings = make_plan(engine=EngineOptions(extra=("--max-num-seqs", "4"))).settings()
     assert Experiment(name="x", settings=settings).settings["engine_extra"] == ["--max-num-seqs", "4"]

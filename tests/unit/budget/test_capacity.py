@@ -350,5 +350,7 @@ def test_doubts_are_said(tmp_path):
     found = plan(shape(tmp_path), GIB_24, 200_000, dtype="fp8")
     said = {decision.what: decision.reason for decision in found.decisions}
     assert "131072 positions" in said["context"]
-    assert "16- and 32-bit" in said["fp8 cache"]
+    assert "fp8 cache" not in said
+    refused = plan(shape(tmp_path), GIB_24, 1000, dtype="nvfp4").decisions
+    assert any(each.what == "nvfp4 cache" and "8-, 16- and 32-bit" in each.reason for each in refused)
     assert plan(shape(tmp_path, torch_dtype="float8_e4m3fn"), GIB_24, 100).dtype == "bfloat16"

@@ -53,8 +53,33 @@ class Inside(Straight):
     forward_includes_kv_cache_update = True
 
 
+class Rounding(Packed):
+    """A cache of 8-bit floats with a scale for keys and another for values."""
+
+    def do_kv_cache_update(self, layer, key, value, cache, slots):
+        stored = [
+            (numbers.float() / scale).to(torch.float8_e5m2).view(torch.uint8)
+            for numbers, scale in ((key, layer._k_scale_float), (value, layer._v_scale_float))
+        ]
+        super().do_kv_cache_update(layer, *stored, cache, slots)
+
+
 def toy_layer(backend):
-    return SimpleNamespace(head_size=3, attn_backend=backend(), impl=backend())
+    return SimpleNamespace(head_size=3, attn_backend=backend(), impl=backend(), kv_cache_dtype="auto")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_caches_of_8_bit_floats_are_read_as_numbers_and_moved_as_they_are(dtype):
+    layer, cache = toy_layer(Rounding), torch.zeros(5, 2, 4, 6, dtype=torch.uint8)
+    layer.kv_cache_dtype, layer._k_scale_float, layer._v_scale_float = "fp8_e5m2", 0.037, 1.9
+    found = layout.probe(layer, cache, dtype)
+    keys, values = torch.randn(2, 4, 2, 3).to(dtype)
+    layer.impl.do_kv_cache_update(layer, keys, values, cache, torch.arange(8, 12))
+    stored = found.whole_blocks(cache, torch.tensor([2]))
+    for numbers, given in zip(found.numbers(*stored), (keys, values), strict=True):
+        assert torch.allclose(numbers[:, 0], given.transpose(0, 1).float(), rtol=0.13, atol=1e-5)
+    found.write(cache, torch.tensor([0]), *(each.flatten(1, 2) for each in stored))
+    assert torch.equal(cache[0], cache[2])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -62,7 +87,7 @@ def test_layouts_are_found_by_asking(dtype):
     for backend in (Straight, Transposed, Packed):
         cache = torch.zeros(5, 2, 4, 6, dtype=dtype)
         layer = toy_layer(backend)
-        found = layout.probe(layer, cache)
+        found = layout.probe(layer, cache, cache.dtype)
         assert not cache.any(), "the cache itself was written"
         keys, values = torch.randn(2, 11, 2, 3).to(dtype)
         table = torch.tensor([3, 1, 4])
@@ -77,7 +102,7 @@ def test_layouts_are_found_by_asking(dtype):
 def test_blocks_are_written_as_the_backend_writes_them(backend):
     """Evenly laid out blocks through views, packed ones through a table of places; other blocks are left alone."""
     layer, cache = toy_layer(backend), torch.randn(5, 2, 4, 6)
-    found = layout.probe(layer, cache)
+    found = layout.probe(layer, cache, cache.dtype)
     assert (found.key_strides is None) == (found.value_strides is None) == (backend is Packed)
     keys, values = torch.randn(2, 2, 8, 3)
     blocks, expected = torch.tensor([4, 1]), cache.clone()
@@ -85,13 +110,14 @@ def test_blocks_are_written_as_the_backend_writes_them(backend):
     layer.impl.do_kv_cache_update(layer, keys.transpose(0, 1), values.transpose(0, 1), expected, slots)
     found.write(cache, blocks, keys, values)
     assert torch.equal(cache, expected)
-    assert all(map(torch.equal, found.whole_blocks(cache, blocks), (keys, values)))
+    for read, given in zip(found.whole_blocks(cache, blocks), (keys, values), strict=True):
+        assert torch.equal(read, given.view(2, 2, 4, 3))
 
 
 @pytest.mark.parametrize(("backend", "reason"), [(Forgetful, "a place of its own"), (Inside, "inside its kernel")])
 def test_layouts_that_cannot_be_followed_are_refused(backend, reason):
     with pytest.raises(ValueError, match=reason):
-        layout.probe(toy_layer(backend), torch.zeros(5, 2, 4, 6))
+        layout.probe(toy_layer(backend), torch.zeros(5, 2, 4, 6), torch.float32)
 
 
 def test_large_blocks_need_several_digits():
@@ -100,6 +126,6 @@ def test_large_blocks_need_several_digits():
             cache[0, :, slots] = torch.cat([key, value], -1).transpose(0, 1)
 
     cache = torch.zeros(2, 2, 256, 512, dtype=torch.bfloat16)
-    layer = SimpleNamespace(head_size=256, attn_backend=Large(), impl=Large())
-    found = layout.probe(layer, cache)
+    layer = SimpleNamespace(head_size=256, attn_backend=Large(), impl=Large(), kv_cache_dtype="auto")
+    found = layout.probe(layer, cache, cache.dtype)
     assert torch.equal(found.key_places.view(256, 256)[:, 0], torch.arange(256) * 512)
