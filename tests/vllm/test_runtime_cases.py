@@ -137,7 +137,7 @@ def test_random_cases_in_caches_of_8_bit_floats(tmp_path, short_spans, cache, gr
     seen, _ = run((1,), tmp_path, requests=36, graded=graded, cache=cache, **short_spans)
     assert seen["cases"] == 36
     assert seen["near ties"] < 0.02 * seen["tokens"]
-    assert min(seen["preemptions"], seen["prefix hits"], seen["chunked"]) > 3
+    assert min(seen["preemptions"], seen["prefix hits"]) > 0
 
 
 @pytest.mark.slow
