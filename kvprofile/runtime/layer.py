@@ -18,7 +18,6 @@ import torch
 from vllm.config import get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.layers.attention.attention import unified_attention_with_output, unified_kv_cache_update
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionType
 from vllm.v1.kv_cache_interface import replace_as
@@ -101,10 +100,6 @@ class SplitAttention(Attention):  # type: ignore[misc]
 
     parts: tuple[Slices, ...]
     order: tuple[int, ...] | None
-    direct: bool
-    """Whether parts may be computed as their ``forward`` would, but without a call of torch's dispatcher for each step:
-    where nothing is compiled that costs as much as the attention of a small batch.
-    """
 
     def forward(
         self,
@@ -122,16 +117,12 @@ class SplitAttention(Attention):  # type: ignore[misc]
         if self.order is not None:
             query = query.index_select(1, self.query_order)
             key, value = key.index_select(1, self.key_order), value.index_select(1, self.key_order)
-        found = []
-        for part in self.parts:
-            layer, states = getattr(self, part.part), (query[:, part.queries], key[:, part.keys], value[:, part.keys])
-            if self.direct and not torch.compiler.is_compiling():
-                output = query.new_empty(tokens, layer.num_heads, self.head_size_v, dtype=output_dtype)
-                unified_kv_cache_update(*states[1:], layer.layer_name)
-                unified_attention_with_output(*states, output, layer.layer_name)
-            else:
-                output = layer(*states, None, output_dtype).view(tokens, -1, self.head_size_v)
-            found.append(output)
+        found = [
+            getattr(self, part.part)(
+                query[:, part.queries], key[:, part.keys], value[:, part.keys], None, output_dtype
+            ).view(tokens, -1, self.head_size_v)
+            for part in self.parts
+        ]
         output = torch.cat(found, dim=1) if len(found) > 1 else found[0]
         if self.order is not None:
             output = output.index_select(1, self.query_places)
@@ -233,10 +224,6 @@ def _split(layer: Any, given: dict[str, Any], heads: RankHeads, budget: EngineBu
         order += mine
     layer.__class__ = SplitAttention
     layer.parts = tuple(parts)
-    built = [getattr(layer, each.part) for each in parts]
-    layer.direct = not any(
-        each.query_quant is not None or each.attn_backend.forward_includes_kv_cache_update for each in built
-    )
     layer.order = None if order == tuple(range(len(order))) else order
     if layer.order is not None:
         queries = torch.tensor([head * group + member for head in order for member in range(group)])
