@@ -162,7 +162,9 @@ class Simulation:
 
         The two take turns at reading, as long as the block of :func:`simulating` lasts.
         """
-        return Simulation(self.model, self.geometry, self.heads, self.rule, self.choice, float8)
+        made = Simulation(self.model, self.geometry, self.heads, self.rule, self.choice, float8)
+        made.fused = self.fused
+        return made
 
     def forget(self) -> None:
         """Free everything: the context, and what is left of it."""

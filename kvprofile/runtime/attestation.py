@@ -61,7 +61,10 @@ CHECKS: dict[str, tuple[str, ...]] = {
 allowed (``most``), and how many tokens lay further apart; blocks that requests gave back; what the engine went through.
 """
 
-_SOURCES = ("runtime", "budget/trim.py", "budget/probe.py", "capture/layout.py", "unsupported.py")
+_SOURCES = (
+    "runtime", "budget/trim.py", "budget/probe.py", "budget/dtypes.py", "budget/float8.py", "capture/layout.py",
+    "unsupported.py",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

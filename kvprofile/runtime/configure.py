@@ -123,7 +123,7 @@ def _unsupported(config: Any) -> list[str]:
     reasons = {
         **unsupported.of_config(config, unsupported.SERVED_CACHES),
         "layers whose cache is not quantised like the others' (kv_cache_dtype_skip_layers)": bool(
-            config.cache_config.kv_cache_dtype_skip_layers
+            getattr(config.cache_config, "kv_cache_dtype_skip_layers", ())
         ),
         "8-bit floats of a kind of their own (fnuz)": (
             config.cache_config.cache_dtype in FLOAT8_NAMES and current_platform.is_fp8_fnuz()

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from kvprofile.budget.dtypes import FLOAT8_NAMES
 from kvprofile.budget.trim import GRADED, WHOLE, TrimRule
 from kvprofile.verify.child_process import EngineRun
 from kvprofile.verify.request_plan import RequestPlan
@@ -29,12 +30,17 @@ class Margins:
     far_share: float = 0.0
 
 
+def rounding_of(facts: Mapping[str, Any]) -> str:
+    """The dtype by whose margins an engine is judged: a cache of 8-bit floats rounds as coarsely as bfloat16."""
+    return "bfloat16" if facts["kv_cache_dtype"] in FLOAT8_NAMES else str(facts["dtype"])
+
+
 BETWEEN_ENGINES = {
     "float32": Margins(1e-3, 1e-4),
     "float16": Margins(0.1, 0.01, 0.002),
     "bfloat16": Margins(0.5, 0.04, 0.002),
 }
-"""By dtype. The same kernels, in batches of other requests."""
+"""By ``rounding_of``. The same kernels, in batches of other requests."""
 
 TO_SIMULATION = {
     WHOLE: {
@@ -48,7 +54,7 @@ TO_SIMULATION = {
         "bfloat16": Margins(0.5, 0.05, 0.01),
     },
 }
-"""By kind and dtype. Other kernels, and other places where a model is rounded.
+"""By kind and ``rounding_of``. Other kernels, and other places where a model is rounded.
 
 Of graded heads rounding may also decide which of two tokens stays that score almost alike.
 """

@@ -226,7 +226,7 @@ def _engines(
     served: dict[str, EngineRun],
 ) -> dict[str, Any]:
     """The engines of one kind, and what can be said without the simulation. Gives the checks of an attestation."""
-    plan, dtype = prepared.plan, str(stock.facts["dtype"])
+    plan, dtype = prepared.plan, comparison.rounding_of(stock.facts)
     checks: dict[str, Any] = {}
     longer = budget.variables | {f"{PREFIX}RECENT": str(plan.max_model_len)}
     poison = {f"{PREFIX}POISON": "1"} if poisoned else {}

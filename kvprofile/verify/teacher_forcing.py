@@ -17,7 +17,7 @@ from kvprofile.checkpoint import Description, load_model, place
 from kvprofile.evaluate.simulate import Simulation, simulating
 from kvprofile.evaluate.token_choice import ByProbe
 from kvprofile.verify.child_process import EngineRun
-from kvprofile.verify.comparison import TO_SIMULATION, Compared
+from kvprofile.verify.comparison import TO_SIMULATION, Compared, rounding_of
 from kvprofile.verify.request_plan import RequestPlan
 
 
@@ -40,7 +40,7 @@ class SimulatedModel:
         probe: Probe | None,
     ) -> Compared:
         """Every token that an engine served against its log-probability under the budget [L][G]."""
-        found = Compared(TO_SIMULATION[GRADED if probe is not None else WHOLE][str(run.facts["dtype"])])
+        found = Compared(TO_SIMULATION[GRADED if probe is not None else WHOLE][rounding_of(run.facts)])
         choice = ByProbe(probe) if probe is not None else None
         outputs, v2 = run.outputs(), run.facts["model_runner"] == "V2"
         with simulating(
