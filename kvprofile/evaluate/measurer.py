@@ -217,7 +217,7 @@ class Measurer:
         empty = [[[_Reading(each) for each in row.references] for row in rows] for _ in budgets]
         read = _Together(rows, budgets, empty, apart)
         branch = simulation.start(len(rows), self.generate and asked.exercise.answered)
-        slices = self._slices(branch, list(rows), len(budgets) - apart)
+        slices = self._slices(branch, list(rows), len(budgets) - apart, len(budgets))
         if apart:
             full_rows = self._slices(self.simulation.start(len(rows)), list(rows), 1, len(budgets))
             slices = ((start, [*full, *logits]) for (start, full), (_, logits) in zip(full_rows, slices, strict=True))
@@ -235,18 +235,18 @@ class Measurer:
         return branch, read
 
     def _slices(
-        self, branch: Branch, rows: list[AskedRow], budgets: int, together: int | None = None
+        self, branch: Branch, rows: list[AskedRow], budgets: int, together: int
     ) -> Iterator[tuple[int, list[torch.Tensor]]]:
         """Read rows a slice at a time: (first index, logits [k, V] of each row), k of 0 after a row's end.
 
         What stands before all answers is read at once, and nothing is given for it. ``together`` budgets are read
-        slice by slice, those of another branch among them; those of this one unless given.
+        slice by slice, those of another branch among them.
         """
         start = min(row.references[0].start for row in rows) - 1
         if start:
             branch.read([row.ids[:start] for row in rows] * budgets, logits=False)
         vocabulary = self.simulation.model.get_output_embeddings().weight.shape[0]
-        step = max(1, SLICE_LOGITS // (vocabulary * len(rows) * (together or budgets)))
+        step = max(1, SLICE_LOGITS // (vocabulary * len(rows) * together))
         for first in range(start, max(len(row.ids) for row in rows), step):
             yield first, branch.read([row.ids[first : first + step] for row in rows] * budgets)
 

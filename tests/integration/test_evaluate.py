@@ -67,11 +67,12 @@ def plan(folder, profile, options=OPTIONS):
 @pytest.mark.usefixtures("profile_file")
 def test_caches_of_8_bit_floats_stand_beside_the_others(capsys, tiny_checkpoint):
     """The other rows do not change, and rows of such caches are compared with the full cache as it is."""
-    plain = evaluated(capsys, tiny_checkpoint, *FAST, "--output", "plain")
-    both = evaluated(
-        capsys, tiny_checkpoint, *FAST, "--output", "both", "--kv-cache-dtype", "auto", "--kv-cache-dtype", "fp8",
-        "--kv-cache-dtype", "fp8_e5m2",
-    )  # fmt: skip
+    caches = [word for name in ("auto", "fp8", "fp8_e5m2") for word in ("--kv-cache-dtype", name)]
+    with mock.patch("kvprofile.evaluate.measurer.SLICE_LOGITS", 1):  # one position at a time, however many rows
+        plain = evaluated(capsys, tiny_checkpoint, *FAST, "--output", "plain")
+        both = evaluated(capsys, tiny_checkpoint, *FAST, "--output", "both", *caches)
+    with mock.patch("kvprofile.evaluate.measurer.SLICE_LOGITS", 100_000):  # several, fewer where more is read
+        assert evaluated(capsys, tiny_checkpoint, *FAST, "--output", "other", *caches)["questions"] == plain["questions"]
     rows = {(row["name"], row["retention"]): row for row in both["rows"]}
     for row in plain["rows"]:
         assert rows.pop((row["name"], row["retention"])) == row
