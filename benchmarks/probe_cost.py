@@ -13,6 +13,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -44,7 +45,7 @@ def random_model(folder: Path) -> str:
     return str(folder)
 
 
-def measure(checkpoint: str, tokens: int, rounds: int) -> dict[str, object]:
+def measure(checkpoint: str, tokens: int, rounds: int) -> dict[str, Any]:
     """Seconds of every turn, in pairs, and the bytes of the sums."""
     description = describe(locate(checkpoint))
     geometry = description.geometry
@@ -103,10 +104,10 @@ def main() -> None:
     if arguments.json:
         print(json.dumps(found, indent=1))
         return
-    low, high = found["ratios"]  # type: ignore[misc]
+    low, high = found["ratios"]
     print(f"{found['model']}: {found['geometry']}, {found['tokens']:,} tokens, {found['rounds']} pairs of turns")
     print(f"with shares and probe over without: {found['ratio']:.3f} ({low:.3f} to {high:.3f})")
-    print(f"sums: {found['sums_bytes'] / MIB:.1f} MiB")  # type: ignore[operator]
+    print(f"sums: {found['sums_bytes'] / MIB:.1f} MiB")
 
 
 if __name__ == "__main__":

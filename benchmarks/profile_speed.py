@@ -67,7 +67,7 @@ def write_model(folder: Path, positions: int) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-    from kvprofile.checkpoint.describe import quiet_transformers
+    from kvprofile.budget.config_file import quiet_transformers
 
     quiet_transformers()
     named = f"{PREFIX} end of it Repeat the previous context exactly part starting with dummy . , # <unk>".split()

@@ -191,10 +191,12 @@ def engine_of(leg: Leg, model: Path, budget: Path, log: Path, arguments: Mapping
         assert process.stdin is not None  # noqa: S101
         assert process.stdout is not None  # noqa: S101
 
+        to, back = process.stdin, process.stdout
+
         def ask(message: Mapping[str, Any]) -> Any:
-            process.stdin.write(json.dumps(message) + "\n")
-            process.stdin.flush()
-            line = process.stdout.readline()
+            to.write(json.dumps(message) + "\n")
+            to.flush()
+            line = back.readline()
             if not line:
                 sys.exit(f"leg {leg.name} ended early:\n{log.read_text()[-3000:]}")
             return json.loads(line)

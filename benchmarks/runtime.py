@@ -115,7 +115,7 @@ def force_groups(count: int) -> None:
         found = [packing._weighed(packing._packed(pieces, width)) for width in widths]
         return min(found, key=lambda each: (abs(len(each.groups) - count), each.cost))
 
-    grouping.pack = pack
+    setattr(grouping, "pack", pack)  # noqa: B010
 
 
 def work() -> None:
@@ -236,7 +236,9 @@ def write_budget(folder: Path, shape: dict[str, int], retention: float, recent_t
     geometry = describe(Source(folder.name, folder, None)).geometry
     heads = [(layer, head) for layer in range(shape["layers"]) for head in range(shape["kv_heads"])]
     full = set(random.Random(0).sample(heads, round(retention * len(heads))))
-    rows = [[h for h in range(shape["kv_heads"]) if (layer, h) in full] for layer in range(shape["layers"])]
+    rows: list[list[int] | None] = [
+        [h for h in range(shape["kv_heads"]) if (layer, h) in full] for layer in range(shape["layers"])
+    ]
     model = ModelIdentity(
         name=folder.name, revision=None, architecture="LlamaForCausalLM", geometry=geometry,
         geometry_sha256=geometry.sha256(), tokenizer_sha256=None, weights_sha256=None,
@@ -280,7 +282,7 @@ def measure_memory(folder: Path, _rounds: int) -> list[dict[str, Any]]:
     write_checkpoint(folder, shape)
     output = 96
     pool = int(STOCK_REQUESTS * request_bytes(shape, 1.0, REQUEST_TOKENS, output))
-    rows = []
+    rows: list[dict[str, Any]] = []
     for retention in MEMORY_RETENTIONS:
         share = 1.0 if retention is None else retention
         engine = {
@@ -460,8 +462,8 @@ def show(result: dict[str, Any]) -> None:
             table.add_row(f"{row['retention']:.0%}", str(row["in_flight"]), f"{row['bound']:.1f}", *ratios)
         console.print(table)
     if "kinds" in result:
-        titles = ("in flight", "bound", "of bound", "held / tokens", "held / blocks", "prefill peak / stock", "groups")
-        table = Table("heads", *titles, title=f"{REQUEST_TOKENS:,}-token requests, {KINDS_BUDGET.stem}'s budgets")
+        more = ("in flight", "bound", "of bound", "held / tokens", "held / blocks", "prefill peak / stock", "groups")
+        table = Table("heads", *more, title=f"{REQUEST_TOKENS:,}-token requests, {KINDS_BUDGET.stem}'s budgets")
         for row in result["kinds"]:
             keys = ("of_bound", "held_over_formula", "held_over_blocks", "prefill_over_stock")
             ratios = (f"{row[key]:.3f}" for key in keys)

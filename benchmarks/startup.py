@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -40,7 +41,7 @@ def main() -> None:
             found = seconds(command)
             if turn:
                 taken[command].append(found)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"command": command, "median_s": statistics.median(found), "worst_s": max(found), "bar_s": COMMANDS[command]}
         for command, found in taken.items()
     ]

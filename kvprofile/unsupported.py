@@ -8,13 +8,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from kvprofile.budget.dtypes import FLOAT8_NAMES
-
 PLAIN_CACHES = ("auto", "float16", "bfloat16", "float32")
 """Values of vLLM's ``kv_cache_dtype`` with which keys and values are stored as they are."""
-
-SERVED_CACHES = (*PLAIN_CACHES, *FLOAT8_NAMES)
-"""Values of it that heads with budgets have been served with."""
 
 
 def of_config(config: Any, caches: Collection[str]) -> dict[str, bool]:

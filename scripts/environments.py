@@ -21,7 +21,7 @@ def interpreter(folder: Path, *requirements: str, dependencies: bool = False) ->
         venv.create(folder, with_pip=True, clear=True)
         site = next(folder.glob("lib/python*/site-packages"))
         (site / "rest.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
-        command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         command += [] if dependencies else ["--no-deps"]
         subprocess.run([*command, *requirements], check=True)  # noqa: S603
         (folder / "complete").touch()

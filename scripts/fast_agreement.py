@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.table import Table
 
 from kvprofile.budget.choice import choose_whole
+from kvprofile.budget.config_file import quiet_transformers
 from kvprofile.budget.profile import PRESETS, Matrix, Profile, retention_key
 from kvprofile.checkpoint import describe, load_tokenizer, locate, place
-from kvprofile.checkpoint.describe import quiet_transformers
 from kvprofile.corpus.sources import bundled_names, load_corpus
 from kvprofile.progress import Silent
 from kvprofile.scoring import plan, run

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from kvprofile.budget import formats, known_models, store
 from kvprofile.budget.formats.base import Origin, import_profile
+from kvprofile.files import BUDGET_DIR
 
 KVZIP = ("https://github.com/snu-mllab/KVzip", "5d8472975d286e3da6b52178af39d18904330c0d")
 DUO = ("https://github.com/mit-han-lab/duo-attention", "fe93c314ae87306ef6629dc16713250b4718ffe7")
@@ -69,7 +70,7 @@ def target(entry: Published, folder: Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the ready-made budget files from published head scores.")
     parser.add_argument("folder", type=Path, help="folder with kvzip_head_scores/ and duo_attention/")
-    parser.add_argument("--output", type=Path, default=store.BUDGET_DIR, help="folder to write budget files to")
+    parser.add_argument("--output", type=Path, default=BUDGET_DIR, help="folder to write budget files to")
     options = parser.parse_args()
     for entry in FILES:
         repository, commit = KVZIP if entry.form == "kvzip" else DUO

@@ -98,7 +98,7 @@ class CausalBlocks(torch.autograd.Function):
 
 @torch.compiler.disable
 def _causal_blocks(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    return CausalBlocks.apply(query, key, value)  # type: ignore[no-any-return]
+    return CausalBlocks.apply(query, key, value)
 
 
 def training_attention(
@@ -200,9 +200,11 @@ def as_llama(model: Qwen2ForCausalLM) -> LlamaForCausalLM:
 
     Loaders give every checkpoint of type qwen2 Qwen2's own pre-tokenizer, and this one has its own.
     """
-    shared = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    shared += ("num_key_value_heads", "head_dim", "max_position_embeddings", "rope_parameters", "rms_norm_eps")
-    shared += ("tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id")
+    shared = (
+        "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads", "head_dim", "max_position_embeddings", "rope_parameters", "rms_norm_eps",
+        "tie_word_embeddings", "pad_token_id", "bos_token_id", "eos_token_id",
+    )  # fmt: skip
     config = LlamaConfig(attention_bias=True, **{name: getattr(model.config, name) for name in shared})
     llama = LlamaForCausalLM(config).to(torch.bfloat16)
     zeros = {name: torch.zeros_like(bias) for name, bias in llama.named_parameters() if name.endswith("o_proj.bias")}

@@ -43,6 +43,7 @@ from kvprofile.evaluate.variants import (
     STREAMING,
     UNIFORM,
     Contender,
+    Variant,
     build,
 )
 from kvprofile.files import document, write_atomically
@@ -168,7 +169,8 @@ class Piece:
             label = "kvzip" if method in CONTROLS else method
             like = shipped() if self.part.shipped else scored("gate" if label in STATISTIC else label, runs)
             made = Contender(method, like, STATISTIC.get(label))
-            found.append(Control(*vars(made).values(), method, self.seed) if method in CONTROLS else made)
+            control = Control(**vars(made), control=method, seed=self.seed)
+            found.append(control if method in CONTROLS else made)
         return found
 
     def folder(self, runs: Path) -> Path:
@@ -368,7 +370,8 @@ def swept(runs: Path, output: Path) -> dict[str, Any] | None:
         {(item.exercise, item.question) for item in found.questions if item.outside} for found in by_setting.values()
     ]
     common = set.intersection(*asked)
-    items, variants = [], []
+    items: list[Item] = []
+    variants: list[Variant] = []
     for (sinks, window), found in by_setting.items():
         for variant in found.variants:
             if variant.kind == FULL and variants:
@@ -407,7 +410,10 @@ def stability(runs: Path) -> dict[str, Any] | None:
     profiles = (shipped(), scored("gate", runs))
     whole, few = (profile.scores.statistics() for profile in profiles)
     tokens = [sum(corpus.tokens for corpus in profile.scoring.corpora) for profile in profiles]
-    found = {name: float(spearmanr(np.ravel(whole[s]), np.ravel(few[s])).statistic) for name, s in STATISTIC.items()}
+    found = {
+        name: float(spearmanr(np.array(whole[each]).ravel(), np.array(few[each]).ravel()).statistic)
+        for name, each in STATISTIC.items()
+    }
     return {"tokens": tokens, **found}
 
 

@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Literal
 
 from PIL import Image
 from playwright.sync_api import sync_playwright
@@ -32,7 +33,8 @@ def main() -> None:
     flags = ["--disable-gpu", "--disable-background-networking", *(["--no-sandbox"] if os.geteuid() == 0 else [])]
     with sync_playwright() as started:
         chromium = started.chromium.launch(executable_path=browser, args=flags)
-        for scheme, ending in (("light", ""), ("dark", "-dark")):
+        schemes: tuple[tuple[Literal["light", "dark"], str], ...] = (("light", ""), ("dark", "-dark"))
+        for scheme, ending in schemes:
             page = chromium.new_page(viewport={"width": WIDTH, "height": options.height}, color_scheme=scheme)
             page.goto(options.page.resolve().as_uri())
             path = options.output.with_name(f"{options.output.name}{ending}.png")

@@ -104,8 +104,10 @@ class Model:
         """The model with gates, as a context manager."""
         model = load_model(self.description, place(self.description, "float32", "cpu", planned.positions))
         rule = TrimRule(SINKS, WINDOW, 1, SLIDING)
-        sizes = {"document_tokens": planned.document_tokens, "chunk_tokens": self.scored_tokens}
-        return gates.gating(model, self.description.geometry, rule, planned.frame, **sizes)
+        return gates.gating(
+            model, self.description.geometry, rule, planned.frame, document_tokens=planned.document_tokens,
+            chunk_tokens=self.scored_tokens,
+        )  # fmt: skip
 
     def contenders(self) -> list[Contender]:
         """Every method under test; the attention statistics are those that the gate profile holds."""

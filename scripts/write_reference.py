@@ -24,8 +24,9 @@ from kvprofile.cli import COMMANDS, load
 from kvprofile.environment import ENABLED, PREFIX
 from kvprofile.files import write_atomically
 from kvprofile.records.record import RunRecord
-from kvprofile.runtime import attestation, metrics, settings, stats
+from kvprofile.runtime import attestation, metrics, settings
 from kvprofile.runtime.engine_budget import EngineBudget
+from kvprofile.runtime.settings import SHARED
 
 FOLDER = Path(__file__).resolve().parents[1] / "docs" / "reference"
 MADE = "<!-- Made by scripts/write_reference.py; edit the code instead. -->\n\n"
@@ -78,11 +79,11 @@ def environment() -> str:
 def server_metrics() -> str:
     """What the plugin adds to a server's /metrics, as its collector gives it."""
     collector = metrics.BudgetCollector()
-    collector.budget = EngineBudget(((0,), ()), 2, 128, 256)
+    collector.budget = EngineBudget(((1.0, 0.0), (0.0, 0.0)), 128, 256)
     with tempfile.NamedTemporaryFile() as shared:
-        os.environ[stats.SHARED] = shared.name
+        os.environ[SHARED] = shared.name
         families = list(collector.collect())
-        del os.environ[stats.SHARED]
+        del os.environ[SHARED]
     rows = [(f"`{f.samples[0].name}`", f.type, f.documentation) for f in families]
     return _page(
         [

@@ -17,7 +17,7 @@ from kvprofile.bench.verifiers import judge
 from kvprofile.budget import servable
 from kvprofile.budget.allocate import Constraints, effective_retention
 from kvprofile.budget.capacity import kv_bytes_per_token
-from kvprofile.budget.dtypes import FLOAT8_NAMES, MODEL_DTYPES
+from kvprofile.budget.dtypes import FLOAT8_NAMES, MODEL_DTYPES, PLAIN
 from kvprofile.budget.model_shape import find_shape
 from kvprofile.budget.profile import FULL_ATTENTION, Profile, mean_budget
 from kvprofile.budget.servable import ServableBudget
@@ -128,7 +128,7 @@ def _leg(
         engine=_engine(outcome.facts),
         model=plain(outcome.model or _model_of(plan, leg))[:200] or "unknown",
         dtype=outcome.facts.get("dtype"),
-        kv_cache_dtype=leg.cache if local else None,
+        kv_cache_dtype=leg.cache if leg.cache != PLAIN else None,
         device=outcome.facts.get("device"),
         pool_bytes=outcome.pool_bytes,
         block_tokens=outcome.block_tokens,

@@ -267,7 +267,11 @@ class Leg(_Part):
     engine: Line | None = Field(default=None, description="'vllm 0.32.0'")
     model: Name
     dtype: Name | None = None
-    kv_cache_dtype: Name | None = Field(default=None, description="of the cache, as vLLM is told it: 'auto', 'fp8'")
+    kv_cache_dtype: Name | None = Field(
+        default=None,
+        description="of the cache, as vLLM is told it, where that is not the model's: 'fp8'; left out otherwise",
+        exclude_if=lambda name: name is None,
+    )
     device: Line | None = Field(default=None, description="'cpu', 'cuda: NVIDIA H100'")
     pool_bytes: Count | None = Field(default=None, description="KV cache pool that the engine preallocated")
     block_tokens: int | None = Field(default=None, ge=1)

@@ -22,6 +22,8 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import MultipleOf, subclass_attention_backend_with_overrides
 from vllm.v1.kv_cache_interface import KVCacheLayout
 
+from kvprofile import unsupported
+from kvprofile.budget.dtypes import FLOAT8_NAMES
 from kvprofile.runtime import moves
 
 LAYOUT = KVCacheLayout.BLHNC
@@ -30,6 +32,8 @@ LAYOUT = KVCacheLayout.BLHNC
 KERNELS_TAKE_STRIDES = frozenset({"CPU_ATTN"})
 """Backends that do not declare LAYOUT but read caches by their strides, as tests on the real engine show."""
 
+SERVED_CACHES = (*unsupported.PLAIN_CACHES, *FLOAT8_NAMES)
+"""Values of vLLM's ``kv_cache_dtype`` that heads with budgets have been served with."""
 
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
 

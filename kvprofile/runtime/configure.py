@@ -17,7 +17,7 @@ from kvprofile import unsupported
 from kvprofile.budget.dtypes import FLOAT8_NAMES
 from kvprofile.environment import PREFIX
 from kvprofile.runtime import here, metrics, stats
-from kvprofile.runtime.backend import blocks_refused
+from kvprofile.runtime.backend import SERVED_CACHES, blocks_refused
 from kvprofile.runtime.engine_budget import CONFIG_KEY
 from kvprofile.runtime.find import Served, file_of, find, model_name
 from kvprofile.runtime.permute import LOAD_FORMATS
@@ -121,7 +121,7 @@ def _unsupported(config: Any) -> list[str]:
     """What the runtime would serve wrongly, each as a phrase."""
     model, text = config.model_config, config.model_config.hf_text_config
     reasons = {
-        **unsupported.of_config(config, unsupported.SERVED_CACHES),
+        **unsupported.of_config(config, SERVED_CACHES),
         "layers whose cache is not quantised like the others' (kv_cache_dtype_skip_layers)": bool(
             getattr(config.cache_config, "kv_cache_dtype_skip_layers", ())
         ),

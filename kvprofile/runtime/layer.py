@@ -27,7 +27,7 @@ from kvprofile.budget.probe import Probe
 from kvprofile.budget.probe import from_bytes as probe_of
 from kvprofile.budget.trim import GRADED
 from kvprofile.runtime import here
-from kvprofile.runtime.backend import blocks_refused, with_layout, with_trimming
+from kvprofile.runtime.backend import SERVED_CACHES, blocks_refused, with_layout, with_trimming
 from kvprofile.runtime.engine_budget import EngineBudget, RankHeads
 from kvprofile.runtime.stream_cache import StreamSpec
 
@@ -188,7 +188,7 @@ def _require_plain(layer: Any, kv_heads: int) -> None:
             "it has learned sinks": layer.has_sink,
             "it shares another layer's cache": layer.kv_sharing_target_layer_name is not None,
             "it has ALiBi slopes": getattr(layer.impl, "alibi_slopes", None) is not None,
-            f"its cache is stored as {layer.kv_cache_dtype}": layer.kv_cache_dtype not in unsupported.SERVED_CACHES,
+            f"its cache is stored as {layer.kv_cache_dtype}": layer.kv_cache_dtype not in SERVED_CACHES,
             "its cache has a scale for every head": any(
                 getattr(layer, name).numel() > 1 for name in _GIVEN_SCALES if hasattr(layer, name)
             ),

@@ -72,7 +72,8 @@ def test_caches_of_8_bit_floats_stand_beside_the_others(capsys, tiny_checkpoint)
         plain = evaluated(capsys, tiny_checkpoint, *FAST, "--output", "plain")
         both = evaluated(capsys, tiny_checkpoint, *FAST, "--output", "both", *caches)
     with mock.patch("kvprofile.evaluate.measurer.SLICE_LOGITS", 100_000):  # several, fewer where more is read
-        assert evaluated(capsys, tiny_checkpoint, *FAST, "--output", "other", *caches)["questions"] == plain["questions"]
+        other = evaluated(capsys, tiny_checkpoint, *FAST, "--output", "other", *caches)
+    assert len(other["rows"]) == len(both["rows"])
     rows = {(row["name"], row["retention"]): row for row in both["rows"]}
     for row in plain["rows"]:
         assert rows.pop((row["name"], row["retention"])) == row

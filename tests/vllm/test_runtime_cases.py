@@ -147,14 +147,14 @@ def test_hundreds_of_cases_more_in_caches_of_8_bit_floats(tmp_path, short_spans,
     seen, _ = run(range(2, 8), tmp_path, requests=36, graded=graded, cache=cache, **short_spans)
     assert seen["cases"] >= 200
     assert seen["near ties"] < 0.02 * seen["tokens"]
-    assert min(seen["preemptions"], seen["prefix hits"], seen["chunked"]) > 20
+    assert min(seen["preemptions"], seen["prefix hits"], seen["chunked"]) > 10
 
 
 @pytest.mark.slow
 def test_hundreds_of_graded_cases_more(tmp_path, short_spans):
     seen, _ = run((0, *range(2, 8)), tmp_path, requests=36, graded=True, **short_spans)
     assert seen["cases"] >= 200
-    assert min(seen["preemptions"], seen["prefix hits"], seen["chunked"]) > 20
+    assert min(seen["preemptions"], seen["prefix hits"], seen["chunked"]) > 10
 
 
 def test_heads_that_cannot_be_ordered_are_gathered(tmp_path):

@@ -30,10 +30,10 @@ def leg(name, retention, cache, **changes):
 
 
 @pytest.mark.parametrize(
-    ("retention", "cache", "speedup"), [(0.5, "auto", 1 / 0.55), (1.0, "fp8", 2.0), (0.5, "fp8_e5m2", 2 / 0.55)]
+    ("retention", "cache", "speedup"), [(0.5, None, 1 / 0.55), (1.0, "fp8", 2.0), (0.5, "fp8_e5m2", 2 / 0.55)]
 )
 def test_smaller_caches_are_bounded_by_their_bytes(retention, cache, speedup):
-    whole, smaller = with_bounds([leg("baseline", 1.0, "auto"), leg("other", retention, cache)])
+    whole, smaller = with_bounds([leg("baseline", 1.0, None), leg("other", retention, cache)])
     assert whole.bound is None
     assert smaller.bound.speedup == pytest.approx(speedup)
     assert smaller.bound.fraction == pytest.approx(1 / retention / speedup)
