@@ -173,8 +173,6 @@ class TrimmedView:
             self._allocate(width)
         # on the CPU: what each row leaves out, and how much is left of the longest
         skipped = self.skipped_blocks(metadata)
-        if self.device.type == "cpu" and not skipped.any():
-            return metadata  # elsewhere graphs may be replayed, which read the tensors of this view
         skipped_tokens = skipped * self.trim.block_tokens
         bounds = metadata.seq_lens_cpu_upper_bound[:count].numpy() - skipped_tokens
         longest = max(1, int(bounds.max(initial=1)))
