@@ -103,7 +103,8 @@ class Variant:
     def budget(self) -> tuple[object, ...]:
         """What decides which tokens are kept, and how, in a form that can be compared and hashed."""
         seed = self.seed if self.tokens == ANY_TOKENS else None
-        return (self.cache, self.tokens, self.probe, seed, *(tuple(row) for row in self.heads))
+        kept = (self.tokens, self.probe, seed, *(tuple(row) for row in self.heads))
+        return kept if self.cache == PLAIN else (self.cache, *kept)
 
 
 def contenders(
