@@ -31,6 +31,10 @@ class Runner:
     def v2(self):
         return interpreter.WANTED in self.settings
 
+    @property
+    def asynchronous(self):
+        return self.arguments.get("async_scheduling", False)
+
     def environment(self, budget=None, **settings):
         return environment(budget, **({} if budget is None and not self.v2 else self.settings), **settings)
 
@@ -39,12 +43,11 @@ class Runner:
         return -(-count // 3) if self.v2 else count
 
 
-POISON = {"LLM_KVZIP_POISON": "1"}
-INTERPRETED = {interpreter.WANTED: "1", as_asked.WANTED: "1"}
-ASYNC = {"async_scheduling": True}
+POISON, INTERPRETED = {"LLM_KVZIP_POISON": "1"}, {interpreter.WANTED: "1"}
+ASKED, ASYNC = {as_asked.WANTED: "1"}, {"async_scheduling": True}
 
 V1, V2 = Runner("v1", POISON), Runner("v2", INTERPRETED)
-V1_ASYNC, V2_ASYNC = Runner("v1-async", POISON | {as_asked.WANTED: "1"}, ASYNC), Runner("v2-async", INTERPRETED, ASYNC)
+V1_ASYNC, V2_ASYNC = Runner("v1-async", POISON | ASKED, ASYNC), Runner("v2-async", INTERPRETED | ASKED, ASYNC)
 
 WHERE_TRITON_IS = pytest.mark.skipif(not interpreter.is_here(), reason=interpreter.MISSING)
 

@@ -53,7 +53,7 @@ def test_pressure_chunks_and_prefix_hits(subject, tmp_path, runner):
     batches += [[(turn, 40)] for turn in turns]
     pool = {"num_gpu_blocks_override": 126, "max_num_batched_tokens": 70, "max_num_seqs": 12, "max_model_len": 768}
     found, choice = served(subject, tmp_path, batches, runner=runner, **pool)
-    assert (found["v2"], found["async"]) == (runner.v2, bool(runner.arguments))
+    assert (found["v2"], found["async"]) == (runner.v2, runner.asynchronous)
     assert sum(batch["preemptions"] for batch in found["batches"]) > 0, found["groups"]
     hits = [hit for batch in found["batches"] for output in batch["outputs"] for hit in output["hits"]]
     assert sum(hit > 0 for hit in hits) > runner.some(10)

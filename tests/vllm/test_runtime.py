@@ -12,7 +12,7 @@ import pytest
 import transformers
 
 from kvprofile.budget.profile import FULL_ATTENTION
-from kvprofile.budget.trim import SLIDING, WINDOWS, TrimRule
+from kvprofile.budget.trim import DEFAULT_WINDOW, SLIDING, WINDOWS, TrimRule
 from kvprofile.runtime.settings import STATE_RELEASE, release_of
 from tests.helpers.models import HYBRIDS
 from tests.vllm.engine import (
@@ -44,9 +44,18 @@ def subject(tmp_path_factory):
     return make_subject(tmp_path_factory.mktemp("engine") / "tiny")
 
 
-@on(V1, V2, V1_ASYNC, V2_ASYNC)
+@on(V1, V2)
 @pytest.mark.parametrize("window", WINDOWS)
 def test_pressure_chunks_and_prefix_hits(subject, tmp_path, window, runner):
+    check_pressure(subject, tmp_path, window, runner)
+
+
+@on(V1_ASYNC, V2_ASYNC)
+def test_pressure_where_scheduling_is_asynchronous(subject, tmp_path, runner):
+    check_pressure(subject, tmp_path, DEFAULT_WINDOW, runner)
+
+
+def check_pressure(subject, tmp_path, window, runner):
     """A pool for one and a half requests, prompts in chunks of at most 70 tokens, blocks poisoned when freed."""
     rng, rule = random.Random("pressure"), TrimRule(16, 64, 32, window)
     shared = draw(rng, 200)
@@ -66,7 +75,7 @@ def test_pressure_chunks_and_prefix_hits(subject, tmp_path, window, runner):
         max_num_seqs=12,
         max_model_len=768,
     )
-    assert (found["v2"], found["async"]) == (runner.v2, bool(runner.arguments))
+    assert (found["v2"], found["async"]) == (runner.v2, runner.asynchronous)
     assert sum(batch["preemptions"] for batch in found["batches"]) > 0
     hits = [hit for batch in found["batches"] for output in batch["outputs"] for hit in output["hits"]]
     assert sum(hit > 0 for hit in hits) > runner.some(10)
