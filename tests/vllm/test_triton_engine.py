@@ -12,7 +12,7 @@ import pytest
 from kvprofile.budget.trim import TrimRule
 from kvprofile.evaluate.token_choice import ByProbe
 from tests.vllm import graphs
-from tests.vllm.engine import compare_all, draw, finite, make_subject, serve, write_budget, write_graded
+from tests.vllm.engine import CLOSE, compare_all, draw, finite, make_subject, serve, write_budget, write_graded
 from tests.vllm.runners import ASKED, V2, V2_ASYNC, WHERE_TRITON_IS
 
 pytest.importorskip("vllm")
@@ -26,6 +26,9 @@ HEADS = {
 KINDS = pytest.mark.parametrize("kind", HEADS)
 REQUESTS = ((70, 10), (97, 12), (129, 6), (40, 11))
 """Tokens of prompt and output: of every number of rows from four to one, some steps only decode."""
+
+OTHER = "below the best|log-probability"
+"""What a comparison says of a planted fault."""
 
 
 @pytest.fixture(scope="module")
@@ -59,19 +62,19 @@ def test_tokens_are_the_simulations(subject, tmp_path, kind):
     assert found["reclaimed"]["reported"] > 0
     assert found["free_blocks"] == found["blocks"] - 1
     assert finite(found)
-    compare_all(*compared)
+    compare_all(*compared, close=CLOSE)
 
 
 def test_a_table_that_is_not_rewritten_shows(subject, tmp_path):
     _, compared = served(subject, tmp_path, "whole", ((129, 6),), SABOTAGE_VIEW="whole-table")
-    with pytest.raises(AssertionError, match="below the best"):
-        compare_all(*compared)
+    with pytest.raises(AssertionError, match=OTHER):
+        compare_all(*compared, close=CLOSE)
 
 
 def test_tokens_that_are_not_moved_show(subject, tmp_path):
     _, compared = served(subject, tmp_path, "graded", ((129, 6),), SABOTAGE_MOVES="missing")
-    with pytest.raises(AssertionError, match="below the best"):
-        compare_all(*compared)
+    with pytest.raises(AssertionError, match=OTHER):
+        compare_all(*compared, close=CLOSE)
 
 
 @pytest.mark.parametrize(("kind", "runner"), [("whole", V2), ("graded", V2_ASYNC)], ids=["whole", "graded-async"])
@@ -82,7 +85,7 @@ def test_graphs_that_are_replayed(subject, tmp_path, kind, runner):
     assert found["graphs"]["replays"] > found["graphs"]["padded"] > 0
     assert found["free_blocks"] == found["blocks"] - 1
     assert finite(found)
-    compare_all(*compared)
+    compare_all(*compared, close=CLOSE)
 
 
 @pytest.mark.parametrize("fault", ["copies", "frozen"])
@@ -91,5 +94,5 @@ def test_a_view_that_replays_do_not_see_shows(subject, tmp_path, fault):
     requests, settings = ((129, 6), (100, 8)), {graphs.WANTED: "2", "SABOTAGE_VIEW": fault}
     found, compared = served(subject, tmp_path, "whole", requests, **settings)
     assert found["graphs"]["replays"] > 3
-    with pytest.raises(AssertionError, match="below the best"):
-        compare_all(*compared)
+    with pytest.raises(AssertionError, match=OTHER):
+        compare_all(*compared, close=CLOSE)
