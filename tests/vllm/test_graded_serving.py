@@ -46,12 +46,15 @@ def test_pressure_chunks_and_prefix_hits(subject, tmp_path, runner):
     """A pool for one and a half requests, prompts in chunks of at most 70 tokens, blocks poisoned when freed."""
     rng = random.Random("graded pressure")
     shared = draw(rng, 200)
-    batches = [draw_batch(rng, 24, shared=shared) for _ in range(runner.some(2))]
+    longest, model_len = (260, 576) if runner.v2 else (400, 768)
+    batches = [draw_batch(rng, 24, longest, shared) for _ in range(runner.some(2))]
     turns = [draw(rng, 150)]
     for _ in range(3):  # a conversation that comes back with its own answer, here as any other tokens
         turns.append(turns[-1] + draw(rng, 70))
     batches += [[(turn, 40)] for turn in turns]
-    pool = {"num_gpu_blocks_override": 126, "max_num_batched_tokens": 70, "max_num_seqs": 12, "max_model_len": 768}
+    blocks = 5 * model_len // 32 + 6  # of five groups
+    pool = {"num_gpu_blocks_override": blocks, "max_model_len": model_len}
+    pool |= {"max_num_batched_tokens": 70, "max_num_seqs": 12}
     found, choice = served(subject, tmp_path, batches, runner=runner, **pool)
     assert (found["v2"], found["async"]) == (runner.v2, runner.asynchronous)
     assert sum(batch["preemptions"] for batch in found["batches"]) > 0, found["groups"]
