@@ -36,7 +36,8 @@ class Runner:
         return self.arguments.get("async_scheduling", False)
 
     def environment(self, budget=None, **settings):
-        return environment(budget, **({} if budget is None and not self.v2 else self.settings), **settings)
+        own = {} if budget is None and not self.v2 else self.settings
+        return environment(budget, **own | settings)
 
     def some(self, count):
         """So many where V1 runs, a part of it on V2."""

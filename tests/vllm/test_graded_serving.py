@@ -46,7 +46,7 @@ def test_pressure_chunks_and_prefix_hits(subject, tmp_path, runner):
     """A pool for one and a half requests, prompts in chunks of at most 70 tokens, blocks poisoned when freed."""
     rng = random.Random("graded pressure")
     shared = draw(rng, 200)
-    longest, model_len = (260, 576) if runner.v2 else (400, 768)
+    longest, model_len = (400, 768) if runner is V1 else (260, 576)
     batches = [draw_batch(rng, 24, longest, shared) for _ in range(runner.some(2))]
     turns = [draw(rng, 150)]
     for _ in range(3):  # a conversation that comes back with its own answer, here as any other tokens
