@@ -9,7 +9,7 @@ import json
 import os
 import sys
 
-from tests.vllm import interpreter
+from tests.vllm import as_asked, graphs, interpreter, planted
 
 
 class Recorder:
@@ -76,14 +76,6 @@ class Recorder:
         }
         self.admissions, self.chunks, self.hits, self.held, self.preemptions = {}, {}, {}, [], 0
         return found
-
-
-def sabotage():
-    """Let workers see every block, freed or not: what a broken runtime would do."""
-    from kvprofile.runtime.backend import TrimmedView
-
-    stock = TrimmedView.skipped_blocks
-    TrimmedView.skipped_blocks = lambda self, metadata: stock(self, metadata) * 0
 
 
 def sabotage_moves(how):
@@ -157,6 +149,12 @@ def generate(llm, recorder, batch):
     return {"outputs": outputs, "preemptions": schedule["preemptions"]}
 
 
+def backends(core):
+    """Names of the attention backends of an engine's layers, as vLLM knows them."""
+    runner = core.model_executor.driver_worker.worker.model_runner
+    return sorted({group.backend.get_name() for groups in runner.attn_groups for group in groups})
+
+
 def serve(job):
     """One engine from start to end."""
     from vllm import LLM
@@ -191,6 +189,9 @@ def serve(job):
         "shares": shares,
         "free_blocks": pool.get_num_free_blocks(),
         "v2": runner,
+        "async": llm.llm_engine.vllm_config.scheduler_config.async_scheduling,
+        "backends": backends(core),
+        "graphs": dict(graphs.counts),
     }
     result |= {"blocks": pool.num_gpu_blocks, "patched": patched(), "reclaimed": reclaimed}
     return result | {"runtime_modules": sorted(name for name in sys.modules if name.startswith("kvprofile.runtime"))}
@@ -200,12 +201,16 @@ def main():
     jobs = json.load(sys.stdin)
     if os.environ.get(interpreter.WANTED):
         interpreter.enable()
+    if os.environ.get(as_asked.WANTED):
+        as_asked.enable()
+    if os.environ.get(graphs.WANTED):
+        graphs.enable([int(size) for size in os.environ[graphs.WANTED].split(",")])
     if os.environ.get("SPAN_TOKENS"):
         from kvprofile.budget import trim
 
         trim.SPAN_TOKENS = int(os.environ["SPAN_TOKENS"])
-    if os.environ.get("SABOTAGE_TRIMMED_VIEW"):
-        sabotage()
+    if os.environ.get("SABOTAGE_VIEW"):
+        planted.plant(os.environ["SABOTAGE_VIEW"])
     if os.environ.get("SABOTAGE_MOVES"):
         sabotage_moves(os.environ["SABOTAGE_MOVES"])
     if os.environ.get("GATHER_HEADS"):

@@ -22,6 +22,9 @@ from tests.helpers.models import ROOT, random_model
 NEAR_TIE = 1e-3
 """Logits closer than this may be ranked either way by another order of summation."""
 
+CLOSE = 1e-3
+"""Log-probabilities of float32 differ by a hundredth of this, and by ten times this where a row reads other tokens."""
+
 NEAR_TIE_FLOAT8 = 0.05
 """One key that is rounded otherwise moves logits that far; without any rounding they are 0.2 apart and more."""
 
@@ -195,8 +198,11 @@ def expected_lives(prompt, output, v2):
     return lives
 
 
-def compare(simulation, prompt, output, v2, near_tie=NEAR_TIE):
-    """Assert that an engine's tokens are the simulation's, life by life. Gives (tokens, near ties)."""
+def compare(simulation, prompt, output, v2, near_tie=NEAR_TIE, close=None):
+    """Assert that an engine's tokens are the simulation's, life by life. Gives (tokens, near ties).
+
+    Where ``close`` is given, so close are their log-probabilities too.
+    """
     tokens = [*prompt, *output["tokens"]]
     count = ties = 0
     for prefill_end, first, end in expected_lives(prompt, output, v2):
@@ -209,12 +215,15 @@ def compare(simulation, prompt, output, v2, near_tie=NEAR_TIE):
             row = logits[position - prefill_end]
             gap = float(row.max() - row[tokens[position]])
             assert gap < near_tie, f"token {position} of a prompt of {len(prompt)}: {gap:.4f} below the best"
+            if close is not None:
+                likely = float(row.log_softmax(-1)[tokens[position]]) - output["logprobs"][position - len(prompt)]
+                assert abs(likely) < close, f"token {position}: its log-probability is {likely:.4f} from the engine's"
             ties += gap > 0
             count += 1
     return count, ties
 
 
-def compare_all(subject, heads, rule, batches, result, choice=None, float8=None):
+def compare_all(subject, heads, rule, batches, result, choice=None, float8=None, close=None):
     """Assert that every output of every batch is the simulation's. Gives (tokens, near ties).
 
     Rows of graded heads, which have a ``choice`` of tokens, are trimmed after prefill on either model runner. With a
@@ -225,6 +234,6 @@ def compare_all(subject, heads, rule, batches, result, choice=None, float8=None)
     with simulating(subject.model, subject.geometry, heads, rule, choice, float8) as simulation:
         for batch, found in zip(batches, result["batches"], strict=True):
             for (prompt, _), output in zip(batch, found["outputs"], strict=True):
-                more, tied = compare(simulation, prompt, output, result["v2"] or choice is not None, near_tie)
+                more, tied = compare(simulation, prompt, output, result["v2"] or choice is not None, near_tie, close)
                 count, ties = count + more, ties + tied
     return count, ties

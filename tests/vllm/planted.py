@@ -28,10 +28,11 @@ def register():
         if name == "untested":
             configure.TESTED_PLATFORMS = ()
         else:
-            _plant(name)
+            plant(name)
 
 
-def _plant(fault):
+def plant(fault):
+    """Plant one fault into this process, whose runtime was not used yet."""
     from kvprofile.runtime import permute
     from kvprofile.runtime.backend import TrimmedView
     from kvprofile.runtime.stream_cache import StreamManager
@@ -59,6 +60,30 @@ def _plant(fault):
     elif fault == "whole-view":  # workers see what the scheduler has given back
         skipped = TrimmedView.skipped_blocks
         TrimmedView.skipped_blocks = lambda self, metadata: skipped(self, metadata) * 0
+    elif fault == "whole-table":  # rows are as long as they should be, and read the first blocks that they have
+        view = TrimmedView.of
+        TrimmedView.of = lambda self, metadata: view(self, metadata).replace(
+            block_table_tensor=metadata.block_table_tensor
+        )
+    elif fault == "copies":  # right in every step, in tensors that no graph was captured with
+        view = TrimmedView.of
+
+        def of(self, metadata):
+            found = view(self, metadata)
+            copies = {name: getattr(found, name).clone() for name in ("block_table_tensor", "seq_lens")}
+            return found.replace(**copies)
+
+        TrimmedView.of = of
+    elif fault == "frozen":  # what was made for the capture of a graph is not made anew when that is replayed
+        view, made = TrimmedView.of, {}
+
+        def of(self, metadata):
+            key = id(self), metadata.num_reqs
+            if metadata.max_query_len > 1 or key not in made:
+                made[key] = view(self, metadata)
+            return made[key]
+
+        TrimmedView.of = of
     elif fault == "moves":  # tokens that stay are not moved to where they are read
         from kvprofile.runtime import moves
 

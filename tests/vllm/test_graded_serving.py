@@ -14,12 +14,12 @@ from tests.vllm.engine import (
     compare_all,
     draw,
     draw_batch,
-    environment,
     finite,
     make_subject,
     serve,
     write_graded,
 )
+from tests.vllm.runners import V1, V1_ASYNC, V2, V2_ASYNC, WHERE_TRITON_IS, on
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.vllm
@@ -34,49 +34,55 @@ def subject(tmp_path_factory):
     return make_subject(tmp_path_factory.mktemp("graded") / "tiny")
 
 
-def served(subject, folder, batches, rule=RULE, shares=SHARES, settings=None, **options):
+def served(subject, folder, batches, rule=RULE, shares=SHARES, settings=None, runner=V1, **options):
     """Outputs of an engine under ``shares``, and how the simulation chooses the tokens that stay."""
     choice = ByProbe(write_graded(folder / "b.json", subject, shares, rule))
-    env = environment(folder / "b.json", LLM_KVZIP_POISON="1", **(settings or {}))
-    return serve(subject, batches, env, graded=True, **options), choice
+    env = runner.environment(folder / "b.json", **(settings or {}))
+    return serve(subject, batches, env, graded=True, **runner.arguments, **options), choice
 
 
-def test_pressure_chunks_and_prefix_hits(subject, tmp_path):
+@on(V1, V2, V1_ASYNC, V2_ASYNC)
+def test_pressure_chunks_and_prefix_hits(subject, tmp_path, runner):
     """A pool for one and a half requests, prompts in chunks of at most 70 tokens, blocks poisoned when freed."""
     rng = random.Random("graded pressure")
     shared = draw(rng, 200)
-    batches = [draw_batch(rng, 24, shared=shared) for _ in range(2)]
+    longest, model_len = (400, 768) if runner is V1 else (260, 576)
+    batches = [draw_batch(rng, 24, longest, shared) for _ in range(runner.some(2))]
     turns = [draw(rng, 150)]
     for _ in range(3):  # a conversation that comes back with its own answer, here as any other tokens
         turns.append(turns[-1] + draw(rng, 70))
     batches += [[(turn, 40)] for turn in turns]
-    pool = {"num_gpu_blocks_override": 126, "max_num_batched_tokens": 70, "max_num_seqs": 12, "max_model_len": 768}
-    found, choice = served(subject, tmp_path, batches, **pool)
+    blocks = 5 * model_len // 32 + 6  # of five groups
+    pool = {"num_gpu_blocks_override": blocks, "max_model_len": model_len}
+    pool |= {"max_num_batched_tokens": 70, "max_num_seqs": 12}
+    found, choice = served(subject, tmp_path, batches, runner=runner, **pool)
+    assert (found["v2"], found["async"]) == (runner.v2, runner.asynchronous)
     assert sum(batch["preemptions"] for batch in found["batches"]) > 0, found["groups"]
     hits = [hit for batch in found["batches"] for output in batch["outputs"] for hit in output["hits"]]
-    assert sum(hit > 0 for hit in hits) > 10
+    assert sum(hit > 0 for hit in hits) > runner.some(10)
     assert found["batches"][-1]["outputs"][0]["hits"][0] > 250  # the prompt of the turn before, after its move
     assert found["free_blocks"] == found["blocks"] - 1  # all but the null block
     assert finite(found)
     count, ties = compare_all(subject, SHARES, RULE, batches, found, choice)
-    assert count > 1000
+    assert count > runner.some(1000)
     print(f"{count} tokens equal the simulation's, {ties} of them near ties")
 
 
 @pytest.mark.parametrize(
-    ("rule", "prefix_caching"),
+    ("rule", "prefix_caching", "runner"),
     [
-        pytest.param(RULE, False, id="32"),
-        pytest.param(TrimRule(1, 33, 96), True, id="odd-96", marks=pytest.mark.slow),
-        pytest.param(TrimRule(0, 1, 64), True, id="no-sinks-64", marks=pytest.mark.slow),
+        pytest.param(RULE, False, V1, id="32"),
+        pytest.param(RULE, False, V2, id="32-v2", marks=[pytest.mark.slow, WHERE_TRITON_IS]),
+        pytest.param(TrimRule(1, 33, 96), True, V1, id="odd-96", marks=pytest.mark.slow),
+        pytest.param(TrimRule(0, 1, 64), True, V1, id="no-sinks-64", marks=pytest.mark.slow),
     ],
 )
-def test_requests_hold_what_their_shares_say(subject, tmp_path, rule, prefix_caching):
+def test_requests_hold_what_their_shares_say(subject, tmp_path, rule, prefix_caching, runner):
     """Block by block in every step; the same tokens as the simulation's."""
     rng = random.Random(f"graded blocks:{rule}")
-    batches = [draw_batch(rng, 8), [(draw(rng, 500), 60)]]
+    batches = [draw_batch(rng, runner.some(8)), [(draw(rng, 500), 60)]]
     options = {"block_size": rule.block_tokens, "enable_prefix_caching": prefix_caching}
-    found, choice = served(subject, tmp_path, batches, rule, every_step=True, **options)
+    found, choice = served(subject, tmp_path, batches, rule, runner=runner, every_step=True, **options)
     assert set(found["shares"]) == {None, 0.6, 0.3, 0.0}
     assert found["reclaimed"]["reported"] == found["reclaimed"]["counted"] > found["reclaimed"]["kept"] > 0
     for batch, results in zip(batches, found["batches"], strict=True):
@@ -92,13 +98,20 @@ def test_requests_hold_what_their_shares_say(subject, tmp_path, rule, prefix_cac
 
 
 @pytest.mark.parametrize(
-    "how", ["missing", pytest.param("late", marks=pytest.mark.slow), pytest.param("stale", marks=pytest.mark.slow)]
+    ("how", "runner"),
+    [
+        pytest.param("missing", V1, id="missing"),
+        pytest.param("missing", V2, id="missing-v2", marks=[pytest.mark.slow, WHERE_TRITON_IS]),
+        pytest.param("late", V1, id="late", marks=pytest.mark.slow),
+        pytest.param("stale", V1, id="stale", marks=pytest.mark.slow),
+    ],
 )
-def test_a_broken_move_shows(subject, tmp_path, how):
+def test_a_broken_move_shows(subject, tmp_path, how, runner):
     """Tokens that were not moved, or moved once their blocks were freed and filled; rows left as they were."""
     rng = random.Random("graded sabotage")
     batches = [[(draw(rng, 400), 12), (draw(rng, 300), 12)]]
-    found, choice = served(subject, tmp_path, batches, settings={"SABOTAGE_MOVES": how}, enable_prefix_caching=False)
+    settings = {"SABOTAGE_MOVES": how}
+    found, choice = served(subject, tmp_path, batches, settings=settings, runner=runner, enable_prefix_caching=False)
     if finite(found):
         with pytest.raises(AssertionError, match="below the best"):
             compare_all(subject, SHARES, RULE, batches, found, choice)
@@ -119,7 +132,8 @@ def test_compiled_graphs(subject, tmp_path):
     compare_all(subject, SHARES, RULE, batches, found, choice)
 
 
-def test_requests_that_begin_alike_share_what_stays(subject, tmp_path, monkeypatch):
+@on(V1, V2)
+def test_requests_that_begin_alike_share_what_stays(subject, tmp_path, monkeypatch, runner):
     """Several questions at once on a document of four spans, which is held once; later one more.
 
     Of a span that ends where what is near begins, each has its own.
@@ -128,7 +142,7 @@ def test_requests_that_begin_alike_share_what_stays(subject, tmp_path, monkeypat
     rng = random.Random("graded sharing")
     document = draw(rng, RULE.sink_end + 4 * 64)
     batches = [[(document + draw(rng, 80), 40) for _ in range(6)], [(document + draw(rng, 120), 30)]]
-    found, choice = served(subject, tmp_path, batches, settings={"SPAN_TOKENS": "64"})
+    found, choice = served(subject, tmp_path, batches, settings={"SPAN_TOKENS": "64"}, runner=runner)
     shares = [share for share in found["shares"] if share is not None]
     taken = 0
     for batch in batches:
