@@ -206,7 +206,7 @@ class TrimmedView:
             skipped: Numbers = middle * self._decodes(metadata)
         else:
             kept = self._kept(count)
-            skipped = (middle - kept) * (kept >= 0)
+            skipped = np.maximum(middle - kept, 0) * (kept >= 0)
         return skipped
 
     def _borders(self, count: int) -> Numbers:
