@@ -150,8 +150,11 @@ def generate(llm, recorder, batch):
 
 
 def backends(core):
-    """Names of the attention backends of an engine's layers, as vLLM knows them."""
-    runner = core.model_executor.driver_worker.worker.model_runner
+    """Names of the attention backends of an engine's layers, as vLLM knows them; None of workers elsewhere."""
+    driver = getattr(core.model_executor, "driver_worker", None)
+    if driver is None:
+        return None
+    runner = driver.worker.model_runner
     return sorted({group.backend.get_name() for groups in runner.attn_groups for group in groups})
 
 

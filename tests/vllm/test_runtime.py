@@ -207,7 +207,7 @@ def test_off_and_retention_one_are_stock(subject, tmp_path, runner):
     batches = [draw_batch(rng, runner.some(12))]
     stock = serve(subject, batches, runner.environment())
     budget = write_budget(tmp_path / "b.json", subject, FULL, TrimRule(16, 64, 32))
-    whole = serve(subject, batches, runner.environment(budget))
+    whole = serve(subject, batches, runner.environment(budget, LLM_KVZIP_POISON="0"))
     assert stock["batches"] == whole["batches"]
     assert stock["groups"] == whole["groups"] == [["FullAttentionSpec", 4]]
     assert stock["patched"] == []
