@@ -17,7 +17,7 @@ from kvprofile.bench.verifiers import judge
 from kvprofile.budget import servable
 from kvprofile.budget.allocate import Constraints, effective_retention
 from kvprofile.budget.capacity import kv_bytes_per_token
-from kvprofile.budget.dtypes import FLOAT8_NAMES, MODEL_DTYPES, PLAIN
+from kvprofile.budget.dtypes import FLOAT8_NAMES, MODEL_DTYPES, PLAIN, value_bytes
 from kvprofile.budget.model_shape import find_shape
 from kvprofile.budget.profile import FULL_ATTENTION, Profile, mean_budget
 from kvprofile.budget.servable import ServableBudget
@@ -268,7 +268,7 @@ def _bounded(leg: record.Leg, baseline: float | None) -> record.Leg:
     sinks, recent = (heads.sink_tokens or 0, heads.recent_tokens or 0) if heads is not None else (0, 0)
     share = effective_retention(leg.retention_realised, sinks, recent, context, written)
     if leg.kv_cache_dtype in FLOAT8_NAMES:
-        share /= MODEL_DTYPES.get(leg.dtype or "", 2)
+        share /= value_bytes(PLAIN, leg.dtype or "")
     speedup = max(1.0, 1.0 / share)
     # what the leg gained, over the baseline that ran next to it
     ours = leg.metrics.output_throughput
@@ -319,5 +319,4 @@ def _token_bytes(plan: BenchPlan, leg: LegPlan) -> int | None:
     if dtype not in MODEL_DTYPES or any(kind != FULL_ATTENTION for kind in geometry.layer_types):
         return None
     heads = -(-geometry.kv_heads // plan.engine.tensor_parallel_size)
-    value_bytes = 1 if leg.cache in FLOAT8_NAMES else MODEL_DTYPES[dtype]
-    return kv_bytes_per_token(shape.layers, value_bytes) // geometry.kv_heads * heads
+    return kv_bytes_per_token(shape.layers, value_bytes(leg.cache, dtype)) // geometry.kv_heads * heads

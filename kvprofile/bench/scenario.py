@@ -12,7 +12,7 @@ from kvprofile.bench.documents import BenchDocument
 from kvprofile.bench.providers import Provider
 from kvprofile.budget.allocate import require_retention
 from kvprofile.budget.choice import require_kind
-from kvprofile.budget.dtypes import PLAIN
+from kvprofile.budget.dtypes import PLAIN, require_kv_cache_dtype
 from kvprofile.budget.trim import WHOLE
 from kvprofile.errors import InputError
 from kvprofile.files import sha256_of
@@ -130,6 +130,8 @@ def local_legs(
     """
     for retention in retentions:
         require_retention(retention)
+    for cache in caches:
+        require_kv_cache_dtype(cache)
     legs = [LegPlan(BASELINE)] if baseline else []
     for retention in dict.fromkeys(retentions):
         for kind in dict.fromkeys(kinds):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from kvprofile.errors import InputError
+
 MODEL_DTYPES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Bytes of a value for each dtype that a model is loaded in."""
 
@@ -20,3 +22,17 @@ FLOAT8_NAMES = ("fp8", "fp8_e4m3", "fp8_e5m2")
 
 PLAIN = "auto"
 """vLLM's ``kv_cache_dtype`` of a cache that stores numbers as the model makes them."""
+
+KV_CACHE_DTYPES = (PLAIN, *FLOAT8_NAMES)
+"""Of caches that are served and compared with budgets, as vLLM calls them."""
+
+
+def require_kv_cache_dtype(name: str) -> None:
+    """Raise InputError for a cache that budgets are not compared in."""
+    if name not in KV_CACHE_DTYPES:
+        raise InputError(f"--kv-cache-dtype is {', '.join(KV_CACHE_DTYPES)}, not {name!r}")
+
+
+def value_bytes(cache: str | None, dtype: str) -> int:
+    """Bytes of a cached value of a model that computes in ``dtype``, 2 where that is not known."""
+    return 1 if cache in FLOAT8_NAMES else MODEL_DTYPES.get(dtype, 2)

@@ -55,13 +55,8 @@ class Layout:
         They lie in memory as in the cache.
         """
         content = cache.index_select(0, blocks).flatten(2)
-        found = []
-        for places in (self.key_places, self.value_places):
-            view = self._view(content, places)
-            if view is None:
-                view = content.index_select(2, places).view(*content.shape[:2], self.block_tokens, self.head_size)
-            found.append(view.transpose(0, 1))
-        return found[0], found[1]
+        keys, values = (self._tokens(content, places) for places in (self.key_places, self.value_places))
+        return keys, values
 
     def write(self, cache: torch.Tensor, blocks: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Fill ``blocks`` [b] with keys and values [G, b * block_tokens, D], token by token."""
@@ -80,16 +75,15 @@ class Layout:
         self, cache: torch.Tensor, table: torch.Tensor, start: int, stop: int, places: torch.Tensor
     ) -> torch.Tensor:
         first, last = start // self.block_tokens, -(-stop // self.block_tokens)
-        found = self._tokens(cache.index_select(0, table[first:last].to(torch.int64)).flatten(2), places)
+        found = self._tokens(cache.index_select(0, table[first:last].to(torch.int64)).flatten(2), places).flatten(1, 2)
         return found[:, start - first * self.block_tokens : stop - first * self.block_tokens]
 
     def _tokens(self, content: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        """[G, b * block_tokens, D] from the numbers of each block and head, content [b, G, numbers]."""
-        count, heads, _ = content.shape
+        """[G, b, block_tokens, D] from the numbers of each block and head, content [b, G, numbers]."""
         found = self._view(content, places)
         if found is None:
-            found = content.index_select(2, places).view(count, heads, self.block_tokens, self.head_size)
-        return found.transpose(0, 1).reshape(heads, count * self.block_tokens, self.head_size)
+            found = content.index_select(2, places).view(*content.shape[:2], self.block_tokens, self.head_size)
+        return found.transpose(0, 1)
 
     def _view(self, content: torch.Tensor, places: torch.Tensor) -> torch.Tensor | None:
         """Of contiguous content [b, G, numbers] the part at ``places``, [b, G, block_tokens, D], if that is a view."""

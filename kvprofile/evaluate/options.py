@@ -5,15 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from kvprofile.budget.allocate import require_retention
-from kvprofile.budget.dtypes import FLOAT8_NAMES, PLAIN
+from kvprofile.budget.dtypes import PLAIN, require_kv_cache_dtype
 from kvprofile.budget.profile import PRESETS
 from kvprofile.budget.trim import DEFAULT_BLOCK_TOKENS, DEFAULT_WINDOW, WINDOWS
 from kvprofile.errors import InputError
 from kvprofile.questions.columns import Columns
 from kvprofile.questions.tasks import CONTINUED_TOKENS, DEFAULT_TASKS, TASKS
-
-KV_CACHE_DTYPES = (PLAIN, *FLOAT8_NAMES)
-"""Of caches that can be compared, as vLLM calls them: as the model computes, or 8-bit floats without a scale."""
 
 MOST = 1_000_000
 """Most of anything that is counted."""
@@ -58,8 +55,7 @@ class EvaluationOptions:
         if self.window not in WINDOWS:
             raise InputError(f"--window is {' or '.join(WINDOWS)}, not {self.window!r}")
         for dtype in self.kv_cache_dtypes:
-            if dtype not in KV_CACHE_DTYPES:
-                raise InputError(f"--kv-cache-dtype is {', '.join(KV_CACHE_DTYPES)}, not {dtype!r}")
+            require_kv_cache_dtype(dtype)
         for tokens in self.context_tokens:
             if not 1 <= tokens <= MOST:
                 raise InputError(f"--context-tokens must lie between 1 and {MOST:,}, not {tokens}")

@@ -19,7 +19,7 @@ from kvprofile import checkpoint
 from kvprofile.budget import probe as probes
 from kvprofile.budget import servable
 from kvprofile.budget.choice import require_kind
-from kvprofile.budget.dtypes import FLOAT8_NAMES, MODEL_DTYPES
+from kvprofile.budget.dtypes import MODEL_DTYPES, value_bytes
 from kvprofile.budget.probe import Probe
 from kvprofile.budget.profile import Profile
 from kvprofile.budget.trim import GRADED, TrimRule
@@ -379,8 +379,7 @@ def _arguments(
     own = str(getattr(description.config, "dtype", None) or "bfloat16").removeprefix("torch.")
     dtype = engine["dtype"] if engine["dtype"] in MODEL_DTYPES else own
     ranks = min(options.engine.tensor_parallel_size, description.geometry.kv_heads)
-    value_bytes = 1 if engine["kv_cache_dtype"] in FLOAT8_NAMES else MODEL_DTYPES.get(dtype, 2)
-    token_bytes = description.geometry.values_per_token * value_bytes // ranks
+    token_bytes = description.geometry.values_per_token * value_bytes(engine["kv_cache_dtype"], dtype) // ranks
     return {
         "model": str(description.source.folder),
         "served_model_name": [description.source.name],

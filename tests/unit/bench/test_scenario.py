@@ -56,6 +56,8 @@ def test_dtypes_of_the_cache_are_legs_of_their_own():
     plan = make_plan(legs=legs)
     same = LegPlan("graded 0.5 fp8", 0.5, heads=GRADED)
     assert len({plan.leg_key(leg, 0) for leg in (*plan.legs, same)}) == 5
+    with pytest.raises(InputError, match="--kv-cache-dtype is auto, fp8, fp8_e4m3, fp8_e5m2, not 'fp9'"):
+        local_legs((0.5,), caches=("fp9",))
 
 
 def test_settings_fit_the_record():
