@@ -118,7 +118,10 @@ class BenchOptions:
     ] = ()
     kinds: Annotated[
         tuple[str, ...],
-        typer.Option("--kind", help="Heads of legs with budgets: whole, graded; repeatable; whole unless given."),
+        typer.Option(
+            "--kind",
+            help="Heads of legs with budgets: whole or graded; repeatable; without, graded where the file has a probe.",
+        ),
     ] = ()
     kv_cache_dtypes: Annotated[
         tuple[str, ...],

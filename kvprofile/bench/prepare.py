@@ -60,14 +60,14 @@ def prepare(asked: BenchOptions) -> Prepared:
             reasons.append(f"provider {each.name}: {each.base_url}{key}")
     # local legs, and the budget file that those with a retention are served with
     retentions = asked.retentions or SEED_RETENTIONS
-    kinds, caches = asked.kinds or (WHOLE,), asked.kv_cache_dtypes or (PLAIN,)
-    local = local_legs(retentions, asked.baseline, kinds, caches) if asked.local else ()
     profile = asked.profile
     if profile is None and store.is_file(store.default_path(name)):
         profile = store.default_path(name)
         reasons.append(f"budget file: {profile}")
     if profile is not None and not store.is_file(profile):
         raise InputError(f"no budget file {profile}; run 'kvprofile score {asked.model}' first")
+    kinds, caches = asked.kinds or (_default_kind(profile),), asked.kv_cache_dtypes or (PLAIN,)
+    local = local_legs(retentions, asked.baseline, kinds, caches) if asked.local else ()
     if profile is not None and any(leg.heads == GRADED for leg in local):
         _require_probe(profile)
     # what is asked: documents that the model can read, verifiers that exist
@@ -92,6 +92,10 @@ def prepare(asked: BenchOptions) -> Prepared:
         name=f"{name} bench",
     )
     return Prepared(plan, tuple(reasons))
+
+
+def _default_kind(path: Path | None) -> str:
+    return WHOLE if path is None else servable.default_kind(servable.read(path))
 
 
 def _require_probe(path: Path) -> None:

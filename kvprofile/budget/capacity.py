@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from kvprofile.budget.allocate import Constraints, effective_retention, full_head_count, full_places
-from kvprofile.budget.choice import choose, has_scores, require_kind
+from kvprofile.budget.choice import choose, default_kind, has_scores, require_kind
 from kvprofile.budget.dtypes import CACHE_DTYPE_NAMES, CACHE_DTYPES
 from kvprofile.budget.model_cache import LayerCache
 from kvprofile.budget.model_shape import Decision, ModelShape
@@ -100,6 +100,7 @@ class Capacity:
     cache_bytes_per_gpu: int | None
     kv_bytes_per_token: int
     kv_bytes_per_token_per_gpu: int
+    kind: str
     at: tuple[CapacityAtRetention, ...]
     decisions: tuple[Decision, ...]
 
@@ -115,12 +116,12 @@ def plan(
     dtype: str | None = None,
     weight_bytes: int | None = None,
     memory_utilization: float = DEFAULT_MEMORY_UTILIZATION,
-    kind: str = WHOLE,
+    kind: str | None = None,
 ) -> Capacity:
     """Count what fits. ``dtype`` is the cache's, ``weight_bytes`` those of all GPUs together; null takes the model's.
 
-    ``output_tokens`` of the context are output, which trimmed heads keep. Graded heads of a budget file are counted
-    where that ``kind`` is asked for.
+    ``output_tokens`` of the context are output, which trimmed heads keep. ``kind`` of heads is that of the budget file
+    unless given, as vLLM serves it, and whole without a file.
 
     Without ``retentions`` those of a budget file without scores are taken, else DEFAULT_RETENTIONS. Raises InputError
     for a context, size or share that makes no sense, ranks that the heads cannot be dealt to, or a retention that a
@@ -131,6 +132,8 @@ def plan(
         raise InputError(f"context of {context_tokens} tokens; give 1 to {MAX_CONTEXT_TOKENS}")
     if not 0.0 < memory_utilization <= 1.0:
         raise InputError(f"memory utilization {memory_utilization:g} is outside (0, 1]; give a share like 0.9")
+    if kind is None:
+        kind = WHOLE if shape.profile is None else default_kind(shape.profile)
     if require_kind(kind) == GRADED and shape.profile is None:
         raise InputError("graded heads are counted from a budget file with a probe; give one, or leave out --kind")
     holders = _holders(shape, tensor_parallel_size)
@@ -171,6 +174,7 @@ def plan(
         cache_bytes_per_gpu=pool,
         kv_bytes_per_token=per_token * tensor_parallel_size // holders,
         kv_bytes_per_token_per_gpu=per_token // holders,
+        kind=kind,
         at=rows,
         decisions=tuple(decisions),
     )
@@ -269,9 +273,10 @@ def _fraction_warnings(
     profile: Profile | None, retentions: Sequence[float], holders: int, kind: str
 ) -> Iterator[Decision]:
     """What graded heads cost that is not in the rows, and rows whose fractions no runtime can serve."""
+    if profile is not None and profile.probe is not None:
+        why = "the file has a probe" if kind == GRADED else "vLLM serves them with LLM_KVZIP_KIND=whole"
+        yield Decision("kind", kind, why)
     if kind == GRADED:
-        why = "vLLM serves them with LLM_KVZIP_KIND=graded; without it whole heads"
-        yield Decision("kind", GRADED, why)
         return
     for retention in retentions:
         if profile is None or retention == 1.0:

@@ -180,7 +180,10 @@ def read(path: Path, profile: Profile) -> bytes:
     if record is None:
         raise InputError(f"the budget file of {profile.model.name} has no probe; make one with 'kvprofile score'")
     if not path.is_file():
-        raise InputError(f"no probe {path}, which graded budgets need; put it next to the budget file, or score again")
+        raise InputError(
+            f"no probe {path}, which graded budgets need; put it next to the budget file, or "
+            "ask for whole heads (--kind whole, or LLM_KVZIP_KIND=whole where vLLM serves)"
+        )
     content = read_bytes(path, MAX_FILE_BYTES)
     if digest(content) != record.sha256:
         raise InputError(

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from kvprofile.budget import runtime_file, store
+from kvprofile.budget import choice, runtime_file, store
 from kvprofile.budget.allocate import UNCONSTRAINED, Constraints
 from kvprofile.budget.choice import choose, choose_whole
 from kvprofile.budget.profile import Matrix, ModelIdentity, Profile
@@ -48,6 +48,11 @@ def read(path: Path) -> Profile | RuntimeFile:
     if isinstance(raw, dict) and "format" in raw:
         return runtime_file.load(path)
     return store.load(path)
+
+
+def default_kind(found: Profile | RuntimeFile) -> str:
+    """The kind of a file's budgets unless one is asked for; runtime files hold whole heads."""
+    return choice.default_kind(found) if isinstance(found, Profile) else WHOLE
 
 
 def of_profile(

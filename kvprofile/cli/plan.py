@@ -16,7 +16,7 @@ from kvprofile.budget import capacity
 from kvprofile.budget.capacity import Capacity
 from kvprofile.budget.fleet import Fleet, fleet
 from kvprofile.budget.model_shape import Decision, ModelShape, find_shape
-from kvprofile.budget.trim import WHOLE
+from kvprofile.budget.trim import GRADED
 from kvprofile.cli.output import print_json, stdout_console
 from kvprofile.errors import InputError
 from kvprofile.sizes import MAX_BYTES
@@ -39,8 +39,9 @@ def plan(
         typer.Option(help="Retention to plan for; repeatable; 0.9 to 0.3 unless given.", min=0, max=1),
     ] = None,
     kind: Annotated[
-        str, typer.Option(help="Heads of a budget file: whole, as vLLM serves them by default, or graded.")
-    ] = WHOLE,
+        str | None,
+        typer.Option(help="Heads of a budget file: whole or graded; graded unless given where the file has a probe."),
+    ] = None,
     tensor_parallel_size: Annotated[int, typer.Option(help="GPUs that share each layer.", min=1)] = 1,
     dtype: Annotated[
         str | None, typer.Option(help="Data type of the cache: bf16, fp16, fp32, fp8; the model's unless given.")
@@ -129,7 +130,8 @@ def render(plan: Capacity, console: Console, counted: Fleet | None = None) -> No
     line(f"requests of {plan.context_tokens:,} tokens", "bold")
     console.print(_table(plan))
     answer = f", and {plan.output_tokens:,} of the answer" if plan.output_tokens else ""
-    line(f"effective: with {plan.sink_tokens} sinks and {plan.recent_tokens} recent tokens of trimmed heads{answer}.")
+    whose = "of every head" if plan.kind == GRADED else "of trimmed heads"
+    line(f"effective: with {plan.sink_tokens} sinks and {plan.recent_tokens} recent tokens {whose}{answer}.")
     line("during a prefill: while one of them prefills, which holds its whole cache.")
     line("speed bound: what a memory-bound decode step can gain, from cache bytes read.")
     if pool is not None and pool <= 0:
@@ -152,13 +154,14 @@ def render(plan: Capacity, console: Console, counted: Fleet | None = None) -> No
 
 def _table(plan: Capacity) -> Table:
     table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    names = ("retention", "full heads", "effective", "read per step", "requests", "during a prefill", "speed bound")
-    for name in names:
+    graded = plan.kind == GRADED
+    heads = () if graded else ("full heads",)
+    for name in ("retention", *heads, "effective", "read per step", "requests", "during a prefill", "speed bound"):
         table.add_column(name, justify="right")
     for at in plan.at:
         table.add_row(
             f"{at.retention:g}",
-            str(at.full_heads),
+            *(() if graded else (str(at.full_heads),)),
             f"{at.effective_retention:.3f}",
             _size(at.kv_bytes_read_per_step_per_gpu),
             _count(at.requests),

@@ -15,6 +15,7 @@ from vllm.platforms import current_platform
 
 from kvprofile import unsupported
 from kvprofile.budget.dtypes import FLOAT8_NAMES
+from kvprofile.budget.trim import GRADED
 from kvprofile.environment import PREFIX
 from kvprofile.runtime import here, metrics, stats
 from kvprofile.runtime.backend import SERVED_CACHES, blocks_refused
@@ -70,7 +71,9 @@ def configuring(stock: Callable[..., Any]) -> Callable[..., Any]:
         stats.share()
         metrics.show(budget, _engines(config.parallel_config))
         config.additional_config = {**config.additional_config, **ours}
-        logger.info("kvprofile: %d of %d KV heads are full, from %s", budget.full, budget.heads, origin)
+        whole = f"{budget.full} of {budget.heads} KV heads are full"
+        heads = f"{budget.heads} graded KV heads" if budget.kind == GRADED else whole
+        logger.info("kvprofile: %s, from %s", heads, origin)
         return config
 
     return create_engine_config

@@ -55,9 +55,9 @@ def find(settings: Settings, served: Served) -> tuple[EngineBudget, str]:
     """
     path = file_of(settings, served)
     found = servable.read(path)
+    graded = kind_of(settings, found) == GRADED
     kept = _kept(path, found, settings, served)
     _require_same_model(path, kept.model, served)
-    graded = settings.kind == GRADED
     budget = EngineBudget(
         tuple(None if row[0] is None else tuple(share or 0.0 for share in row) for row in kept.heads),
         kept.sink_tokens if settings.sink_tokens is None else settings.sink_tokens,
@@ -75,15 +75,22 @@ def find(settings: Settings, served: Served) -> tuple[EngineBudget, str]:
             f"{path}: the full heads of layer {layer} are not dealt evenly to {served.tensor_parallel_size} ranks; "
             f"export it with --tensor-parallel-size {served.tensor_parallel_size}"
         )
-    kind = "graded heads, " if graded else ""
-    origin = f"{path} ({kind}retention {kept.retention_asked:g} asked, {budget.retention:.4f} realised)"
+    origin = f"{path} (retention {kept.retention_asked:g} asked, {budget.retention:.4f} realised)"
     return budget, origin if kept.reason is None else f"{origin}: {kept.reason}"
+
+
+def kind_of(settings: Settings, found: Profile | RuntimeFile) -> str:
+    """Whole or graded: as asked, else what the file has, as everywhere."""
+    return settings.kind or servable.default_kind(found)
 
 
 def _kept(path: Path, found: Profile | RuntimeFile, settings: Settings, served: Served) -> ServableBudget:
     """What heads keep, by the file and the settings."""
-    if settings.kind == GRADED and settings.window != ANCHORED:
-        raise ValueError(f"{PREFIX}KIND=graded needs a window that stays; unset {PREFIX}WINDOW")
+    kind = kind_of(settings, found)
+    if kind == GRADED and settings.window != ANCHORED:
+        raise ValueError(
+            f"graded heads need a window that stays; unset {PREFIX}WINDOW, or set {PREFIX}KIND=whole for whole heads"
+        )
     if isinstance(found, Profile):
         if settings.retention is None:
             stated = ", ".join(sorted(found.budgets, reverse=True))
@@ -91,8 +98,8 @@ def _kept(path: Path, found: Profile | RuntimeFile, settings: Settings, served: 
                 f"{path} holds budgets for several retentions; set {PREFIX}RETENTION, for example {stated}"
             )
         constraints = Constraints(tensor_parallel_size=served.tensor_parallel_size)
-        return servable.of_profile(found, settings.retention, constraints, settings.kind)
-    if settings.kind == GRADED:
+        return servable.of_profile(found, settings.retention, constraints, kind)
+    if kind == GRADED:
         raise ValueError(
             f"{path} is a runtime file, which holds whole heads; point {PREFIX}BUDGET to a budget file, or unset "
             f"{PREFIX}KIND"

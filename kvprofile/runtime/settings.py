@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from kvprofile.budget.trim import DEFAULT_WINDOW, KINDS, WHOLE, WINDOWS
+from kvprofile.budget.trim import DEFAULT_WINDOW, KINDS, WINDOWS
 from kvprofile.environment import ENABLED, PREFIX
 from kvprofile.files import BUDGET_DIR
 
@@ -55,8 +55,8 @@ VALUES = {
         "share of KV heads that keep the whole context; needed with a budget file", "what a runtime file states"
     ),
     "KIND": Variable(
-        "whole: a head keeps everything, or sinks and window; graded: a share of what lies between, the probe's choice",
-        WHOLE,
+        "graded: a head keeps a share of what lies between sinks and window, the probe's choice; whole: all or nothing",
+        "graded where the file has a probe, else whole",
     ),
     "SINK": Variable("first tokens that a trimmed head keeps", "that of the file"),
     "RECENT": Variable("last tokens that a trimmed head keeps", "that of the file"),
@@ -83,7 +83,7 @@ class Settings:
     budget: Path | None
     budget_dir: Path
     retention: float | None
-    kind: str
+    kind: str | None
     sink_tokens: int | None
     recent_tokens: int | None
     window: str
@@ -173,10 +173,10 @@ def _window(text: str | None) -> str:
     return text or DEFAULT_WINDOW
 
 
-def _kind(text: str | None) -> str:
+def _kind(text: str | None) -> str | None:
     if text not in (None, *KINDS):
         raise ValueError(f"{PREFIX}KIND is {text!r}; give {' or '.join(KINDS)}")
-    return text or WHOLE
+    return text
 
 
 def _tokens(name: str, text: str | None, least: int) -> int | None:

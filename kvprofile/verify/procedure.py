@@ -31,7 +31,7 @@ from kvprofile.files import require_writable
 from kvprofile.runtime import attestation
 from kvprofile.runtime.attestation import Attestation
 from kvprofile.runtime.engine_budget import EngineBudget
-from kvprofile.runtime.find import Served, file_of, find
+from kvprofile.runtime.find import Served, file_of, find, kind_of
 from kvprofile.runtime.settings import Settings, from_environment
 from kvprofile.scoring.prompts import encode
 from kvprofile.verify import comparison
@@ -160,7 +160,8 @@ def prepare(options: VerifyOptions) -> Prepared:
         if settings.retention is None and isinstance(servable.read(path), Profile):
             settings = replace(settings, retention=DEFAULT_RETENTION)
         settings = replace(settings, budget=path)
-        budgets = tuple(_budget(kind, settings, served) for kind in dict.fromkeys(options.kind or (settings.kind,)))
+        kinds = options.kind or (kind_of(settings, servable.read(path)),)
+        budgets = tuple(_budget(kind, settings, served) for kind in dict.fromkeys(kinds))
     except ValueError as error:
         raise InputError(str(error)) from error
     output = options.output or attestation.path_of(path)

@@ -86,7 +86,9 @@ class VerifyOptions:
     ] = None
     kind: Annotated[
         tuple[str, ...],
-        typer.Option(help="whole or graded heads; repeatable; LLM_KVZIP_KIND or whole unless given."),
+        typer.Option(
+            help="whole or graded heads; repeatable; LLM_KVZIP_KIND unless given, or graded where the file has a probe."
+        ),
     ] = ()
     engine: EngineChoice = EngineChoice()
     seed: Annotated[int, typer.Option(help="Seed of the prompts.", min=0)] = 0

@@ -48,7 +48,9 @@ def test_a_planted_fault_is_seen_and_named_and_nothing_is_attested(fault, tmp_pa
     assert set(result["key"]) == set(attestation.KEY)
     assert result["key"]["kind"] == ("graded" if fault == MOVES else "whole")
     if fault == "crash":  # the engine that told it had another window, and the key is of the budget all the same
-        asked = from_environment({"LLM_KVZIP_BUDGET": str(budget), "LLM_KVZIP_RETENTION": "0.5"})
+        asked = from_environment(
+            {"LLM_KVZIP_BUDGET": str(budget), "LLM_KVZIP_RETENTION": "0.5", "LLM_KVZIP_KIND": "whole"}
+        )
         own, _ = find(asked, Served(("pocket",), 6, 8, 4, 32, 1))
         assert result["key"]["budget"] == metrics.identity(own)
     seen = failed(found)

@@ -21,7 +21,7 @@ BUDGET = ROOT / "models" / "kv_budget" / "pocket.json"
 
 
 def test_an_engine_in_this_process():
-    env = environment(BUDGET, LLM_KVZIP_RETENTION="0.5")
+    env = environment(BUDGET, LLM_KVZIP_RETENTION="0.5", LLM_KVZIP_KIND="whole")
     del env["VLLM_CPU_KVCACHE_SPACE"]
     run = subprocess.run(
         [sys.executable, "-m", "tests.vllm.bench_client", str(POCKET)],

@@ -29,7 +29,7 @@ def test_killed_and_run_again(tmp_path):
     first.send_signal(signal.SIGKILL)
     first.communicate()
     kept = run_files.load(folder / "record.json")
-    assert [(leg.name, leg.status) for leg in kept.legs] == [("0.5", "ok")]
+    assert [(leg.name, leg.status) for leg in kept.legs] == [("graded 0.5", "ok")]  # the file has a probe
     gone = time.monotonic() + 90
     while servers_for(folder) and time.monotonic() < gone:
         time.sleep(1)
@@ -41,9 +41,9 @@ def test_killed_and_run_again(tmp_path):
     printed = tmp_path / "printed.json"
     printed.write_text(out)
     record = run_files.load(printed)
-    assert "[1/2] 0.5: done before" in err
+    assert "[1/2] graded 0.5: done before" in err
     assert [(leg.name, leg.kind, leg.status) for leg in record.legs] == [
-        ("0.5", "local", "ok"),
+        ("graded 0.5", "local", "ok"),
         ("remote", "remote", "ok"),
     ]
     assert record.legs[0] == kept.legs[0]
@@ -52,7 +52,7 @@ def test_killed_and_run_again(tmp_path):
 def test_budgets_next_to_the_baseline(tmp_path):
     """Two local legs with an attention pass, and the page made of them."""
     folder = tmp_path / "run"
-    run = command("bench", *OPTIONS, "--retention", "0.5", "--output", str(folder))
+    run = command("bench", *OPTIONS, "--retention", "0.5", "--kind", "whole", "--output", str(folder))
     out, err = run.communicate(timeout=3000)
     assert run.returncode == 0, err[-3000:]
     record = run_files.load(folder / "record.json")

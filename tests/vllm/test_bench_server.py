@@ -42,7 +42,9 @@ def server(tmp_path_factory):
     """A server with half of pocket's heads full. Gives its address and its statistics file."""
     place = tmp_path_factory.mktemp("served")
     stats = place / "stats.jsonl"
-    env = environment(BUDGET, LLM_KVZIP_RETENTION="0.5", LLM_KVZIP_STATS=str(stats), VLLM_API_KEY=KEY)
+    env = environment(
+        BUDGET, LLM_KVZIP_RETENTION="0.5", LLM_KVZIP_KIND="whole", LLM_KVZIP_STATS=str(stats), VLLM_API_KEY=KEY
+    )
     del env["VLLM_ENABLE_V1_MULTIPROCESSING"], env["VLLM_CPU_KVCACHE_SPACE"]  # which would win over the argument
     with serving_pocket(place / "log", env, "--no-enable-prefix-caching", "--kv-cache-memory-bytes", "67108864") as url:
         yield url, stats

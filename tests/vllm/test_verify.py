@@ -52,7 +52,9 @@ def verified(tmp_path_factory):
 
 def serving(budget, env):
     """The environment of an engine that serves what was verified."""
-    return environment(budget, LLM_KVZIP_RETENTION="0.5") | {name: env[name] for name in ("PYTHONPATH", "PLANTED")}
+    return environment(budget, LLM_KVZIP_RETENTION="0.5", LLM_KVZIP_KIND="whole") | {
+        name: env[name] for name in ("PYTHONPATH", "PLANTED")
+    }
 
 
 def configured(cases, env, cwd=ROOT):

@@ -33,7 +33,8 @@ def environment_with(tmp_path, planted="", **settings):
 
 
 def verify(budget, env, *more, model=POCKET):
-    """Run the command. Gives its exit code, what it found (None without --json), and stderr."""
+    """Run the command, for whole heads unless asked. Gives its exit code, what it found (with --json), and stderr."""
+    more = more if "--kind" in more else (*more, "--kind", "whole")
     words = ["verify", str(model), "--profile", str(budget), *SMALL, *more, "--json"]
     run = subprocess.run(
         [sys.executable, "-m", "kvprofile", *words], env=env, cwd=ROOT, capture_output=True, text=True, timeout=1500,

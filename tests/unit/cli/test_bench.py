@@ -23,7 +23,7 @@ def test_a_dry_run_prints_the_plan_and_touches_nothing(capsys, monkeypatch, tmp_
     code, printed = dry(capsys, "--preset", "seed", "--json")
     assert code == 0
     plan = json.loads(printed.out)
-    assert [leg["name"] for leg in plan["legs"]] == ["baseline", "0.9", "0.7", "0.5", "remote"]
+    assert [leg["name"] for leg in plan["legs"]] == ["baseline", "graded 0.9", "graded 0.7", "graded 0.5", "remote"]
     assert plan["legs"][-1]["provider"] == "moonshot"
     assert plan["missing"] == ["provider moonshot needs a key: set MOONSHOT_API_KEY"]
     assert plan["estimate"]["runs_of_legs"] == 10

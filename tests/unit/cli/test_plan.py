@@ -98,16 +98,18 @@ def test_plan_of_a_runtime_file_keeps_to_what_it_states(capsys):
     assert NO_SCORES in refused(capsys, *call, "--tensor-parallel-size", "2")
 
 
-def test_graded_heads_are_counted_where_they_are_asked_for(capsys):
+def test_graded_heads_are_counted_unless_whole_ones_are_asked_for(capsys):
     store.save(make_graded(), Path("graded.json"))
     options = ("graded.json", "--gpu-memory", "24GiB", "--context", "9000", "--retention", "0.3")
-    whole, graded = (
-        json.loads(shown(capsys, "plan", *options, "--kind", kind, "--json")) for kind in ("whole", "graded")
-    )
+    whole, graded = (json.loads(shown(capsys, "plan", *options, *kind, "--json")) for kind in (("--kind", "whole"), ()))
     at = {name: next(row for row in found["at"] if row["retention"] == 0.3) for name, found in
           (("whole", whole), ("graded", graded))}  # fmt: skip
     assert at["graded"]["retention_realised"] == pytest.approx(0.3, abs=1e-5)
     assert at["whole"]["full_heads"] == 7
-    assert "vLLM serves them with LLM_KVZIP_KIND=graded" in json.dumps(graded["decisions"])
+    assert (whole["kind"], graded["kind"]) == ("whole", "graded")
+    assert "full" not in shown(capsys, "plan", *options)
+    assert "full" in shown(capsys, "plan", *options, "--kind", "whole")
+    assert {"what": "kind", "value": "graded", "reason": "the file has a probe"} in graded["decisions"]
+    assert "vLLM serves them with LLM_KVZIP_KIND=whole" in json.dumps(whole["decisions"])
     store.save(make_profile(), Path("whole.json"))
     assert "which need a probe" in refused(capsys, "plan", "whole.json", *options[1:], "--kind", "graded")

@@ -42,7 +42,8 @@ def test_it_lies_next_to_the_budget_file_and_is_not_taken_for_one(tmp_path):
     shutil.copy(ROOT / "models" / "kv_budget" / "pocket.json", budget)
     assert attestation.path_of(budget) == tmp_path / "pocket.verified.json"
     attestation.save(tmp_path / "pocket.verified.json", [make_attestation(model="pocket")])
-    asked = from_environment({"LLM_KVZIP_BUDGET_DIR": str(tmp_path), "LLM_KVZIP_RETENTION": "0.5"})
+    names = {"BUDGET_DIR": str(tmp_path), "RETENTION": "0.5", "KIND": "whole"}
+    asked = from_environment({f"LLM_KVZIP_{name}": value for name, value in names.items()})
     _, origin = find(asked, Served(("pocket",), 6, 8, 4, 32, 1))
     assert origin.startswith(f"{budget} ")
 

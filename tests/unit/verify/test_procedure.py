@@ -31,19 +31,19 @@ def prepared(**options):
 
 def test_without_options_the_plugin_s_variables_decide(monkeypatch):
     (plain,) = prepared().budgets
-    assert (plain.kind, plain.settings.retention) == ("whole", 0.5)
+    assert (plain.kind, plain.settings.retention) == ("graded", 0.5)  # the file has a probe
     assert plain.variables == {
-        "LLM_KVZIP_BUDGET": str(PROFILE), "LLM_KVZIP_RETENTION": "0.5", "LLM_KVZIP_KIND": "whole",
+        "LLM_KVZIP_BUDGET": str(PROFILE), "LLM_KVZIP_RETENTION": "0.5", "LLM_KVZIP_KIND": "graded",
         "LLM_KVZIP_WINDOW": "anchored", "LLM_KVZIP_SINK": "16", "LLM_KVZIP_RECENT": "64",
         "LLM_KVZIP_ALLOW_UNTESTED": "platform",
     }  # fmt: skip
-    for name, value in {"BUDGET": str(PROFILE), "RETENTION": "0.3", "KIND": "graded", "RECENT": "96"}.items():
+    for name, value in {"BUDGET": str(PROFILE), "RETENTION": "0.3", "KIND": "whole", "RECENT": "96"}.items():
         monkeypatch.setenv(f"LLM_KVZIP_{name}", value)
     monkeypatch.setenv("LLM_KVZIP_ALLOW_UNTESTED", "release")
     found = prepared(profile=None, output=None)
     (served,) = found.budgets
     assert found.path == path_of(PROFILE)
-    assert (served.kind, served.settings.retention, served.heads.recent_tokens) == ("graded", 0.3, 96)
+    assert (served.kind, served.settings.retention, served.heads.recent_tokens) == ("whole", 0.3, 96)
     assert served.variables["LLM_KVZIP_ALLOW_UNTESTED"] == "platform,release"
     both = prepared(retention=0.7, kind=("whole", "graded", "whole"))
     assert [each.kind for each in both.budgets] == ["whole", "graded"]
@@ -57,7 +57,7 @@ def test_a_runtime_file_states_its_retention():
     found = prepared(profile=Path("made.json"), output=None)
     assert found.path == Path("made.verified.json")
     (budget,) = found.budgets
-    (direct,) = prepared(retention=0.3).budgets
+    (direct,) = prepared(retention=0.3, kind=("whole",)).budgets
     assert budget.heads == direct.heads
     assert "LLM_KVZIP_RETENTION" not in budget.variables
     assert budget.variables["LLM_KVZIP_BUDGET"] == str(Path("made.json").resolve())
