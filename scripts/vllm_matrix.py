@@ -1,7 +1,7 @@
 """Try the runtime on other vLLM releases: `make test-vllm-matrix`, or `python scripts/vllm_matrix.py 0.31.0 ...`.
 
 Each release goes into a folder of its own, with everything else from this environment. It passes if the runtime's
-engine tests do; otherwise it has to be refused by name, which is tested too.
+tests of engine and schedulers do; otherwise it has to be refused by name, which is tested too.
 
 Of releases without a build for CPUs, only the Python code is taken: it runs over the compiled libraries of the build in
 this environment, so its kernels are not what is tested.
@@ -26,6 +26,7 @@ RELEASES = ("0.28.0", "0.30.0", "0.31.0", "0.33.0")
 WITHOUT_CPU_BUILD = {"0.33.0": ("orjson",)}
 """Each with the packages that it needs and 0.32 does not."""
 FOLDER = ROOT / ".vllm-matrix"
+TESTS = "runtime or scheduler or graded_serving"
 REFUSED = "from kvprofile.runtime import gate; gate.register()"
 
 
@@ -61,7 +62,7 @@ def try_release(release: str) -> tuple[bool, str]:
     log = FOLDER / f"{release}.log"
     with log.open("w") as out:
         run = subprocess.run(  # noqa: S603
-            [python, "-m", "pytest", "tests/vllm", "-q", "-k", "runtime", "-p", "no:cacheprovider"],
+            [python, "-m", "pytest", "tests/vllm", "-q", "-k", TESTS, "-p", "no:cacheprovider"],
             cwd=ROOT,
             env=env,
             stdout=out,
