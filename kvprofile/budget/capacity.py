@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from kvprofile.budget import store
 from kvprofile.budget.allocate import Constraints, effective_retention, full_head_count, full_places
 from kvprofile.budget.choice import choose, default_kind, has_scores, require_kind
 from kvprofile.budget.dtypes import CACHE_DTYPE_NAMES, CACHE_DTYPES
@@ -70,7 +71,7 @@ class CapacityAtRetention:
     """
 
     retention: float
-    full_heads: int
+    full_heads: int | None
     retention_realised: float
     effective_retention: float
     kv_bytes_read_per_step_per_gpu: int
@@ -135,7 +136,10 @@ def plan(
     if kind is None:
         kind = WHOLE if shape.profile is None else default_kind(shape.profile)
     if require_kind(kind) == GRADED and shape.profile is None:
-        raise InputError("graded heads are counted from a budget file with a probe; give one, or leave out --kind")
+        raise InputError(
+            "graded heads are counted from a budget file with a probe, "
+            f"and no {store.default_path(shape.name)} is there; give one as MODEL, or leave out --kind"
+        )
     holders = _holders(shape, tensor_parallel_size)
     cache_dtype, dtype_decision = _cache_dtype(dtype, shape)
     weights, weight_decision = _weights(weight_bytes, shape)
@@ -238,7 +242,8 @@ def _row(
     heads = len(shape.geometry.profiled_layers) * shape.geometry.kv_heads
     if shape.profile is not None and retention < 1.0:
         choice = choose(shape.profile, retention, Constraints(tensor_parallel_size=holders), kind=kind)
-        full_heads, realised = len(full_places(choice.heads)), choice.retention_realised
+        full_heads = None if choice.kind == GRADED else len(full_places(choice.heads))
+        realised = choice.retention_realised
     else:
         # every rank holds equally many full heads of a layer, so full heads come in multiples of the ranks
         full_heads = full_head_count(retention, heads // holders) * holders
@@ -274,7 +279,7 @@ def _fraction_warnings(
 ) -> Iterator[Decision]:
     """What graded heads cost that is not in the rows, and rows whose fractions no runtime can serve."""
     if profile is not None and profile.probe is not None:
-        why = "the file has a probe" if kind == GRADED else "vLLM serves them with LLM_KVZIP_KIND=whole"
+        why = "the file has a probe" if kind == GRADED else "asked for; vLLM serves the same with LLM_KVZIP_KIND=whole"
         yield Decision("kind", kind, why)
     if kind == GRADED:
         return
@@ -338,7 +343,7 @@ def _warnings(shape: ModelShape, context_tokens: int, tensor_parallel_size: int,
     if tensor_parallel_size > 1:
         found.append(Decision("weights per gpu", f"1/{tensor_parallel_size}", "as if all were split; norms are not"))
     if tensor_parallel_size > kv_heads:
-        reason = f"{tensor_parallel_size} ranks share {kv_heads} KV heads, so a layer is full or trimmed as a whole"
+        reason = f"{tensor_parallel_size} ranks share {kv_heads} KV heads, so all heads of a layer keep equally much"
         found.append(Decision("KV heads", f"replicated x{tensor_parallel_size // kv_heads}", reason))
     if shape.max_positions is not None and context_tokens > shape.max_positions:
         reason = f"longer than the {shape.max_positions} positions in the config"

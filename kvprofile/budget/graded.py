@@ -19,7 +19,7 @@ def shares(profile: Profile, retention: float) -> tuple[Matrix, tuple[float, flo
     if profile.probe is None:
         raise InputError(
             f"the budget file of {profile.model.name} has no graded budgets, which need a probe; make them with "
-            "'kvprofile score', or ask for --kind whole"
+            "'kvprofile score', or ask for whole heads (--kind whole, or LLM_KVZIP_KIND=whole where vLLM serves)"
         )
     stated = profile.budgets.get(retention_key(retention))
     if stated is not None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kvprofile.budget import store
+from kvprofile.budget import probe, store
 from kvprofile.budget.config_file import ConfigFile, integer, read_config, read_json
 from kvprofile.budget.dtypes import MODEL_DTYPES
 from kvprofile.budget.model_cache import LayerCache, ModelCache, cache_of
@@ -84,10 +85,10 @@ def find_shape(reference: str) -> ModelShape:
             raise InputError(
                 f"{reference} has no config.json; give a checkpoint's folder, a budget file or a model name"
             )
-        return shape_of_config(config, _folder_name(config.resolve().parent))
+        return with_budgets(shape_of_config(config, _folder_name(config.resolve().parent)))
     budget_file = path if store.is_file(path) else store.default_path(reference)
     if store.is_file(budget_file):
-        return _shape_of_profile(store.load(budget_file), str(budget_file))
+        return _shape_of_profile(store.load(budget_file), budget_file)
     cached = _cached_config(reference)
     if cached is None:
         raise InputError(
@@ -95,6 +96,22 @@ def find_shape(reference: str) -> ModelShape:
             "give a folder with its config.json"
         )
     return shape_of_config(cached, reference, "config.json in the local hub cache")
+
+
+def with_budgets(shape: ModelShape) -> ModelShape:
+    """A shape with the budgets of its model's file, where there is one here: vLLM serves the same.
+
+    Raises InputError for a file that is broken.
+    """
+    path = store.default_path(shape.name)
+    if not store.is_file(path):
+        return shape
+    profile = store.load(path)
+    if profile.model.geometry != shape.geometry:
+        note = Decision("budget file", "left out", f"{path} is for {profile.model.geometry.describe()}")
+        return replace(shape, decisions=(*shape.decisions, note))
+    note = Decision("budget file", str(path), "the model's, by its name")
+    return _with_profile(shape, profile, (*shape.decisions, note), path)
 
 
 def shape_of_config(path: Path, name: str, source: str = "config.json") -> ModelShape:
@@ -126,7 +143,7 @@ def shape_of_config(path: Path, name: str, source: str = "config.json") -> Model
     )
 
 
-def _shape_of_profile(profile: Profile, source: str) -> ModelShape:
+def _shape_of_profile(profile: Profile, path: Path) -> ModelShape:
     """The geometry, sinks and window of a budget file; dtype, sliding window and weights where a config lies cached."""
     base = ModelShape(
         name=profile.model.name,
@@ -137,7 +154,7 @@ def _shape_of_profile(profile: Profile, source: str) -> ModelShape:
         weight_bytes=None,
         weight_reason="a budget file does not tell; give --weights-gib, or the checkpoint's folder as MODEL",
     )
-    decisions = [Decision("model", profile.model.name, f"budget file {source}")]
+    decisions = [Decision("model", profile.model.name, f"budget file {path}")]
     config = _cached_config(profile.model.name)
     if config is not None:
         found = shape_of_config(config, profile.model.name)
@@ -147,10 +164,18 @@ def _shape_of_profile(profile: Profile, source: str) -> ModelShape:
     if base.window_tokens is None and SLIDING_ATTENTION in base.geometry.layer_types:
         reason = "window unknown from a budget file: counted as holding the whole context"
         decisions.append(Decision("sliding layers", "whole", reason))
+    return _with_profile(base, profile, decisions, path)
+
+
+def _with_profile(shape: ModelShape, profile: Profile, decisions: Sequence[Decision], path: Path) -> ModelShape:
+    runtime = profile.runtime
+    missing = probe.problem(path, profile)
+    if missing is not None:
+        decisions = (*decisions, Decision("probe", "not usable", missing))
     return replace(
-        base,
-        sink_tokens=profile.runtime.sink_tokens,
-        recent_tokens=profile.runtime.recent_tokens,
+        shape,
+        sink_tokens=runtime.sink_tokens,
+        recent_tokens=runtime.recent_tokens,
         profile=profile,
         decisions=tuple(decisions),
     )

@@ -174,7 +174,7 @@ def read(path: Path, profile: Profile) -> bytes:
     """The bytes of a profile's probe, checked without torch.
 
     Raises InputError where the profile has none, its file is missing, is not the one that the profile was written with,
-    or belongs to a kvprofile that looks at other features.
+    belongs to a kvprofile that looks at other features, or holds anything but weights for the profile's heads.
     """
     record = profile.probe
     if record is None:
@@ -192,18 +192,44 @@ def read(path: Path, profile: Profile) -> bytes:
         )
     if record.features != FEATURES:
         raise InputError(f"{path} looks at {record.features!r}, this kvprofile at {FEATURES!r}; score again")
+    geometry = profile.model.geometry
+    shape = _shape_of(content)
+    if shape is None:
+        raise InputError(f"{path} does not hold the weights of a probe; score again")
+    if shape[:2] != (len(geometry.profiled_layers), geometry.kv_heads):
+        raise InputError(f"{path} is for {shape[0]} layers x {shape[1]} KV heads, not {geometry.describe()}")
     return content
 
 
+def problem(budget_file: Path, profile: Profile) -> str | None:
+    """Why a profile's graded budgets cannot be served from where its file is; None where they can, or it has none."""
+    if profile.probe is None:
+        return None
+    try:
+        read(path_of(budget_file), profile)
+    except InputError as error:
+        return str(error)
+    return None
+
+
+def _shape_of(content: bytes) -> tuple[int, ...] | None:
+    """The shape of a file's weights, by its header alone; None where it is not a file of three-dimensional ones."""
+    size = int.from_bytes(content[:8], "little")
+    try:
+        shape = tuple(int(each) for each in json.loads(content[8 : 8 + size])["weights"]["shape"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return shape if len(shape) == 3 else None
+
+
 def load(path: Path, profile: Profile) -> Probe:
-    """The probe of a profile. Raises InputError as ``read``, and for tensors of another model's shape."""
+    """The probe of a profile. Raises InputError as ``read``, and for a file that is broken beyond its header."""
     content = read(path, profile)
+    import safetensors
     import safetensors.torch
 
-    geometry = profile.model.geometry
-    weights = safetensors.torch.load(content).get("weights")
-    if weights is None or weights.ndim != 3:
-        raise InputError(f"{path} does not hold the weights of a probe; score again")
-    if weights.shape[:2] != (len(geometry.profiled_layers), geometry.kv_heads):
-        raise InputError(f"{path} is for {tuple(weights.shape[:2])} layers and KV heads, not {geometry.describe()}")
-    return Probe(geometry.profiled_layers, weights)
+    try:
+        weights = safetensors.torch.load(content)["weights"]
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise InputError(f"{path} does not hold the weights of a probe ({error}); score again") from error
+    return Probe(profile.model.geometry.profiled_layers, weights)

@@ -69,6 +69,8 @@ def problems(path: Path) -> Profile | list[str]:
         return [str(error)]
     if not isinstance(raw, dict):
         return ["not a budget file: the top level is not an object"]
+    if "format" in raw and "schema_version" not in raw:
+        return ["it is a runtime file, which vLLM reads; give the budget file that it was exported from"]
     version = raw.get("schema_version")
     if version not in SCHEMA_VERSIONS or isinstance(version, bool):
         return [f"schema_version is {version!r:.40}, this kvprofile reads {' and '.join(map(str, SCHEMA_VERSIONS))}"]

@@ -61,6 +61,9 @@ def export(
         render(report)
 
 
+WITHOUT_GRADED = "a runtime file holds whole heads; for graded ones give vLLM the budget file with its probe"
+
+
 def summary(job: Export, form: Format, output: Path) -> dict[str, object]:
     """What ``export --json`` prints.
 
@@ -87,6 +90,7 @@ def summary(job: Export, form: Format, output: Path) -> dict[str, object]:
         "heads_exchanged": chosen and chosen.heads_exchanged,
         "score_share": chosen and chosen.score_share,
         "stage_full_heads": chosen and list(chosen.stage_full_heads),
+        "left_out": WITHOUT_GRADED if form.name == "vllm" and job.profile.probe is not None else None,
         "advice": form.advice(job),
     }
 
@@ -104,6 +108,8 @@ def render(report: dict[str, object]) -> None:
             f"{report['full_heads']} of {report['heads']} heads keep the whole context "
             f"(retention {report['retention_asked']:g} asked, {report['retention_realised']:.4f} realised)"
         )
+        if report["left_out"]:
+            typer.echo(report["left_out"])
         if report["reason"]:
             typer.echo(f"{'not as asked: ' if report['constrained'] else ''}{report['reason']}")
         if report["constrained"] and report["heads_exchanged"]:

@@ -25,6 +25,9 @@ COLOURS = ("#808080", "#4a7ab5", "#2f8a9c", "#ad6f25", "#c8452d")
 """Steps of middle lightness from grey and blue to red: contrast of 3:1 or more on white, black, light and dark grey."""
 
 FULL, TRIMMED, UNPROFILED = "■", "·", " "
+PARTIAL = SHADES[1:]
+"""Of heads that keep a part of the context: up to a quarter of it, a half, three quarters, and more."""
+
 GAINED, LOST = "+", "-"
 BLANK_NOTE = "blank columns: layers that slide or have no cache, not profiled"
 
@@ -63,7 +66,7 @@ def budget_cell(heads: Matrix) -> Cell:
             return FULL, COLOURS[4]
         if value == 0.0:
             return TRIMMED, COLOURS[0]
-        return SHADES[min(4, int(value * 5))], COLOURS[2]
+        return PARTIAL[min(3, int(value * 4))], COLOURS[2]
 
     return cell
 

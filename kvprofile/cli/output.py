@@ -46,3 +46,15 @@ def resolve_profile(reference: str) -> Path:
 def load_profile(reference: str) -> Profile:
     """Load the budget file a user means. Raises InputError where it is missing or broken."""
     return store.load(resolve_profile(reference))
+
+
+def percent(share: float | None) -> str:
+    """Percent with one digit after the point; a share that is not whole never reads as 100 or 0."""
+    if share is None:
+        return "-"
+    text = f"{100 * share:.1f}"
+    if share < 1 and text == "100.0":
+        return "99.9"
+    if share > 0 and text == "0.0":
+        return "0.1"
+    return text.removesuffix(".0") if share in (0.0, 1.0) else text

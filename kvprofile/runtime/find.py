@@ -16,7 +16,7 @@ from kvprofile.budget.allocate import Constraints
 from kvprofile.budget.profile import ModelIdentity, Profile
 from kvprofile.budget.runtime_file import RuntimeFile
 from kvprofile.budget.servable import ServableBudget
-from kvprofile.budget.trim import ANCHORED, GRADED
+from kvprofile.budget.trim import ANCHORED, GRADED, WHOLE
 from kvprofile.environment import PREFIX
 from kvprofile.errors import InputError
 from kvprofile.files import read_bytes
@@ -54,18 +54,14 @@ def find(settings: Settings, served: Served) -> tuple[EngineBudget, str]:
     one of another model.
     """
     path = file_of(settings, served)
-    found = servable.read(path)
-    graded = kind_of(settings, found) == GRADED
-    kept = _kept(path, found, settings, served)
+    kept, weights = kept_by(path, settings, served.tensor_parallel_size)
     _require_same_model(path, kept.model, served)
     budget = EngineBudget(
         tuple(None if row[0] is None else tuple(share or 0.0 for share in row) for row in kept.heads),
         kept.sink_tokens if settings.sink_tokens is None else settings.sink_tokens,
         kept.recent_tokens if settings.recent_tokens is None else settings.recent_tokens,
         settings.window,
-        base64.b64encode(probe.read(probe.path_of(path), found)).decode()
-        if graded and isinstance(found, Profile)
-        else None,
+        None if weights is None else base64.b64encode(weights).decode(),
     )
     if not budget.heads:
         raise ValueError(f"{path}: no layer of {kept.model.name} has a budget, there is nothing to trim")
@@ -80,16 +76,34 @@ def find(settings: Settings, served: Served) -> tuple[EngineBudget, str]:
 
 
 def kind_of(settings: Settings, found: Profile | RuntimeFile) -> str:
-    """Whole or graded: as asked, else what the file has, as everywhere."""
-    return settings.kind or servable.default_kind(found)
+    """Whole or graded: as asked, else what the file has, as everywhere. Heads that keep everything are whole."""
+    return settings.kind or (WHOLE if settings.retention == 1.0 else servable.default_kind(found))
 
 
-def _kept(path: Path, found: Profile | RuntimeFile, settings: Settings, served: Served) -> ServableBudget:
-    """What heads keep, by the file and the settings."""
+def kept_by(path: Path, settings: Settings, tensor_parallel_size: int = 1) -> tuple[ServableBudget, bytes | None]:
+    """What heads keep by a file and the settings, and of graded heads the bytes of the probe.
+
+    Raises ValueError or kvprofile's InputError where they do not go together, or the probe is not the file's.
+    """
+    found = servable.read(path)
+    kept = _kept(path, found, settings, tensor_parallel_size)
+    if isinstance(found, RuntimeFile) or kind_of(settings, found) != GRADED:
+        return kept, None
+    return kept, probe.read(probe.path_of(path), found)
+
+
+def _kept(path: Path, found: Profile | RuntimeFile, settings: Settings, tensor_parallel_size: int) -> ServableBudget:
     kind = kind_of(settings, found)
-    if kind == GRADED and settings.window != ANCHORED:
+    if kind == GRADED and isinstance(found, RuntimeFile):
         raise ValueError(
-            f"graded heads need a window that stays; unset {PREFIX}WINDOW, or set {PREFIX}KIND=whole for whole heads"
+            f"{path} is a runtime file, which holds whole heads; give a budget file ({PREFIX}BUDGET, or --profile of "
+            f"verify), or do not ask for graded ones"
+        )
+    if kind == GRADED and settings.window != ANCHORED:
+        why = "has a probe, so it is" if settings.kind is None else "is to be"
+        raise ValueError(
+            f"{path} {why} served with graded heads, whose window stays where the prompt ends; "
+            f"unset {PREFIX}WINDOW, or set {PREFIX}KIND=whole"
         )
     if isinstance(found, Profile):
         if settings.retention is None:
@@ -97,13 +111,8 @@ def _kept(path: Path, found: Profile | RuntimeFile, settings: Settings, served: 
             raise ValueError(
                 f"{path} holds budgets for several retentions; set {PREFIX}RETENTION, for example {stated}"
             )
-        constraints = Constraints(tensor_parallel_size=served.tensor_parallel_size)
+        constraints = Constraints(tensor_parallel_size=tensor_parallel_size)
         return servable.of_profile(found, settings.retention, constraints, kind)
-    if kind == GRADED:
-        raise ValueError(
-            f"{path} is a runtime file, which holds whole heads; point {PREFIX}BUDGET to a budget file, or unset "
-            f"{PREFIX}KIND"
-        )
     kept = servable.of_runtime_file(found)
     if settings.retention not in (None, kept.retention_asked):
         raise ValueError(

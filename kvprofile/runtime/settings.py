@@ -52,7 +52,9 @@ VALUES = {
         "where the file of the served model is looked for, by the model named inside", str(BUDGET_DIR)
     ),
     "RETENTION": Variable(
-        "share of KV heads that keep the whole context; needed with a budget file", "what a runtime file states"
+        "share of the tokens between sinks and window that heads keep, or of whole heads that keep all; needed with a "
+        "budget file",
+        "what a runtime file states",
     ),
     "KIND": Variable(
         "graded: a head keeps a share of what lies between sinks and window, the probe's choice; whole: all or nothing",
@@ -61,7 +63,8 @@ VALUES = {
     "SINK": Variable("first tokens that a trimmed head keeps", "that of the file"),
     "RECENT": Variable("last tokens that a trimmed head keeps", "that of the file"),
     "WINDOW": Variable(
-        "anchored: a trimmed head keeps all that comes after the prompt; sliding: the last RECENT tokens of it only",
+        "anchored: a trimmed head keeps all that comes after the prompt; sliding: the last RECENT tokens of it only, "
+        "which needs whole heads",
         DEFAULT_WINDOW,
     ),
     "STATS": Variable(

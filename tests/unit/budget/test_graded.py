@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 
 import pytest
+import safetensors.torch
 import torch
 
 from kvprofile.budget import graded, probe, store
@@ -70,6 +72,26 @@ def test_whole_heads_that_somebody_wrote_into_a_graded_file_are_kept():
     heads = [[float(head == 0) for head in range(len(row))] for row in profile.scores.max]
     budgets = profile.budgets | {"0.5": profile.budgets["0.5"].model_copy(update={"heads": heads})}
     assert choose_whole(profile.model_copy(update={"budgets": budgets}), 0.5).heads == heads
+
+
+def test_a_probe_that_is_none_of_the_profile_s_is_refused_by_its_header(tmp_path):
+    """Without torch, as vLLM's parent process reads it; a digest that fits says only that nobody changed the file."""
+    other = {"weights": torch.zeros(2, 3, 71)}
+    broken = safetensors.torch.save({"weights": torch.zeros(6, 4, 71)})[:-8]
+    for content, told in (
+        (b"junk", "does not hold the weights of a probe"),
+        (safetensors.torch.save({"bias": torch.zeros(2, 2)}), "does not hold the weights of a probe"),
+        (safetensors.torch.save({"weights": torch.zeros(2, 2)}), "does not hold the weights of a probe"),
+        (safetensors.torch.save(other), "is for 2 layers x 3 KV heads, not 6 layers x 4 KV heads"),
+        (broken, "does not hold the weights of a probe"),
+    ):
+        path = tmp_path / "a.probe.safetensors"
+        path.write_bytes(content)
+        profile = make_graded(probe_sha256=hashlib.sha256(content).hexdigest())
+        with pytest.raises(InputError, match=told):
+            (probe.load if content is broken else probe.read)(path, profile)
+        assert content is broken or told in probe.problem(tmp_path / "a.json", profile)
+    assert probe.problem(tmp_path / "a.json", make_profile()) is None
 
 
 def test_what_a_file_without_a_probe_lacks_is_said():
@@ -153,7 +175,7 @@ def test_a_probe_of_other_features_or_another_shape_is_refused(tmp_path):
     small = probe.Probe((0,), torch.rand(1, 1, 7)).to_bytes()
     path.write_bytes(small)
     changed = made.model_copy(update={"probe": made.probe.model_copy(update={"sha256": probe.digest(small)})})
-    with pytest.raises(InputError, match=r"is for \(1, 1\) layers and KV heads"):
+    with pytest.raises(InputError, match="is for 1 layers x 1 KV heads"):
         probe.load(path, changed)
 
 

@@ -12,7 +12,7 @@ import pytest
 from kvprofile import cli
 from kvprofile.budget import formats, runtime_file, store
 from kvprofile.budget.profile import HeadBudgets, Profile
-from tests.helpers.factories import make_profile
+from tests.helpers.factories import make_graded, make_profile
 from tests.helpers.foreign import SUFFIX
 
 CONFIG = {
@@ -95,6 +95,11 @@ def test_text_output_says_what_was_kept(capsys):
         "wrote x.json: vllm, example/model",
         "10 of 24 heads keep the whole context (retention 0.4 asked, 0.4167 realised)",
     ]
+    store.save(make_graded(), Path("graded.json"))
+    _, out, _ = run(capsys, "export", "graded.json", "--format", "vllm", "--retention", "0.4", "--output", "g.json")
+    assert out.splitlines()[-1].startswith(
+        "a runtime file holds whole heads; for graded ones give vLLM the budget file"
+    )
 
 
 @pytest.mark.usefixtures("place")

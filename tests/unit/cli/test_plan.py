@@ -98,6 +98,28 @@ def test_plan_of_a_runtime_file_keeps_to_what_it_states(capsys):
     assert NO_SCORES in refused(capsys, *call, "--tensor-parallel-size", "2")
 
 
+def test_a_folder_is_counted_with_the_budget_file_of_its_model(capsys):
+    Path("model").mkdir()
+    Path("model/config.json").write_text(json.dumps(CONFIG))
+    call = ("plan", "model", "--gpu-memory", "24GiB", "--context", "9000", "--retention", "0.3", "--json")
+    alone = json.loads(shown(capsys, *call))
+    assert (alone["kind"], alone["sink_tokens"]) == ("whole", 128)
+    assert "no models/kv_budget/model.json is there" in refused(capsys, *call, "--kind", "graded")
+    file = store.default_path("model")
+    shape = {"layers": 16, "kv_heads": 4, "query_groups": 4, "name": "model"}
+    store.save(make_graded(**shape, sink_tokens=4), file)
+    found = json.loads(shown(capsys, *call))
+    assert (found["kind"], found["sink_tokens"]) == ("graded", 4)
+    assert found["weight_bytes"] == alone["weight_bytes"]
+    said = {each["what"]: each for each in found["decisions"]}
+    assert said["budget file"]["value"] == str(file)
+    assert "no probe models/kv_budget/model.probe.safetensors" in said["probe"]["reason"]
+    store.save(make_graded(**shape, head_size=32), file)
+    assert json.loads(shown(capsys, *call))["kind"] == "whole"  # a file of another shape
+    file.write_text("{")
+    assert "models/kv_budget/model.json" in refused(capsys, *call)
+
+
 def test_graded_heads_are_counted_unless_whole_ones_are_asked_for(capsys):
     store.save(make_graded(), Path("graded.json"))
     options = ("graded.json", "--gpu-memory", "24GiB", "--context", "9000", "--retention", "0.3")
@@ -110,6 +132,6 @@ def test_graded_heads_are_counted_unless_whole_ones_are_asked_for(capsys):
     assert "full" not in shown(capsys, "plan", *options)
     assert "full" in shown(capsys, "plan", *options, "--kind", "whole")
     assert {"what": "kind", "value": "graded", "reason": "the file has a probe"} in graded["decisions"]
-    assert "vLLM serves them with LLM_KVZIP_KIND=whole" in json.dumps(whole["decisions"])
+    assert "vLLM serves the same with LLM_KVZIP_KIND=whole" in json.dumps(whole["decisions"])
     store.save(make_profile(), Path("whole.json"))
     assert "which need a probe" in refused(capsys, "plan", "whole.json", *options[1:], "--kind", "graded")

@@ -177,6 +177,21 @@ def test_marks_stand_within_the_picture_and_in_order(record):
     assert marks["0.5"].y < marks["baseline"].y  # faster stands higher
 
 
+def test_a_line_joins_legs_of_one_kind_of_heads_and_one_cache():
+    heads = make_leg("0.5").heads
+    shares = heads.model_copy(update={"budgets": [[0.5 for _ in row] for row in heads.budgets]})
+    legs = [
+        make_leg("baseline"), make_leg("0.7"), make_leg("0.5"),
+        make_leg("0.5").model_copy(update={"name": "graded 0.5", "heads": shares}),
+        make_leg("0.5").model_copy(update={"name": "0.5 fp8", "kv_cache_dtype": "fp8"}),
+    ]  # fmt: skip
+    chart = next(each for each in charts(summarise([make_record(1).model_copy(update={"legs": legs})]))
+                 if each.key == "output_throughput")  # fmt: skip
+    lines = [series.path for series in chart.series if series.style == "joined"]
+    # baseline, 0.7 and 0.5; baseline and graded 0.5; nothing to join with fp8
+    assert [line.count(",") for line in lines] == [3, 2]
+
+
 def test_legs_without_retention_stand_side_by_side():
     legs = [make_leg(name, retention_asked=None, retention_realised=None, compressed=None) for name in ("0.9", "0.5")]
     summary = summarise([make_record(1).model_copy(update={"legs": legs})])

@@ -6,6 +6,7 @@ import base64
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 import types
@@ -138,11 +139,31 @@ def test_graded_budgets_bring_their_probe(tmp_path):
     lone.with_name("pocket.probe.safetensors").write_bytes(b"other")
     with pytest.raises(InputError, match="is not the probe that the budget file of pocket was written with"):
         find(settings(BUDGET=lone, RETENTION=0.3, KIND=GRADED), served())
-    with pytest.raises(ValueError, match="need a window that stays; unset LLM_KVZIP_WINDOW"):
+    with pytest.raises(
+        ValueError, match="graded heads, whose window stays where the prompt ends; unset LLM_KVZIP_WINDOW"
+    ):
         find(settings(BUDGET=PROFILE, RETENTION=0.3, KIND=GRADED, WINDOW="sliding"), served())
     path = write_runtime_file(tmp_path / "r.json", ((0, 1), (2, 3)))
     with pytest.raises(ValueError, match="a runtime file, which holds whole heads"):
         find(settings(BUDGET=path, KIND=GRADED), Served(("m",), 2, 8, 4, 32, 1))
+
+
+def test_heads_that_keep_everything_are_whole_and_need_no_probe(tmp_path):
+    lone = tmp_path / "pocket.json"
+    lone.write_bytes(PROFILE.read_bytes())
+    everything, _ = find(settings(BUDGET=lone, RETENTION=1.0, WINDOW="sliding"), served())
+    assert (everything.kind, everything.probe, everything.full) == (WHOLE, None, everything.heads)
+
+
+def test_graded_heads_are_refused_where_they_cannot_be_had(tmp_path):
+    told = f"{PROFILE} has a probe, so it is served with graded heads, whose window stays where the prompt ends; unset"
+    with pytest.raises(ValueError, match=re.escape(told)):
+        find(settings(BUDGET=PROFILE, RETENTION=0.5, WINDOW="sliding"), served())
+    path = save_runtime_file(
+        tmp_path / "r.json", make_geometry(2, 4, sliding=[1]), "a/b", [[0, 1], None], sink_tokens=4, recent_tokens=8
+    )
+    with pytest.raises(ValueError, match=r"r\.json is a runtime file, which holds whole heads; give a budget file"):
+        find(settings(BUDGET=path, KIND=GRADED), served("a/b"))
 
 
 def test_files_are_found_by_the_model_inside(tmp_path):

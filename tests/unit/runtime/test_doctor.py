@@ -165,6 +165,22 @@ def test_the_environment_is_judged():
     assert "LLM_KVZIP_RETENTION is '2'" in doctor.environment({"LLM_KVZIP_RETENTION": "2"}).detail
 
 
+def test_the_budget_that_the_environment_names_is_read(tmp_path):
+    lone = tmp_path / "pocket.json"
+    lone.write_bytes((ROOT / "models" / "kv_budget" / "pocket.json").read_bytes())
+    asked = ON | {"LLM_KVZIP_BUDGET": str(lone), "LLM_KVZIP_RETENTION": "0.5"}
+    found = doctor.environment(asked)
+    assert found.good is False
+    assert f"no probe {tmp_path / 'pocket.probe.safetensors'}" in found.detail
+    assert doctor.environment(asked | {"LLM_KVZIP_KIND": "whole"}).detail.endswith("whole heads, retention 0.5")
+    probe = lone.with_name("pocket.probe.safetensors")
+    probe.write_bytes((ROOT / "models" / "kv_budget" / probe.name).read_bytes())
+    assert doctor.environment(asked).detail.endswith(f"{lone}: graded heads, retention 0.5")
+    del asked["LLM_KVZIP_RETENTION"]
+    assert "set LLM_KVZIP_RETENTION" in doctor.environment(asked).detail
+    assert doctor.environment(ON | {"LLM_KVZIP_BUDGET": str(tmp_path / "none.json")}).good is False
+
+
 @pytest.fixture
 def shown(tmp_path, monkeypatch):
     """The plugin's metrics of an engine that gave back 3 MiB, as they are in one of its API processes."""
