@@ -64,9 +64,9 @@ def main() -> None:
     parser.add_argument("--budget", type=Path, default=BUDGET)
     parser.add_argument("--task", default="needle")
     parser.add_argument("--context-tokens", type=int, default=1500)
-    parser.add_argument("--contexts", type=int, default=2)
+    parser.add_argument("--contexts", type=int, default=3)
     parser.add_argument("--questions", type=int, default=8)
-    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     trees = {"other": arguments.against.resolve(), "this": ROOT}
