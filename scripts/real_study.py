@@ -324,6 +324,32 @@ def comparison(results: Results, part: Part) -> dict[str, Any]:
     }
 
 
+def for_each_retention(results: Results, rankings: Sequence[str], retentions: Sequence[float]) -> list[dict[str, Any]]:
+    """At each retention the ranking that was nearest to the full cache on the other half of the contexts.
+
+    Every other context of each task and length is a half; the ranking that one half chooses is measured on the other.
+    """
+    halves = [lambda item, half=half: int(item.exercise.rpartition("/")[2]) % 2 == half for half in (0, 1)]
+    full, reference = results.variants[0], "kvzip"
+    found = []
+    for retention in retentions:
+        chosen: list[str] = []
+        for half in halves:
+            other = results.only(lambda item, half=half: not half(item))  # type: ignore[misc]
+            kls = {name: other.rise(f"{name}@{retention:g}", "kl").value for name in rankings} if other else {}
+            chosen.append(min(kls, key=lambda name: (kls[name] or 0.0, name), default=reference))
+        best = Variant("best", "profile", retention, full.heads)
+        same = next(each for each in results.variants if each.row == f"{reference}@{retention:g}")
+        rows = [results.items[f"{name}@{retention:g}"][0] for name in chosen]
+        items = [
+            replace(pair[0] if halves[0](pair[0]) else pair[1], variant=best.key) for pair in zip(*rows, strict=True)
+        ]
+        merged = Results.of([*results.questions, *results.items[same.row][0], *items], [full, same, best])
+        kl, less = merged.rise(best.row, "kl"), merged.rise(best.row, "kl", same.row)
+        found.append({"retention": retention, "chosen": chosen, "kl": estimate(kl), "kl_less_kvzip": estimate(less)})
+    return found
+
+
 def _split(results: Results, keys: Iterable[Any], key_of: Callable[[Item], Any]) -> list[dict[str, Any]]:
     """KL and agreement of every row over the questions of each key."""
     found = []
@@ -441,6 +467,14 @@ def write_page(runs: Path, output: Path, readme: Path | None) -> None:
             "continued": continued,
             "methods": comparison(methods, METHODS) if methods else None,
             "ablation": comparison(ablation, ABLATION) if ablation else None,
+            "best": {
+                part.name: for_each_retention(asked, rankings, part.retentions)
+                for part, asked, rankings in (
+                    (MAIN, main, ("kvzip", "kvzip-mean")),
+                    (METHODS, methods, ("kvzip", "kvzip-mean", "kvzip-plus", "gate")),
+                )
+                if asked
+            },
             "sweep": swept(runs, output),
             "stability": stability(runs),
         }

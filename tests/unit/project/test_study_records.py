@@ -10,6 +10,7 @@ import pytest
 
 from kvprofile.errors import InputError
 from kvprofile.evaluate.item_store import ITEMS, RUN, SUMMARY, AnswerSpan
+from kvprofile.evaluate.summary import Results
 from kvprofile.evaluate.variants import Contender, build
 from scripts import graded_study, real_study, study_records
 from scripts.study_records import Records, collect, is_known, path_of
@@ -184,3 +185,20 @@ def test_committed_pages_are_what_committed_records_give(tmp_path, study, part, 
     for file in records.iterdir():
         again = study_records.path_of(tmp_path, real_study.real_model.NAME, file.stem)
         assert again.read_bytes() == file.read_bytes(), file.name
+
+
+def test_a_ranking_for_each_retention_is_chosen_on_the_other_half():
+    """Contexts 0 and 2 choose for 1 and 3, and the other way round; who is best where it is measured does not count."""
+    profile = make_profile()
+    contenders = [Contender("kvzip", profile), Contender("mean", make_profile(seed=1))]
+    variants = build(contenders, profile.model.geometry, [0.5], controls=False)
+    kl = {"full": (0.0,) * 4, "kvzip": (0.2, 0.5, 0.2, 0.5), "mean": (0.1, 0.9, 0.1, 0.9)}  # by context
+    items = [
+        replace(ITEM, exercise=f"needle/300/{number}", question=0, variant=variant.key, kl=kl[variant.name][number])
+        for variant in variants
+        for number in range(4)
+    ]
+    (found,) = real_study.for_each_retention(Results.of(items, variants), ["kvzip", "mean"], [0.5])
+    assert found["chosen"] == ["kvzip", "mean"]  # even contexts are judged by odd ones, where kvzip is nearer
+    assert found["kl"][0] == pytest.approx((0.2 + 0.9) / 2)
+    assert found["kl_less_kvzip"][0] == pytest.approx(0.2)
