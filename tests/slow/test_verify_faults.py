@@ -90,7 +90,8 @@ def test_a_block_size_that_the_workers_find_is_refused_there(tmp_path):
     assert code == 0, (failed(found), err)
     (made,) = attestation.load(attestation.path_of(budget))
     attestation.save(attestation.path_of(budget), [replace(made, key={**made.key, "block_size": 64})])
-    own = environment(budget, LLM_KVZIP_RETENTION="0.5") | {name: env[name] for name in ("PYTHONPATH", "PLANTED")}
+    own = environment(budget, LLM_KVZIP_RETENTION="0.5", LLM_KVZIP_KIND="whole")
+    own |= {name: env[name] for name in ("PYTHONPATH", "PLANTED")}
     with pytest.raises(AssertionError, match="block_size is 32, attested is 64"):
         serve(Subject(None, POCKET, None), [[(draw(random.Random(1), 90), 2)]], own, max_model_len=512)
 
