@@ -39,6 +39,7 @@ from kvprofile.evaluate.variants import (
     CONTROLS,
     FULL,
     INVERTED,
+    PROFILE,
     RANDOM,
     STREAMING,
     UNIFORM,
@@ -338,7 +339,7 @@ def for_each_retention(results: Results, rankings: Sequence[str], retentions: Se
             other = results.only(lambda item, half=half: not half(item))  # type: ignore[misc]
             kls = {name: other.rise(f"{name}@{retention:g}", "kl").value for name in rankings} if other else {}
             chosen.append(min(kls, key=lambda name: (kls[name] or 0.0, name), default=reference))
-        best = Variant("best", "profile", retention, full.heads)
+        best = Variant("best", PROFILE, retention, full.heads)
         same = next(each for each in results.variants if each.row == f"{reference}@{retention:g}")
         rows = [results.items[f"{name}@{retention:g}"][0] for name in chosen]
         items = [

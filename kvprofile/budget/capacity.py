@@ -158,7 +158,7 @@ def plan(
         weight_decision,
         Decision("gpu memory", f"{gpu.memory_bytes / 2**30:.1f} GiB", gpu.reason),
         *_warnings(shape, context_tokens, tensor_parallel_size, cache_dtype),
-        *_fraction_warnings(shape.profile, wanted, holders, kind),
+        *_kind_decisions(shape.profile, wanted, holders, kind),
     ]
     return Capacity(
         model=shape.name,
@@ -274,10 +274,10 @@ def _default_retentions(shape: ModelShape) -> Sequence[float]:
     return [float(key) for key in shape.profile.budgets]
 
 
-def _fraction_warnings(
+def _kind_decisions(
     profile: Profile | None, retentions: Sequence[float], holders: int, kind: str
 ) -> Iterator[Decision]:
-    """What graded heads cost that is not in the rows, and rows whose fractions no runtime can serve."""
+    """Which of a file's kinds of heads is counted, and rows whose fractions no runtime can serve."""
     if profile is not None and profile.probe is not None:
         why = "the file has a probe" if kind == GRADED else "asked for; vLLM serves the same with LLM_KVZIP_KIND=whole"
         yield Decision("kind", kind, why)

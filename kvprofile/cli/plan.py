@@ -15,7 +15,7 @@ from kvprofile import checkpoint
 from kvprofile.budget import capacity
 from kvprofile.budget.capacity import Capacity
 from kvprofile.budget.fleet import Fleet, fleet
-from kvprofile.budget.model_shape import Decision, ModelShape, find_shape
+from kvprofile.budget.model_shape import Decision, ModelShape, find_shape, with_budgets
 from kvprofile.budget.trim import GRADED
 from kvprofile.cli.output import print_json, stdout_console
 from kvprofile.errors import InputError
@@ -89,7 +89,7 @@ def plan(
 def _shape_of_gguf(model: str) -> ModelShape:
     """The shape of a GGUF file, whose weights take the bytes that they have in it."""
     found = checkpoint.describe(checkpoint.locate(model))
-    return ModelShape(
+    shape = ModelShape(
         name=found.source.name,
         geometry=found.geometry,
         window_tokens=None,
@@ -99,6 +99,7 @@ def _shape_of_gguf(model: str) -> ModelShape:
         weight_reason="size of the file's tensors",
         decisions=(Decision("model", found.source.name, "the GGUF file's own config"),),
     )
+    return with_budgets(shape)
 
 
 def render(plan: Capacity, console: Console, counted: Fleet | None = None) -> None:

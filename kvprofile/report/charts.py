@@ -233,7 +233,7 @@ def _places(groups: Sequence[Group]) -> tuple[dict[str, float], list[Tick], str]
 
 
 def _lines(groups: Sequence[Group]) -> Iterator[list[Group]]:
-    """Legs that one line joins: those of one kind of heads and one dtype of the cache, from the one without."""
+    """Legs that one line joins: of one kind of heads and one dtype of the cache, and those whose heads are all full."""
     lines: dict[tuple[bool, str | None], list[Group]] = {}
     for group in groups:
         if group.retention != 1.0:

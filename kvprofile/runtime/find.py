@@ -86,33 +86,29 @@ def kept_by(path: Path, settings: Settings, tensor_parallel_size: int = 1) -> tu
     Raises ValueError or kvprofile's InputError where they do not go together, or the probe is not the file's.
     """
     found = servable.read(path)
-    kept = _kept(path, found, settings, tensor_parallel_size)
-    if isinstance(found, RuntimeFile) or kind_of(settings, found) != GRADED:
-        return kept, None
-    return kept, probe.read(probe.path_of(path), found)
-
-
-def _kept(path: Path, found: Profile | RuntimeFile, settings: Settings, tensor_parallel_size: int) -> ServableBudget:
     kind = kind_of(settings, found)
-    if kind == GRADED and isinstance(found, RuntimeFile):
-        raise ValueError(
-            f"{path} is a runtime file, which holds whole heads; give a budget file ({PREFIX}BUDGET, or --profile of "
-            f"verify), or do not ask for graded ones"
-        )
+    if isinstance(found, RuntimeFile):
+        return _of_runtime_file(path, found, settings, kind), None
     if kind == GRADED and settings.window != ANCHORED:
         why = "has a probe, so it is" if settings.kind is None else "is to be"
         raise ValueError(
             f"{path} {why} served with graded heads, whose window stays where the prompt ends; "
             f"unset {PREFIX}WINDOW, or set {PREFIX}KIND=whole"
         )
-    if isinstance(found, Profile):
-        if settings.retention is None:
-            stated = ", ".join(sorted(found.budgets, reverse=True))
-            raise ValueError(
-                f"{path} holds budgets for several retentions; set {PREFIX}RETENTION, for example {stated}"
-            )
-        constraints = Constraints(tensor_parallel_size=tensor_parallel_size)
-        return servable.of_profile(found, settings.retention, constraints, kind)
+    if settings.retention is None:
+        stated = ", ".join(sorted(found.budgets, reverse=True))
+        raise ValueError(f"{path} holds budgets for several retentions; set {PREFIX}RETENTION, for example {stated}")
+    constraints = Constraints(tensor_parallel_size=tensor_parallel_size)
+    kept = servable.of_profile(found, settings.retention, constraints, kind)
+    return kept, probe.read(probe.path_of(path), found) if kind == GRADED else None
+
+
+def _of_runtime_file(path: Path, found: RuntimeFile, settings: Settings, kind: str) -> ServableBudget:
+    if kind == GRADED:
+        raise ValueError(
+            f"{path} is a runtime file, which holds whole heads; give a budget file ({PREFIX}BUDGET, or --profile of "
+            f"verify), or do not ask for graded ones"
+        )
     kept = servable.of_runtime_file(found)
     if settings.retention not in (None, kept.retention_asked):
         raise ValueError(

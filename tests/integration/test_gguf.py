@@ -96,6 +96,9 @@ def test_score_evaluate_and_plan_read_a_file(tmp_path, workplace, capsys):
     assert run(["plan", str(path), "--gpu-memory", "24GiB", "--context", "1000", "--json"]) == 0
     planned = json.loads(capsys.readouterr().out)
     assert planned["geometry"] == written["model"]["geometry"]
+    assert planned["sink_tokens"] == written["runtime"]["sink_tokens"]  # counted with the file that was just written
+    assert planned["kind"] == ("whole" if written.get("probe") is None else "graded")
+    assert "models/kv_budget/tiny-q8.gguf.json" in [each["value"] for each in planned["decisions"]]
     assert planned["weight_bytes_per_gpu"] == describe(path).weight_bytes < path.stat().st_size
     asked = ["--tasks", "needle", "--context-tokens", "200", "--contexts", "1", "--questions", "1", "--exact-only"]
     assert run(["evaluate", str(path), *asked, "--retention", "0.5", "--no-controls", "--json"]) == 0

@@ -94,6 +94,7 @@ def test_metrics_that_several_processes_share(several, tmp_path, monkeypatch):
     assert len(freed) == 1
     assert answered.cache.blocks_reclaimed > 0
     assert check.good, check.detail
+    assert "graded heads, retention 0.5" in check.detail  # the file has a probe
     assert f"{freed.copy().pop() / 2**20:.1f} MiB given back" in check.detail
     assert look.kv_bytes_reclaimed == freed.pop() > 0
     assert look.replicas == 1
